@@ -1,0 +1,30 @@
+"""Extreme compression of Mixture-of-Experts language models, served by vLLM.
+
+The compressor's functions carry the names of the commands: `plan`, `allocate`, `quantize`,
+`inspect`, `evaluate`. They are imported on first use, so that `import mcmoe_vllm` touches
+neither vLLM nor transformers nor a GPU.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "UserError": "mcmoe_vllm.errors",
+    "plan": "mcmoe_vllm.pipeline",
+    "quantize": "mcmoe_vllm.pipeline",
+    "QuantizeOptions": "mcmoe_vllm.pipeline",
+    "allocate": "mcmoe_vllm.allocation:allocate_file",
+    "inspect": "mcmoe_vllm.inspection:inspect_checkpoint",
+    "evaluate": "mcmoe_vllm.evaluation:evaluate",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _EXPORTS[name].partition(":")
+    return getattr(import_module(module), attribute or name)

@@ -1,0 +1,256 @@
+"""The values that travel between the steps and into config.json, and every check on them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mcmoe_vllm.errors import UserError
+
+QUANT_METHOD = "mcmoe"
+FORMAT_VERSION = 1
+CANDIDATE_BITS = (0, 1, 2, 3, 4)
+GROUP_SIZES = (32, 64, 128)
+DENSE_BITS = (4, 16)
+PROJECTION_GROUPS = ("w13", "w2", "dense")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """A JSON file's content. Raises UserError if it is missing, no UTF-8 or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSON file is needed") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8: {e}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON beside `path`, flush it to the disk and rename: never half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """`quantization_config` of an mcmoe checkpoint (docs/FORMAT.md).
+
+    group_size: columns that share a scale, per projection group ("w13", "w2", "dense").
+    expert_bits: decoder layer -> (widths of w13, widths of w2), a digit per expert; 0 = dropped.
+    dense_bits: 4 (symmetric int4) or 16 (untouched).
+    dense_modules: parents of the int4 linears, such as "self_attn".
+    pruning: None, or the table of online pruning.
+    average_bits: nominal, expert and model bits per weight (report only).
+    recipe: how the checkpoint was made (report only).
+
+    Raises UserError listing every field that is out of range.
+    """
+
+    group_size: Mapping[str, int]
+    expert_bits: Mapping[int, tuple[str, str]]
+    dense_bits: int = 16
+    dense_modules: tuple[str, ...] = ()
+    pruning: Mapping[str, Any] | None = None
+    average_bits: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if set(self.group_size) != set(PROJECTION_GROUPS):
+            wrong.append(f"group_size has {sorted(self.group_size)}, needs {PROJECTION_GROUPS}")
+        for name, size in self.group_size.items():
+            if size not in GROUP_SIZES:
+                wrong.append(f"group_size of {name} is {size}, allowed are {GROUP_SIZES}")
+        if self.dense_bits not in DENSE_BITS:
+            wrong.append(f"dense_bits is {self.dense_bits}, allowed are {DENSE_BITS}")
+        if self.dense_bits == 4 and not self.dense_modules:
+            wrong.append("dense_bits is 4 but dense_modules is empty")
+        if not self.expert_bits:
+            wrong.append("expert_bits is empty")
+        lengths = set()
+        for layer, widths in self.expert_bits.items():
+            if len(widths) != 2:
+                wrong.append(f"layer {layer} has {len(widths)} strings of widths, needs 2")
+            for digits in widths:
+                lengths.add(len(digits))
+                if not digits or set(digits) - set("01234"):
+                    wrong.append(f"layer {layer} has widths {digits!r}, allowed digits are 0 to 4")
+            if len(widths) == 2 and any((a == "0") != (b == "0") for a, b in zip(*widths)):  # noqa: B905
+                wrong.append(f"layer {layer} drops an expert in w13 or w2 alone")
+        if len(lengths) > 1:
+            wrong.append(f"layers have different numbers of experts: {sorted(lengths)}")
+        if wrong:
+            raise UserError("quantization_config is not valid:\n  - " + "\n  - ".join(wrong))
+
+    @property
+    def num_experts(self) -> int:
+        return len(next(iter(self.expert_bits.values()))[0])
+
+    def bits(self, layer: int, projection: str) -> tuple[int, ...]:
+        """Width of each expert of a layer; projection is "w13" or "w2"."""
+        return tuple(int(d) for d in self.expert_bits[layer][("w13", "w2").index(projection)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of config.json, including `quant_method`."""
+        value = asdict(self)
+        value["expert_bits"] = {str(i): list(w) for i, w in self.expert_bits.items()}
+        value["dense_modules"] = list(self.dense_modules)
+        return {"quant_method": QUANT_METHOD, **value}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> QuantizationConfig:
+        """The inverse of `to_dict`.
+
+        Raises UserError for another quant_method, a newer format_version, or missing, unknown
+        or mistyped fields.
+        """
+        if not isinstance(value, Mapping):
+            raise UserError(f"quantization_config is {type(value).__name__}, needs an object")
+        value = dict(value)
+        method = value.pop("quant_method", None)
+        if method != QUANT_METHOD:
+            raise UserError(f"quant_method is {method!r}, an mcmoe checkpoint has {QUANT_METHOD!r}")
+        version = value.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise UserError(f"format_version is {version!r}, needs an integer from 1")
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"this checkpoint has format_version {version}, this mcmoe-vllm reads up to "
+                f"{FORMAT_VERSION}: upgrade with pip install -U mcmoe-vllm"
+            )
+        known = set(cls.__dataclass_fields__)
+        missing = sorted({"group_size", "expert_bits"} - set(value))
+        unknown = sorted(set(value) - known)
+        if missing or unknown:
+            raise UserError(
+                "quantization_config "
+                + "; ".join(
+                    f"{word} {', '.join(names)}"
+                    for word, names in (("lacks", missing), ("has unknown fields", unknown))
+                    if names
+                )
+            )
+        try:
+            value["expert_bits"] = {
+                int(layer): (str(widths[0]), str(widths[1]))
+                for layer, widths in value["expert_bits"].items()
+            }
+            value["group_size"] = {str(k): int(v) for k, v in value["group_size"].items()}
+            value["dense_modules"] = tuple(str(m) for m in value.get("dense_modules", ()))
+        except (AttributeError, TypeError, ValueError, IndexError) as e:
+            raise UserError(f"quantization_config has a mistyped field: {e}") from None
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The width of every expert, and what it was decided on.
+
+    layers: decoder layers with experts; bits[row][expert]: widths, a row per entry of `layers`.
+    options: the settings of the measurement and the allocation (report only).
+    """
+
+    model: str
+    architecture: str
+    layers: tuple[int, ...]
+    bits: tuple[tuple[int, ...], ...]
+    candidate_bits: tuple[int, ...]
+    group_size: int
+    dense_bits: int
+    nominal_bits: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if len(self.layers) != len(self.bits):
+            wrong.append(f"{len(self.layers)} layers but {len(self.bits)} rows of bits")
+        if len({len(row) for row in self.bits}) > 1:
+            wrong.append("rows of bits have different lengths")
+        allowed = set(self.candidate_bits)
+        for layer, row in zip(self.layers, self.bits, strict=False):
+            bad = sorted({b for b in row if b not in allowed})
+            if bad:
+                wrong.append(f"layer {layer} has widths {bad}, allowed are {sorted(allowed)}")
+        wrong += check_candidate_bits(self.candidate_bits)
+        if self.group_size not in GROUP_SIZES:
+            wrong.append(f"group_size is {self.group_size}, allowed are {GROUP_SIZES}")
+        if self.dense_bits not in DENSE_BITS:
+            wrong.append(f"dense_bits is {self.dense_bits}, allowed are {DENSE_BITS}")
+        if not (isinstance(self.nominal_bits, int | float) and math.isfinite(self.nominal_bits)):
+            wrong.append(f"nominal_bits is {self.nominal_bits!r}, needs a number")
+        if wrong:
+            raise UserError("the plan is not valid:\n  - " + "\n  - ".join(wrong))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.bits[0]) if self.bits else 0
+
+    def average_bits(self) -> float:
+        """Mean width over all experts, as the paper counts it: codes alone."""
+        total = sum(sum(row) for row in self.bits)
+        return total / (len(self.bits) * self.num_experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        value = asdict(self)
+        value["bits"] = ["".join(map(str, row)) for row in self.bits]
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "plan.json") -> Plan:
+        """The inverse of `to_dict`. Raises UserError naming `source`."""
+        if not isinstance(value, dict):
+            raise UserError(f"{source} is no plan: it holds a {type(value).__name__}")
+        required = {
+            name for name in cls.__dataclass_fields__ if name not in ("options", "format_version")
+        }
+        missing, unknown = required - set(value), set(value) - set(cls.__dataclass_fields__)
+        if missing or unknown:
+            raise UserError(
+                f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        if int(value.get("format_version", 1)) > FORMAT_VERSION:
+            raise UserError(
+                f"{source} has format_version {value['format_version']}, this mcmoe-vllm reads "
+                f"up to {FORMAT_VERSION}: upgrade it"
+            )
+        try:
+            return cls(
+                **{
+                    **value,
+                    "layers": tuple(int(i) for i in value["layers"]),
+                    "bits": tuple(tuple(int(d) for d in row) for row in value["bits"]),
+                    "candidate_bits": tuple(int(b) for b in value["candidate_bits"]),
+                }
+            )
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{source} is no valid plan: {e}") from None
+
+
+def check_candidate_bits(bits: Sequence[int]) -> list[str]:
+    """What is wrong with a set of candidate widths, a sentence each."""
+    wrong = []
+    if not bits or not set(bits) - {0}:
+        wrong.append(f"candidate bits {list(bits)} hold no width above 0")
+    if len(set(bits)) != len(bits):
+        wrong.append(f"candidate bits {list(bits)} repeat a width")
+    bad = [b for b in bits if b not in CANDIDATE_BITS]
+    if bad:
+        wrong.append(f"candidate bits {bad} are not among {CANDIDATE_BITS}")
+    return wrong

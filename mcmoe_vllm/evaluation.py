@@ -1,0 +1,380 @@
+"""Perplexity and KL divergence by one fixed protocol, so that all figures compare.
+
+The documents of the text, each followed by the end token, are joined and cut into
+non-overlapping windows of min(2048, the model's maximum) tokens. At least 256 windows (all, if
+there are fewer) at a fixed stride over the whole text are scored; every token but a window's
+first is predicted. Reported are exp(mean loss), the standard error of the mean over windows, and
+against a base model the mean KL(base || model) per token and the paired standard error of the
+difference in loss. A goal is met when the mean plus two paired standard errors is within it.
+
+The model is run layer by layer with dequantized weights, so its memory is one layer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcmoe_kernels import packing
+from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.models import Architecture, find_architecture
+from mcmoe_vllm.streaming import StreamedModel, add_experts
+from mcmoe_vllm.text import load_tokenizer, strided_windows
+
+WINDOWS = 256
+MAX_SEQUENCE_LENGTH = 2048
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean negative log-likelihood per token (nats); stderr: of loss, over windows.
+
+    Against a base: kl: mean KL(base || model) per token; loss_difference = loss - base loss and
+    its paired standard error. All None without one.
+    """
+
+    model: str
+    engine: str
+    text: str
+    windows: int
+    sequence_length: int
+    loss: float
+    perplexity: float
+    stderr: float
+    base: str | None = None
+    base_perplexity: float | None = None
+    loss_difference: float | None = None
+    paired_stderr: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Mean loss of each window, and mean KL to the base where there is one; float64 [S]."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor | None
+
+
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    against: str | None = None,
+    engine: str = "transformers",
+    windows: int = WINDOWS,
+    sequence_length: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Score a model (16-bit or mcmoe; folder or Hub name) on a text file.
+
+    engine: "transformers" (dequantized weights, layer by layer) or "vllm" (perplexity alone).
+    Raises UserError for unusable models or text, and for a base with another vocabulary.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"engine is {engine!r}, allowed are {list(ENGINES)}")
+    if windows < 2:
+        raise UserError(f"windows is {windows}, needs at least 2 for a standard error")
+    path = resolve_model(model)
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    longest = int(checkpoint.config.get("max_position_embeddings", MAX_SEQUENCE_LENGTH))
+    length = sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
+    if not 2 <= length <= longest:
+        raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
+    tokens = strided_windows(text, tokenizer, windows, length)
+    if engine == "vllm":
+        scores = _Scores(_score_with_vllm(path, tokens, trust_remote_code), None)
+        base_scores = (
+            _Scores(_score_with_vllm(resolve_model(against), tokens, trust_remote_code), None)
+            if against
+            else None
+        )
+    else:
+        scored = load_streamed(checkpoint, device, trust_remote_code)
+        base_model = None
+        if against:
+            base_checkpoint = open_checkpoint(resolve_model(against))
+            sizes = [int(c.config["vocab_size"]) for c in (checkpoint, base_checkpoint)]
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
+                    "only models with the same tokens can be compared"
+                )
+            base_model = load_streamed(base_checkpoint, device, trust_remote_code)
+        scores, base_scores = _score_streamed(scored, base_model, tokens)
+    loss, stderr = _mean_and_error(scores.loss)
+    result = Evaluation(
+        model=model,
+        engine=engine,
+        text=text,
+        windows=tokens.shape[0],
+        sequence_length=length,
+        loss=loss,
+        perplexity=math.exp(loss),
+        stderr=stderr,
+    )
+    if base_scores is None:
+        return result
+    difference, paired = _mean_and_error(scores.loss - base_scores.loss)
+    kl = _mean_and_error(scores.kl) if scores.kl is not None else (None, None)
+    return Evaluation(
+        **{
+            **result.to_dict(),
+            "base": against,
+            "base_perplexity": math.exp(float(base_scores.loss.mean())),
+            "loss_difference": difference,
+            "paired_stderr": paired,
+            "kl": kl[0],
+            "kl_stderr": kl[1],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A streamed model and the way to its experts' weights."""
+
+    model: StreamedModel
+    architecture: Architecture
+    quantization: QuantizationConfig | None
+    num_experts: int
+
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """w13 [2I, H] and w2 [H, I] in the model's dtype; None for a dropped expert."""
+        names = self.architecture.expert_weights(layer, expert)
+        checkpoint, model = self.model.checkpoint, self.model
+        if self.quantization is None:
+            found = checkpoint.read_weights(names)
+            parts = [found[name].to(model.device, model.dtype) for name in names]
+        else:
+            bits13 = self.quantization.bits(layer, "w13")[expert]
+            bits2 = self.quantization.bits(layer, "w2")[expert]
+            if bits13 == 0:
+                return None
+            parts = [
+                read_expert_matrix(checkpoint, name, bits).to(model.device, model.dtype)
+                for name, bits in zip(names, (bits13, bits13, bits2), strict=True)
+            ]
+        gate, up, down = parts
+        return torch.cat([gate, up]), down
+
+
+def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Tensor:
+    """A packed expert matrix, dequantized to float32 [N, K].
+
+    Raises UserError if the tensors' shapes contradict the width in config.json.
+    """
+    prefix = name.removesuffix("weight")
+    found = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"])
+    packed, scale = found[prefix + "weight_packed"], found[prefix + "weight_scale"]
+    if packed.shape[1] % bits or (packed.shape[1] * 8 // bits) % (scale.shape[1] // 2):
+        raise UserError(
+            f"{prefix}weight_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
+            f"config.json says {bits} bits, which does not fit"
+        )
+    return packing.dequantize(packed, scale, bits)
+
+
+def load_streamed(
+    checkpoint: Checkpoint, device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """A 16-bit or mcmoe checkpoint ready to run layer by layer.
+
+    Raises UserError for unsupported architectures and other quantization methods.
+    """
+    architecture = find_architecture(checkpoint.config)
+    settings = checkpoint.config.get("quantization_config")
+    quantization = None if settings is None else QuantizationConfig.from_dict(settings)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = StreamedModel(
+        checkpoint if quantization is None else _with_dense_weights(checkpoint),
+        architecture,
+        device=torch.device(device),
+        dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+        read=checkpoint.read_weights if quantization is None else _DenseReader(checkpoint),
+        trust_remote_code=trust_remote_code,
+    )
+    num_experts = int(getattr(model.config, architecture.num_experts))
+    return LoadedModel(model, architecture, quantization, num_experts)
+
+
+def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Token windows [S, L] through all decoder layers; blocks [B, L, H]."""
+    model = loaded.model
+    activation = model.activation()
+    blocks = model.embed(tokens)
+    for index in range(model.num_layers):
+        layer = model.load_layer(index)
+        experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+        for position, block in enumerate(blocks):
+            output, routing = model.run_layer(layer, index, block)
+            if routing is not None:
+                if not experts:
+                    experts = {e: loaded.expert(index, e) for e in range(loaded.num_experts)}
+                output = add_experts(
+                    output, routing, experts.__getitem__, loaded.num_experts, activation
+                )
+            blocks[position] = output
+        model.release_layer(index)
+    return blocks
+
+
+def _score_streamed(
+    scored: LoadedModel, base: LoadedModel | None, tokens: torch.Tensor
+) -> tuple[_Scores, _Scores | None]:
+    logits = scored.model.logits(final_hidden(scored, tokens))
+    base_logits: Iterator[torch.Tensor | None] = (
+        iter([None] * len(tokens))
+        if base is None
+        else base.model.logits(final_hidden(base, tokens))
+    )
+    losses, base_losses, divergences = [], [], []
+    for window, row, base_row in zip(tokens, logits, base_logits, strict=True):
+        target = window[1:].to(row.device).unsqueeze(1)
+        log_p = row[:-1].log_softmax(-1)
+        losses.append(-log_p.gather(1, target).double().mean())
+        if base_row is not None:
+            log_q = base_row[:-1].to(row.device).log_softmax(-1)
+            base_losses.append(-log_q.gather(1, target).double().mean())
+            divergences.append((log_q.exp() * (log_q - log_p)).sum(-1).double().mean())
+    loss = torch.stack(losses).cpu()
+    if base is None:
+        return _Scores(loss, None), None
+    return (
+        _Scores(loss, torch.stack(divergences).cpu()),
+        _Scores(torch.stack(base_losses).cpu(), None),
+    )
+
+
+class _DenseReader:
+    """Reads tensors by their original names, dequantizing int4 linears on the way."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, names: list[str]) -> Mapping[str, torch.Tensor]:
+        plain = [name for name in names if name in self._checkpoint]
+        found = self._checkpoint.read_weights(plain)
+        for name in names:
+            if name not in found:
+                prefix = name.removesuffix("weight")
+                pair = self._checkpoint.read([prefix + "qweight", prefix + "scales"])
+                found[name] = packing.dequantize_int4_linear(*pair.values())
+        return found
+
+
+def _with_dense_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's table of tensors with int4 linears under their original names."""
+    tensors = dict(checkpoint.tensors)
+    for name in checkpoint.tensors:
+        if name.endswith(".qweight"):
+            tensors[name.removesuffix("qweight") + "weight"] = tensors.pop(name)
+            tensors.pop(name.removesuffix("qweight") + "scales", None)
+    return Checkpoint(checkpoint.path, checkpoint.config, tensors)
+
+
+_VLLM_PROGRAM = """
+import json, os, sys
+job = json.load(open(sys.argv[1]))
+from vllm import LLM, SamplingParams
+llm = LLM(model=job["model"], max_model_len=job["length"] + 1, enforce_eager=True,
+          trust_remote_code=job["trust_remote_code"], enable_prefix_caching=False,
+          dtype=job["dtype"])
+params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+outputs = llm.generate([{"prompt_token_ids": w} for w in job["windows"]], params)
+losses = []
+for window, output in zip(job["windows"], outputs):
+    rows = output.prompt_logprobs[1:]
+    losses.append(-sum(r[t].logprob for r, t in zip(rows, window[1:])) / len(rows))
+json.dump(losses, open(sys.argv[2], "w"))
+"""
+
+
+def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+    """Mean loss of each window from vLLM's prompt logprobs; in a process of its own, which gives
+    the engine's memory back."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise UserError('vLLM is not installed; pip install "mcmoe-vllm[vllm]"')
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.json"), Path(folder, "result.json")
+        job.write_text(
+            json.dumps(
+                {
+                    "model": str(path),
+                    "length": tokens.shape[1],
+                    "windows": tokens.tolist(),
+                    "trust_remote_code": trust_remote_code,
+                    "dtype": "auto",
+                }
+            )
+        )
+        process = subprocess.run(
+            [sys.executable, "-c", _VLLM_PROGRAM, str(job), str(result)],
+            env=vllm_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if process.returncode or not result.exists():
+            tail = "\n".join(process.stderr.strip().splitlines()[-15:])
+            raise UserError(f"vLLM could not score {path}:\n{tail}")
+        return torch.tensor(json.loads(result.read_text()), dtype=torch.float64)
+
+
+def vllm_environment() -> dict[str, str]:
+    """The environment for an engine; what the user set stays."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **os.environ}
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The figures as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.windows} windows of {result.sequence_length} tokens")
+    for column in ("", "perplexity", "loss", "standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    if result.base is not None and result.base_perplexity is not None:
+        base_loss = math.log(result.base_perplexity)
+        table.add_row(f"base {result.base}", f"{result.base_perplexity:.4f}", f"{base_loss:.5f}")
+    table.add_row(
+        result.model, f"{result.perplexity:.4f}", f"{result.loss:.5f}", f"{result.stderr:.5f}"
+    )
+    console = Console(highlight=False)
+    console.print(table)
+    if result.loss_difference is not None:
+        change = 100 * math.expm1(result.loss_difference)
+        console.print(
+            f"loss {result.loss_difference:+.5f} (paired standard error "
+            f"{result.paired_stderr:.5f}), perplexity {change:+.2f} %"
+        )
+    if result.kl is not None:
+        console.print(f"mean KL to the base {result.kl:.5f} nats (error {result.kl_stderr:.5f})")

@@ -1,0 +1,808 @@
+"""The order of the steps: measure -> allocate -> quantize -> publish.
+
+    plan(options)      model + text  -> significance of every layer -> widths       -> plan.json
+    quantize(options)  the same, or a given plan -> GPTQ, packing   -> mcmoe checkpoint
+
+Both walk the model one decoder layer at a time and leave what they finished in a work directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mcmoe_kernels import packing
+from mcmoe_vllm import __version__, allocation, quantizer, report, significance
+from mcmoe_vllm.checkpoint import (
+    Checkpoint,
+    copy_side_files,
+    explain_os_errors,
+    open_checkpoint,
+    resolve_model,
+    shard_name,
+    side_files,
+    write_index,
+    write_shard,
+)
+from mcmoe_vllm.config import (
+    CANDIDATE_BITS,
+    DENSE_BITS,
+    GROUP_SIZES,
+    Plan,
+    QuantizationConfig,
+    check_candidate_bits,
+    read_json,
+    write_json,
+)
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.models import Architecture, find_architecture
+from mcmoe_vllm.streaming import StreamedModel, add_experts
+from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
+from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
+
+DENSE_WIDTH = 4
+MAX_SEQUENCE_LENGTH = 2048
+SCOPES = ("layer", "global")
+METHODS = ("gptq", "rtn")
+RESULT_FIELDS = (  # what an interrupted job may not change
+    "bits", "scope", "group_size", "candidate_bits", "dense_bits", "calibration", "samples",
+    "sequence_length", "seed", "method", "alpha", "beta", "gamma", "pins",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Everything that `mcmoe quantize` can be told; the names are those of its flags.
+
+    model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to
+    write; bits: average width over expert weights; pins: "layers.0.*=3"; plan: a plan.json to use
+    instead of measuring; sequence_length: None = min(2048, the model's maximum).
+    Raises UserError listing every value out of range.
+    """
+
+    model: str
+    output: str
+    bits: float = 2.5
+    scope: str = "layer"
+    group_size: int = 128
+    candidate_bits: tuple[int, ...] = (1, 2, 3)
+    dense_bits: int = 4
+    calibration: str = DEFAULT_DATASET
+    samples: int = 128
+    sequence_length: int | None = None
+    method: str = "gptq"
+    alpha: float = 1.0
+    beta: float = 1.5
+    gamma: float = 1.0
+    pins: tuple[str, ...] = ()
+    plan: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    work_dir: str | None = None
+    resume: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = check_candidate_bits(self.candidate_bits)
+        allowed = (
+            ("scope", self.scope, SCOPES),
+            ("group_size", self.group_size, GROUP_SIZES),
+            ("dense_bits", self.dense_bits, DENSE_BITS),
+            ("method", self.method, METHODS),
+        )
+        wrong += [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+        if self.samples < 1:
+            wrong.append(f"samples is {self.samples}, needs at least 1")
+        if self.sequence_length is not None and self.sequence_length < 2:
+            wrong.append(f"sequence_length is {self.sequence_length}, needs at least 2")
+        if not math.isfinite(self.bits):
+            wrong.append(f"bits is {self.bits}, needs a finite number")
+        elif not wrong and self.plan is None:
+            low, high = min(self.candidate_bits), max(self.candidate_bits)
+            if not low <= self.bits <= high:
+                wrong.append(
+                    f"bits is {self.bits}, the candidates {sorted(self.candidate_bits)} allow "
+                    f"{low} to {high}; choose other --candidate-bits out of {CANDIDATE_BITS}"
+                )
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+    @property
+    def is_uniform(self) -> bool:
+        return self.bits in self.candidate_bits and not self.pins
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What both commands work on."""
+
+    options: QuantizeOptions
+    checkpoint: Checkpoint
+    architecture: Architecture
+    model: StreamedModel
+    moe_layers: list[int]
+    num_experts: int
+    windows: torch.Tensor
+    progress: report.Progress
+
+    @property
+    def expert_width(self) -> int:
+        return int(getattr(self.model.config, self.architecture.expert_width))
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def read_expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 [2I, H] and w2 [H, I] of one expert, float32 on the device."""
+        gate, up, down = self.architecture.expert_weights(layer, expert)
+        weights = self.checkpoint.read_weights([gate, up, down])
+        w13 = torch.cat([weights[gate], weights[up]])
+        device = self.model.device
+        return w13.to(device, torch.float32), weights[down].to(device, torch.float32)
+
+
+def plan(options: QuantizeOptions) -> Plan:
+    """Measure every layer, choose the widths, write them to `options.output` (plan.json).
+
+    Raises UserError for anything that the user can mend.
+    """
+    output = Path(options.output)
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; name a file such as plan.json")
+    _require_parent(output)
+    with report.Progress() as progress:
+        job = _prepare(options, progress)
+        work = _open_work(job, Path(options.work_dir or f"{options.output}.work"), "plan")
+        result = _measure_and_allocate(job, work)
+    with explain_os_errors(f"writing {output}"):
+        write_json(output, result.to_dict())
+    work.remove()
+    report.print_plan(result, _size_table(job, result))
+    return result
+
+
+def quantize(options: QuantizeOptions) -> dict[str, Any]:
+    """Compress a checkpoint into `options.output`; returns what report.json holds.
+
+    Raises UserError for anything that the user can mend. The output folder appears whole or not
+    at all.
+    """
+    started = time.perf_counter()
+    output = Path(options.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not empty; choose another folder")
+    _require_parent(output)
+    with report.Progress() as progress:
+        given = None
+        if options.plan is not None:
+            given = Plan.from_dict(read_json(options.plan), options.plan)
+            options = replace(
+                options,
+                bits=given.nominal_bits,
+                candidate_bits=given.candidate_bits,
+                group_size=given.group_size,
+                dense_bits=given.dense_bits,
+            )
+        job = _prepare(options, progress)
+        if given is not None:
+            _require_plan_fits(given, job)
+        work = _open_work(job, Path(options.work_dir or f"{options.output}.work"), "quantize")
+        chosen = given or _measure_and_allocate(job, work)
+        sizes = _size_table(job, chosen)
+        _require_free_space(work.path, sizes.total_bytes)
+        layers = _quantize_layers(job, work, chosen)
+        result = _publish(job, work, chosen, sizes, layers, started)
+    _move(work.checkpoint, output)
+    work.remove()
+    report.print_plan(chosen, sizes)
+    report.print_result(result, output)
+    return result
+
+
+def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
+    """Everything that can be refused is refused here, before any work."""
+    checkpoint = open_checkpoint(resolve_model(options.model, options.revision))
+    architecture = find_architecture(checkpoint.config)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{options.model} is already quantized ({method}); give the original 16-bit model"
+        )
+    model = StreamedModel(
+        checkpoint,
+        architecture,
+        device=_device(options.device),
+        dtype=torch.float32 if _device(options.device).type == "cpu" else torch.bfloat16,
+        trust_remote_code=options.trust_remote_code,
+    )
+    moe_layers = architecture.moe_layers(checkpoint.tensors)
+    if not moe_layers:
+        raise UserError(
+            f"{options.model} has no tensors {architecture.expert_prefix(0, 0)}.*: "
+            "its experts are missing or stored in a layout that is not supported"
+        )
+    job = _Job(
+        options=options,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        model=model,
+        moe_layers=moe_layers,
+        num_experts=int(getattr(model.config, architecture.num_experts)),
+        windows=torch.empty(0),
+        progress=progress,
+    )
+    _require_shapes(job)
+    allocation.parse_pins(options.pins, moe_layers, job.num_experts, sorted(options.candidate_bits))
+    if options.plan is None:
+        _require_budget(job)
+    longest = int(getattr(model.config, "max_position_embeddings", MAX_SEQUENCE_LENGTH))
+    length = options.sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
+    if length > longest:
+        raise UserError(f"sequence_length is {length}, the model's maximum is {longest}")
+    tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code)
+    progress.say(f"reading calibration text {options.calibration}")
+    windows = sample_windows(options.calibration, tokenizer, options.samples, length, options.seed)
+    vocabulary = int(model.config.vocab_size)
+    if int(windows.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer in {checkpoint.path} gives token {int(windows.max())}, the model "
+            f"knows {vocabulary}: tokenizer and model do not belong together"
+        )
+    return replace(job, windows=windows)
+
+
+def _require_shapes(job: _Job) -> None:
+    """Every matrix exists in the shape that config.json says, in whole groups of columns."""
+    group_size, tensors = job.options.group_size, job.checkpoint.tensors
+    hidden, width = job.hidden_size, job.expert_width
+    wrong: list[str] = []
+    for layer in job.moe_layers:
+        for expert in range(job.num_experts):
+            names = job.architecture.expert_weights(layer, expert)
+            shapes = ((width, hidden), (width, hidden), (hidden, width))
+            for name, shape in zip(names, shapes, strict=True):
+                if name not in tensors:
+                    wrong.append(f"{name} is missing")
+                elif tensors[name].shape != shape:
+                    wrong.append(f"{name} is {list(tensors[name].shape)}, config says {shape}")
+    if wrong:
+        raise UserError(f"{job.checkpoint.path} has unusable experts: {report.some(wrong)}")
+    indivisible: dict[str, int] = {}
+    if hidden % group_size:
+        indivisible["the experts' gate and up projections (hidden size)"] = hidden
+    if width % group_size:
+        indivisible["the experts' down projections (expert width)"] = width
+    if job.options.dense_bits == DENSE_WIDTH:
+        for layer in range(job.model.num_layers):
+            for group in job.architecture.dense_linears:
+                for linear in group:
+                    name = _dense_weight(job, layer, linear)
+                    info = tensors.get(name)
+                    if info is not None and info.shape[1] % group_size:
+                        indivisible[name.removesuffix(".weight")] = info.shape[1]
+    if indivisible:
+        lines = "\n".join(f"  - {name}: {columns} columns" for name, columns in indivisible.items())
+        fits = [g for g in GROUP_SIZES if all(c % g == 0 for c in indivisible.values())]
+        experts_fit = not any("experts'" in name for name in indivisible)
+        remedy = f"use --group-size {max(fits)}" if fits else "no group size fits this model"
+        if experts_fit:
+            remedy += " or --dense-bits 16"
+        raise UserError(
+            f"{len(indivisible)} kinds of columns are no multiple of the group size "
+            f"{group_size}:\n{lines}\nRemedy: {remedy}"
+        )
+
+
+def _require_budget(job: _Job) -> None:
+    """The allocation must be possible before hours are spent on measuring it."""
+    options = job.options
+    if not options.is_uniform:
+        candidates = sorted(options.candidate_bits)
+        flat = np.zeros((len(job.moe_layers), job.num_experts, len(candidates)))
+        _allocate(job, flat, candidates)
+
+
+def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
+    options = job.options
+    shards = {n: (t.shard, t.shape, t.dtype) for n, t in job.checkpoint.tensors.items()}
+    description = {
+        "command": command,
+        "mcmoe_version": __version__,
+        "torch_version": torch.__version__,
+        "device": job.model.device.type,
+        "threads": torch.get_num_threads(),
+        "model": str(job.checkpoint.path.resolve()),
+        "model_fingerprint": _fingerprint([job.checkpoint.config, shards]),
+        "calibration_fingerprint": _fingerprint(job.windows.tolist()),
+        "plan": read_json(options.plan) if options.plan else None,
+        **{name: getattr(options, name) for name in RESULT_FIELDS},
+    }
+    description = json.loads(json.dumps(description))
+    _require_parent(path)
+    work = open_work_directory(path, description, options.resume)
+    job.progress.say(f"work directory {path}")
+    return work
+
+
+def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
+    plan_file = work.path / "plan.json"
+    if plan_file.exists():
+        return Plan.from_dict(read_json(plan_file), str(plan_file))
+    measured = _measure_layers(job, work)
+    options = job.options
+    candidates = sorted(options.candidate_bits)
+    factors = allocation.Factors(
+        frequency=np.array([m.frequency for m in measured]),
+        routing_weight=np.array([m.routing_weight for m in measured]),
+        reconstruction_error=np.array([m.reconstruction_error for m in measured]),
+        candidate_bits=tuple(candidates),
+        layers=tuple(job.moe_layers),
+    )
+    if options.is_uniform:
+        costs = np.zeros((len(measured), job.num_experts, len(candidates)))
+        chosen = allocation.uniform_allocation(costs, candidates, options.bits)
+    else:
+        costs = allocation.expert_costs(
+            factors, alpha=options.alpha, beta=options.beta, gamma=options.gamma
+        )
+        chosen = _allocate(job, costs, candidates)
+    result = Plan(
+        model=options.model,
+        architecture=job.architecture.name,
+        layers=tuple(job.moe_layers),
+        bits=chosen.bits,
+        candidate_bits=tuple(candidates),
+        group_size=options.group_size,
+        dense_bits=options.dense_bits,
+        nominal_bits=options.bits,
+        options={
+            **{name: getattr(options, name) for name in RESULT_FIELDS if name != "bits"},
+            "sequence_length": job.windows.shape[1],
+            "solver": chosen.solver,
+            "objective": chosen.objective,
+            "significance": [asdict(m) for m in measured],
+        },
+    )
+    with explain_os_errors(f"writing {plan_file}"):
+        write_json(plan_file, result.to_dict())
+    # As read back, so that a resumed job and this one hold the same values.
+    return Plan.from_dict(read_json(plan_file), str(plan_file))
+
+
+def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> allocation.Allocation:
+    options = job.options
+    scope: allocation.Scope = "global" if options.scope == "global" else "layer"
+    budget, floors = allocation.budget_for_bits(
+        options.bits, job.num_experts, len(job.moe_layers), candidates, scope
+    )
+    return allocation.allocate_bits(
+        costs,
+        candidates,
+        scope=scope,
+        **{f"{'total' if scope == 'global' else 'layer'}_budget": budget},  # type: ignore[arg-type]
+        pins=allocation.parse_pins(options.pins, job.moe_layers, job.num_experts, candidates),
+        floors=floors,
+    )
+
+
+def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSignificance]:
+    """The significance of every layer, on the unquantized model."""
+    options, model = job.options, job.model
+    candidates = [] if options.is_uniform else sorted(options.candidate_bits)
+    blocks = [b.cpu() for b in model.embed(job.windows)]
+    start, blocks = work.load_hidden("measure") or (0, blocks)
+    job.progress.start("measuring", model.num_layers, start)
+    for index in range(start, model.num_layers):
+        layer = model.load_layer(index)
+        outputs, routings = _run_blocks(model, layer, index, blocks)
+        if index in job.moe_layers:
+            measured, experts_output = significance.measure_layer(
+                index,
+                significance.concatenate(routings),
+                lambda expert, i=index: job.read_expert(i, expert),  # type: ignore[misc]
+                job.num_experts,
+                candidates,
+                options.group_size,
+                model.activation(),
+                options.method,
+            )
+            outputs = _add(outputs, experts_output)
+            work.save_layer("significance", index, asdict(measured))
+            job.progress.layer_done(index, report.describe_measurement(measured))
+        else:
+            job.progress.layer_done(index, "dense layer, nothing to measure")
+        blocks = outputs
+        model.release_layer(index)
+        work.save_hidden("measure", index + 1, blocks)
+    return [
+        significance.LayerSignificance(**work.load_layer("significance", i)) for i in job.moe_layers
+    ]
+
+
+def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[str, Any]]:
+    """Quantize and write layer after layer, each calibrated on what the quantized layers before
+    it put out."""
+    model = job.model
+    shards = model.num_layers + 1
+    outside = [n for n in job.checkpoint.tensors if not n.startswith("model.layers.")]
+    first = work.checkpoint / shard_name(1, shards)
+    if not first.exists():
+        write_shard(first, job.checkpoint.read_weights(outside))
+    blocks = [b.cpu() for b in model.embed(job.windows)]
+    start, blocks = work.load_hidden("quantize") or (0, blocks)
+    job.progress.start("quantizing", model.num_layers, start)
+    for index in range(start, model.num_layers):
+        began = time.perf_counter()
+        layer = model.load_layer(index)
+        tensors = job.checkpoint.read(model.parameter_names(index))
+        lost: dict[str, Any] = {}
+        if chosen.dense_bits == DENSE_WIDTH:
+            lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
+        outputs, routings = _run_blocks(model, layer, index, blocks)
+        if index in job.moe_layers:
+            bits = chosen.bits[job.moe_layers.index(index)]
+            lost["experts"], experts_output = _quantize_experts(
+                job, index, significance.concatenate(routings), bits, tensors
+            )
+            outputs = _add(outputs, experts_output)
+        blocks = outputs
+        model.release_layer(index)
+        write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
+        del tensors
+        summary = {"layer": index, "seconds": round(time.perf_counter() - began, 3), **lost}
+        summary["peak_rss_bytes"] = peak_rss_bytes()
+        work.save_layer("layers", index, summary)
+        work.save_hidden("quantize", index + 1, blocks)
+        job.progress.layer_done(index, report.describe_layer(summary))
+    return [work.load_layer("layers", i) for i in range(model.num_layers)]
+
+
+def _quantize_dense(
+    job: _Job,
+    layer: torch.nn.Module,
+    index: int,
+    blocks: list[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Attention and shared experts to symmetric int4, in the layer and in `tensors`."""
+    groups = [
+        [name for name in group if _has_module(layer, name)]
+        for group in job.architecture.dense_linears
+    ]
+    grams: dict[str, torch.Tensor] = {}
+
+    def observe(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            product = significance.gram(rows)
+            grams[name] = grams[name] + product if name in grams else product
+
+        return layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [observe(group[0]) for group in groups if group]
+    try:
+        _run_blocks(job.model, layer, index, blocks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    result: dict[str, Any] = {}
+    for group in groups:
+        for name in group:
+            linear = layer.get_submodule(name)
+            weight = linear.weight.detach().float()
+            hessian = grams[group[0]].unsqueeze(0)
+            q = quantizer.quantize(
+                weight.unsqueeze(0),
+                hessian,
+                DENSE_WIDTH,
+                job.options.group_size,
+                method=job.options.method,
+                symmetric=True,
+            )
+            linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
+            stored = _dense_weight(job, index, name)
+            del tensors[stored]
+            prefix = stored.removesuffix("weight")
+            tensors[prefix + "qweight"] = packing.pack_int4_linear(q.codes[0].cpu())
+            tensors[prefix + "scales"] = q.scale[0].t().to(torch.float16).cpu().contiguous()
+            result[name] = {
+                "error": quantizer.relative_error(weight, hessian[0], q.error),
+                "rounding_kept": int((~q.gptq_kept).sum()),
+            }
+    return result
+
+
+def _quantize_experts(
+    job: _Job,
+    index: int,
+    routing: significance.Routing,
+    bits: Sequence[int],
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """All routed experts of a layer at their widths into `tensors`; their output [T, H]."""
+    options, activation, dtype = job.options, job.model.activation(), job.model.dtype
+    output = torch.zeros_like(routing.hidden, dtype=torch.float32)
+    error = signal = 0.0
+    rounding_kept = matrices = 0
+    damping = 0.0
+    kept = [e for e in range(job.num_experts) if bits[e]]
+    for chunk in significance.expert_chunks(len(kept), job.hidden_size, job.expert_width):
+        experts = [kept[i] for i in chunk]
+        pairs = [job.read_expert(index, e) for e in experts]
+        w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+        del pairs
+        hessian13, hessian2 = significance.expert_hessians(routing, experts, w13, activation)
+        widths = torch.tensor([bits[e] for e in experts], device=w13.device)
+        quantized = []
+        for weight, hessian, splits in ((w13, hessian13, 2), (w2, hessian2, 1)):
+            q = quantizer.quantize(
+                weight, hessian, widths, options.group_size, method=options.method, splits=splits
+            )
+            error += float(q.error.sum())
+            signal += float(((weight @ hessian) * weight).sum())
+            rounding_kept += int((~q.gptq_kept).sum())
+            matrices += q.gptq_kept.numel()
+            damping = max(damping, float(q.damping.max()))
+            quantized.append(q)
+        q13, q2 = quantized
+        del hessian13, hessian2, w13, w2
+        half = q13.codes.shape[1] // 2
+        for position, expert in enumerate(experts):
+            names = job.architecture.expert_weights(index, expert)
+            parts = (
+                q13.select(slice(0, half)),
+                q13.select(slice(half, None)),
+                q2,
+            )
+            for name, part in zip(names, parts, strict=True):
+                prefix = name.removesuffix("weight")
+                codes = part.codes[position].cpu()
+                tensors[prefix + "weight_packed"] = packing.pack(codes, bits[expert])
+                tensors[prefix + "weight_scale"] = packing.interleave_scale(
+                    part.scale[position], part.zero[position]
+                ).cpu()
+        d13 = dict(zip(experts, q13.dequantize(), strict=True))
+        d2 = dict(zip(experts, q2.dequantize(), strict=True))
+        output += add_experts(
+            torch.zeros_like(output),
+            routing,
+            lambda e, d13=d13, d2=d2: (  # type: ignore[misc]
+                (d13[e].to(dtype), d2[e].to(dtype)) if e in d13 else None
+            ),
+            job.num_experts,
+            activation,
+        )
+    tokens = significance.count_tokens(routing, job.num_experts)
+    return {
+        "bits": list(bits),
+        "error": math.sqrt(max(error, 0.0) / signal) if signal else 0.0,
+        "rounding_kept": rounding_kept,
+        "matrices": matrices,
+        "damping": damping,
+        "tokens": tokens,
+        "starved": significance.starved_experts(tokens),
+    }, output
+
+
+def _publish(
+    job: _Job,
+    work: WorkDirectory,
+    chosen: Plan,
+    sizes: report.Sizes,
+    layers: list[dict[str, Any]],
+    started: float,
+) -> dict[str, Any]:
+    """Everything of the output folder besides the layers' shards."""
+    folder, options = work.checkpoint, job.options
+    shards = [shard_name(i + 1, job.model.num_layers + 1) for i in range(job.model.num_layers + 1)]
+    job.progress.say("hashing and writing the index")
+    write_index(folder, shards)
+    average = {
+        "nominal": chosen.nominal_bits,
+        "codes": chosen.average_bits(),
+        "experts": sizes.expert_bits,
+        "model": sizes.model_bits,
+    }
+    group = chosen.group_size
+    recipe = {
+        name: chosen.options.get(name)
+        for name in ("scope", "method", "alpha", "beta", "gamma", "solver", "pins",
+                     "calibration", "samples", "sequence_length", "seed")
+        if chosen.options.get(name) is not None
+    }  # fmt: skip
+    recipe["mcmoe_version"] = __version__
+    quantization = QuantizationConfig(
+        group_size={"w13": group, "w2": group, "dense": group},
+        expert_bits={
+            layer: ("".join(map(str, row)),) * 2  # type: ignore[misc]
+            for layer, row in zip(chosen.layers, chosen.bits, strict=True)
+        },
+        dense_bits=chosen.dense_bits,
+        dense_modules=job.architecture.dense if chosen.dense_bits == DENSE_WIDTH else (),
+        average_bits={name: round(value, 4) for name, value in average.items()},
+        recipe=recipe,
+    )
+    result = {
+        "schema_version": 1,
+        "mcmoe_version": __version__,
+        "model": options.model,
+        "architecture": job.architecture.name,
+        "average_bits": average,
+        "bytes": {
+            "original": job.checkpoint.nbytes,
+            "compressed": sum((folder / s).stat().st_size for s in shards),
+            "experts": sizes.expert_bytes,
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device": str(job.model.device),
+        "calibration": {
+            "source": options.calibration,
+            "samples": job.windows.shape[0],
+            "sequence_length": job.windows.shape[1],
+            "seed": options.seed,
+        },
+        "layers": layers,
+        "starved_experts": {
+            str(entry["layer"]): entry["experts"]["starved"]
+            for entry in layers
+            if entry.get("experts", {}).get("starved")
+        },
+        "plan": chosen.to_dict(),
+    }
+    with explain_os_errors(f"writing {folder}"):
+        copy_side_files(job.checkpoint.path, folder, options.trust_remote_code)
+        write_json(
+            folder / "config.json",
+            {**job.checkpoint.config, "quantization_config": quantization.to_dict()},
+        )
+        write_json(folder / "plan.json", chosen.to_dict())
+        write_json(folder / "report.json", result)
+        report.write_heatmap(chosen, folder / "allocation.png")
+        licences = [f.name for f in side_files(job.checkpoint.path) if "LICEN" in f.name.upper()]
+        report.write_model_card(folder, result, chosen, sizes, bool(licences))
+    return result
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
+    hidden, width, group = job.hidden_size, job.expert_width, chosen.group_size
+    expert_bytes = sum(
+        2 * packing.packed_bytes(width, hidden, b, group)
+        + packing.packed_bytes(hidden, width, b, group)
+        for row in chosen.bits
+        for b in row
+    )
+    expert_parameters = len(chosen.layers) * job.num_experts * 3 * hidden * width
+    other_bytes = 0
+    dense = {
+        _dense_weight(job, layer, name)
+        for layer in range(job.model.num_layers)
+        for group_ in job.architecture.dense_linears
+        for name in group_
+        if chosen.dense_bits == DENSE_WIDTH
+    }
+    for name, info in job.checkpoint.tensors.items():
+        if name in dense:
+            rows, columns = info.shape
+            other_bytes += rows * columns // 2 + rows * (columns // group) * 2
+        elif not job.architecture.is_routed_expert(name):
+            other_bytes += info.nbytes
+    return report.Sizes(
+        original_bytes=job.checkpoint.nbytes,
+        expert_bytes=expert_bytes,
+        other_bytes=other_bytes,
+        expert_parameters=expert_parameters,
+        parameters=job.checkpoint.num_parameters,
+    )
+
+
+def _run_blocks(
+    model: StreamedModel, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[significance.Routing]]:
+    """All blocks through a layer; results in main memory."""
+    outputs, routings = [], []
+    for block in blocks:
+        output, routing = model.run_layer(layer, index, block.to(model.device))
+        outputs.append(output.cpu())
+        if routing is not None:
+            routings.append(
+                significance.Routing(routing.hidden.cpu(), routing.ids.cpu(), routing.weights.cpu())
+            )
+    return outputs, routings
+
+
+def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+    """Blocks [B, L, H] plus the matching rows of [T, H]."""
+    parts = rows.split([b.shape[0] * b.shape[1] for b in blocks])
+    return [b + p.view_as(b).to(b.dtype) for b, p in zip(blocks, parts, strict=True)]
+
+
+def _dense_weight(job: _Job, layer: int, linear: str) -> str:
+    """Checkpoint name of a dense linear's weight; `linear` is transformers' name in the layer."""
+    on_disk = linear.replace("mlp.", f"{job.architecture.block}.", 1)
+    return f"model.layers.{layer}.{on_disk}.weight"
+
+
+def _has_module(layer: torch.nn.Module, name: str) -> bool:
+    try:
+        layer.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _require_plan_fits(given: Plan, job: _Job) -> None:
+    wrong = []
+    if given.architecture != job.architecture.name:
+        wrong.append(f"it is for {given.architecture}, the model is {job.architecture.name}")
+    if list(given.layers) != job.moe_layers:
+        wrong.append(f"it is for layers {list(given.layers)}, the model has {job.moe_layers}")
+    if given.num_experts != job.num_experts:
+        wrong.append(f"it is for {given.num_experts} experts, the model has {job.num_experts}")
+    if wrong:
+        raise UserError(f"{job.options.plan} does not fit the model: {'; '.join(wrong)}")
+
+
+def _require_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {report.size(free)} free, the checkpoint needs "
+            f"{report.size(needed)}; make room, then add --resume"
+        )
+
+
+def _require_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{parent}, the folder for {path.name}, does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{parent}, the folder for {path.name}, is not writable")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a finished folder to its place; across file systems, copy beside it first."""
+    with explain_os_errors(f"writing {target}"):
+        if os.stat(source).st_dev != os.stat(target.absolute().parent).st_dev:
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            source = partial
+        os.replace(source, target)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}, allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r} but torch finds no CUDA GPU; use --device cpu")
+    return device
+
+
+def _fingerprint(value: Mapping[str, Any] | Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

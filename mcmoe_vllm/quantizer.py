@@ -1,0 +1,272 @@
+"""Weights to codes: round to nearest, GPTQ and the 1-bit case, as pure functions on batches.
+
+All matrices of one shape are quantized in one batch, each at a width of its own: B matrices
+W[B, N, K] with Hessians H[B, K, K] = X^T X of their inputs. Every width shares one formula,
+w = (q - z) * s with q in 0..2^bits-1: integer zeros at 2 to 4 bits, z = 0.5 at 1 bit, where
+that is sign(w) * s/2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323, section 3)
+SHRINK_GRID = 24  # candidates for how far a group's range is clipped
+SHRINK_MIN = {2: 0.40, 3: 0.55, 4: 0.70}  # the smallest range worth trying, by width
+BLOCK = 128  # columns between two updates of the whole rest of the matrix
+SUB_BLOCK = 32  # columns between two updates of the rest of the block
+MAX_SCALE = 65280.0  # the largest value exact in both bfloat16 and float16
+MIN_SCALE = 2.0**-24  # the smallest
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """codes uint8 [B, N, K]; scale and zero float32 [B, N, K/G]; error float64 [B]:
+    tr((W - Q) H (W - Q)^T); gptq_kept bool [B]: False where round to nearest was better;
+    damping float32 [B]: the share of the mean diagonal that made the Hessian invertible."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    error: torch.Tensor
+    gptq_kept: torch.Tensor
+    damping: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """(q - z) * s, float32 [B, N, K]."""
+        return _dequantize(self.codes, self.scale, self.zero)
+
+    def select(self, rows: slice) -> "Quantized":
+        """Some rows N of every matrix (w1 or w3 out of w13); error fields are the whole's."""
+        return Quantized(
+            self.codes[:, rows],
+            self.scale[:, rows],
+            self.zero[:, rows],
+            self.error,
+            self.gptq_kept,
+            self.damping,
+        )
+
+
+def round_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest value exact in bfloat16 and float16, so that every engine and kernel sees the
+    same weights; never zero. float32 in and out."""
+    exact = scale.to(torch.bfloat16).float().clamp(MIN_SCALE, MAX_SCALE)
+    return exact.to(torch.float16).float()
+
+
+def quantize(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: torch.Tensor | int,
+    group_size: int,
+    *,
+    method: str = "gptq",
+    symmetric: bool = False,
+    splits: int = 1,
+) -> Quantized:
+    """Quantize a batch of matrices, each with the better of GPTQ and round to nearest.
+
+    weight: [B, N, K], any float dtype; hessian: [B, K, K] float32, undamped;
+    bits: [B] integers in 1..4 or one for all; method: "gptq" or "rtn";
+    symmetric: zero fixed at 2^(bits-1) (the dense int4 format);
+    splits: stacked matrices in N that choose between GPTQ and rounding on their own.
+    Raises ValueError for shapes that do not fit or widths out of range.
+    """
+    b, n, k = weight.shape
+    if hessian.shape != (b, k, k):
+        raise ValueError(f"hessian is {tuple(hessian.shape)}, weights need {(b, k, k)}")
+    if k % group_size or n % splits:
+        raise ValueError(f"{k} columns in groups of {group_size}, {n} rows in {splits} matrices")
+    if method not in ("gptq", "rtn"):
+        raise ValueError(f"method is {method!r}, allowed are 'gptq' and 'rtn'")
+    widths = torch.as_tensor(bits, device=weight.device).expand(b)
+    if int(widths.min()) < 1 or int(widths.max()) > 4:
+        raise ValueError(f"bits are {widths.tolist()}, allowed is 1..4")
+
+    w = weight.float().transpose(1, 2).contiguous()  # [B, K, N]: columns lie side by side
+    hessian = hessian.float()
+    fit = _GroupFit(widths, symmetric)
+    rounded = _round_to_nearest(w, hessian, fit, group_size)
+    rounded_error = _split_errors(w, rounded, hessian, splits)
+    damping = torch.zeros(b, device=w.device)
+    if method == "rtn":
+        kept = torch.zeros_like(rounded_error, dtype=torch.bool)
+        best, error = rounded, rounded_error
+    else:
+        inverse, damping = _inverse_cholesky(hessian)
+        compensated = _gptq(w, hessian, inverse, fit, group_size)
+        error = _split_errors(w, compensated, hessian, splits)
+        kept = error <= rounded_error
+        rows = kept.repeat_interleave(n // splits, dim=1).unsqueeze(1)  # [B, 1, N]
+        best = tuple(torch.where(rows, a, r) for a, r in zip(compensated, rounded, strict=True))
+        error = torch.where(kept, error, rounded_error)
+    codes, scale, zero = (t.transpose(1, 2).contiguous() for t in best)
+    return Quantized(codes.to(torch.uint8), scale, zero, error, kept, damping)
+
+
+def relative_error(weight: torch.Tensor, hessian: torch.Tensor, error: torch.Tensor) -> float:
+    """sqrt(tr(E H E^T) / tr(W H W^T)) over a batch: the share of the output that was lost."""
+    w = weight.float()
+    signal = ((w @ hessian) * w).sum().item()
+    return math.sqrt(max(error.sum().item(), 0.0) / signal) if signal > 0 else 0.0
+
+
+def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    q = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+class _GroupFit:
+    """Scale and zero of a group by search, for B matrices of different widths at once."""
+
+    def __init__(self, bits: torch.Tensor, symmetric: bool):
+        column = bits.view(-1, 1).float()  # broadcasts over [B, N]
+        self.max_code = 2**column - 1
+        self.binary = column == 1
+        self.symmetric = symmetric
+        shrink_min = torch.tensor([SHRINK_MIN.get(int(b), 1.0) for b in bits], device=bits.device)
+        steps = torch.linspace(0, 1, SHRINK_GRID, device=bits.device).view(-1, 1, 1)
+        self.shrink = 1 - steps * (1 - shrink_min.view(1, -1, 1))  # [grid, B, 1]
+
+    def __call__(
+        self, w: torch.Tensor, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """w [B, G, N], importance [B, G] >= 0 (the Hessian's diagonal) -> scale, zero [B, N].
+
+        Minimises sum importance * (w - deq)^2 over clipped ranges; 1 bit in closed form.
+        """
+        # A group that no input reaches still needs a sensible scale.
+        importance = importance + 1e-6 * importance.mean(1, keepdim=True) + 1e-20
+        importance = importance.unsqueeze(-1)
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        if self.symmetric:
+            middle = (self.max_code + 1) / 2
+            high = torch.maximum(high * middle / (middle - 1), -low)
+            low = -high
+        best_error = torch.full_like(low, math.inf)
+        best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+        for shrink in self.shrink:
+            if self.symmetric:
+                scale = round_scale(high * shrink / middle)
+                zero = middle.expand_as(scale)
+            else:
+                scale = round_scale((high - low) * shrink / self.max_code)
+                zero = torch.clamp(torch.round(-low * shrink / scale), min=0)
+                zero = torch.minimum(zero, self.max_code)
+            q = torch.round(w / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
+            q = torch.minimum(q, self.max_code.unsqueeze(1))
+            difference = (q - zero.unsqueeze(1)) * scale.unsqueeze(1) - w
+            error = (difference.square_() * importance).sum(1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+        if bool(self.binary.any()):
+            mean = (w.abs() * importance).sum(1) / importance.sum(1)
+            best_scale = torch.where(self.binary, round_scale(2 * mean), best_scale)
+            best_zero = torch.where(self.binary, 0.5, best_zero)
+        return best_scale, best_zero
+
+    def encode(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Codes of w, all [B, N], as floats."""
+        return torch.minimum(torch.round(w / scale + zero).clamp(min=0), self.max_code)
+
+
+_Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes [B,K,N], scale, zero [B,K/G,N]
+
+
+def _round_to_nearest(
+    w: torch.Tensor, hessian: torch.Tensor, fit: _GroupFit, group_size: int
+) -> _Codes:
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    codes, scales, zeros = torch.empty_like(w), [], []
+    for start in range(0, w.shape[1], group_size):
+        columns = slice(start, start + group_size)
+        scale, zero = fit(w[:, columns], diagonal[:, columns])
+        q = torch.round(w[:, columns] / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
+        codes[:, columns] = torch.minimum(q, fit.max_code.unsqueeze(1))
+        scales.append(scale)
+        zeros.append(zero)
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def _gptq(
+    w: torch.Tensor, hessian: torch.Tensor, inverse: torch.Tensor, fit: _GroupFit, group_size: int
+) -> _Codes:
+    """Column by column, each column's error is moved onto the columns that are still to come
+    (GPTQ, Algorithm 1). `inverse` [B, K, K] is the upper Cholesky factor of H^-1.
+
+    Updates are lazy on two levels, which changes the memory traffic and not the result.
+    """
+    w = w.clone()
+    k = w.shape[1]
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    codes, scales, zeros = torch.empty_like(w), [], []
+    scale = zero = torch.empty(0)
+    for block in range(0, k, BLOCK):
+        block_end = min(block + BLOCK, k)
+        block_errors = torch.empty_like(w[:, block:block_end])
+        for sub in range(block, block_end, SUB_BLOCK):
+            sub_end = min(sub + SUB_BLOCK, block_end)
+            for j in range(sub, sub_end):
+                if j % group_size == 0:
+                    columns = slice(j, j + group_size)
+                    scale, zero = fit(w[:, columns], diagonal[:, columns])
+                    scales.append(scale)
+                    zeros.append(zero)
+                q = fit.encode(w[:, j], scale, zero)
+                codes[:, j] = q
+                error = (w[:, j] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
+                block_errors[:, j - block] = error
+                if j + 1 < sub_end:
+                    row = inverse[:, j, j + 1 : sub_end].unsqueeze(2)
+                    w[:, j + 1 : sub_end].addcmul_(row, error.unsqueeze(1), value=-1)
+            if sub_end < block_end:
+                factor = inverse[:, sub:sub_end, sub_end:block_end].transpose(1, 2)
+                w[:, sub_end:block_end] -= factor @ block_errors[:, sub - block : sub_end - block]
+        if block_end < k:
+            w[:, block_end:] -= (
+                inverse[:, block:block_end, block_end:].transpose(1, 2) @ block_errors
+            )
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def _inverse_cholesky(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper Cholesky factor of the damped H^-1 [B, K, K] and the damping [B] that it took.
+
+    A Hessian that stays indefinite in float32 is damped ten times more, until it is the
+    identity in effect: an expert that calibration barely reached is rounded, never NaN.
+    """
+    b, k, _ = hessian.shape
+    eye = torch.eye(k, device=hessian.device)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    damping = torch.full((b,), DAMPING, device=hessian.device)
+    factor = torch.empty_like(hessian)
+    todo = torch.arange(b, device=hessian.device)
+    while todo.numel():
+        damped = hessian[todo] + (damping * mean)[todo].view(-1, 1, 1) * eye
+        lower, info = torch.linalg.cholesky_ex(damped)
+        inverse = torch.cholesky_inverse(lower)
+        upper, info2 = torch.linalg.cholesky_ex(inverse, upper=True)
+        good = (info == 0) & (info2 == 0) & upper.isfinite().all(-1).all(-1)
+        factor[todo[good]] = upper[good]
+        todo = todo[~good]
+        damping[todo] *= 10
+        if todo.numel() and float(damping[todo].min()) > 1e4:
+            factor[todo] = eye
+            break
+    return factor, damping
+
+
+def _split_errors(
+    w: torch.Tensor, codes: _Codes, hessian: torch.Tensor, splits: int
+) -> torch.Tensor:
+    """tr(D H D^T) of each stacked matrix, [B, splits], with the undamped Hessian."""
+    q, scale, zero = codes
+    grouped = q.unflatten(1, (scale.shape[1], -1))
+    d = w - ((grouped - zero.unsqueeze(2)) * scale.unsqueeze(2)).flatten(1, 2)  # [B, K, N]
+    per_row = ((hessian @ d) * d).sum(1)  # [B, N]
+    return per_row.unflatten(1, (splits, -1)).sum(-1)

@@ -1,0 +1,182 @@
+"""What each expert is worth: how often it is used, how heavily, and what each width costs.
+
+Paper, section 3.2: activation frequency phi_i, mean routing weight w_i, and eps_ij, the
+Frobenius norm of the change of the MoE block's output when expert i alone goes to j bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mcmoe_vllm import quantizer
+from mcmoe_vllm.streaming import Routing, expert_hidden, run_expert
+
+# Fewer rows than this leave a Hessian that says little; the expert is completed with tokens of
+# others and reported.
+MIN_TOKENS = 256
+HESSIAN_ROWS = 8192  # rows of X in one X^T X product
+CHUNK_BYTES = 4 << 30  # scratch memory of a batch of experts
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSignificance:
+    """One layer's factors, a list entry per expert.
+
+    tokens: calibration tokens routed to the expert; frequency: tokens / all tokens;
+    routing_weight: sum of the weights it was given / all tokens;
+    reconstruction_error[expert][candidate]: eps, Frobenius norm.
+    """
+
+    layer: int
+    tokens: list[int]
+    frequency: list[float]
+    routing_weight: list[float]
+    reconstruction_error: list[list[float]]
+    rounding_kept: int
+    matrices: int
+
+    @property
+    def starved(self) -> list[int]:
+        return starved_experts(self.tokens)
+
+
+def starved_experts(tokens: Sequence[int]) -> list[int]:
+    """Experts that calibration hardly reached."""
+    return [e for e, n in enumerate(tokens) if n < MIN_TOKENS]
+
+
+def concatenate(routings: Sequence[Routing]) -> Routing:
+    """The routings of all blocks as one."""
+    return Routing(
+        torch.cat([r.hidden for r in routings]),
+        torch.cat([r.ids for r in routings]),
+        torch.cat([r.weights for r in routings]),
+    )
+
+
+def count_tokens(routing: Routing, num_experts: int) -> list[int]:
+    return torch.bincount(routing.ids.flatten(), minlength=num_experts).tolist()
+
+
+def calibration_rows(routing: Routing, expert: int) -> torch.Tensor:
+    """The rows of `routing.hidden` that calibrate an expert: its own, completed by an even
+    choice among all tokens if it has fewer than MIN_TOKENS."""
+    rows, _ = routing.tokens_of(expert)
+    total = routing.hidden.shape[0]
+    wanted = min(MIN_TOKENS, total)
+    if rows.numel() >= wanted:
+        return rows
+    others = torch.arange(wanted - rows.numel(), device=rows.device)
+    return torch.cat([rows, others * total // max(others.numel(), 1)])
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X in float32 for X [T, K]."""
+    k = rows.shape[1]
+    total = torch.zeros(k, k, device=rows.device)
+    for part in rows.split(HESSIAN_ROWS):
+        part = part.float()
+        total.addmm_(part.t(), part)
+    return total
+
+
+def expert_hessians(
+    routing: Routing, experts: Sequence[int], w13: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input Gram matrices of w13 [C, H, H] and w2 [C, I, I] for experts with weights
+    w13 [C, 2I, H]."""
+    first, second = [], []
+    for position, expert in enumerate(experts):
+        x = routing.hidden[calibration_rows(routing, expert)].to(w13.device)
+        first.append(gram(x))
+        weight = w13[position].to(x.dtype)
+        inner = torch.zeros(weight.shape[0] // 2, weight.shape[0] // 2, device=x.device)
+        for part in x.split(HESSIAN_ROWS):
+            inner += gram(expert_hidden(part, weight, activation))
+        second.append(inner)
+    return torch.stack(first), torch.stack(second)
+
+
+def expert_chunks(
+    num_experts: int, hidden: int, width: int, limit: int = CHUNK_BYTES
+) -> list[range]:
+    """Experts to quantize together: as many as the scratch memory allows, at least one.
+
+    hidden, width: H and I; a batch holds about five float32 copies of the weights and four of
+    the Hessians.
+    """
+    bytes_each = 4 * (5 * 3 * hidden * width + 4 * (hidden**2 + width**2))
+    size = max(1, min(num_experts, limit // bytes_each))
+    return [range(i, min(i + size, num_experts)) for i in range(0, num_experts, size)]
+
+
+@torch.no_grad()
+def measure_layer(
+    layer: int,
+    routing: Routing,
+    read_expert: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    num_experts: int,
+    candidate_bits: Sequence[int],
+    group_size: int,
+    activation: Activation,
+    method: str,
+) -> tuple[LayerSignificance, torch.Tensor]:
+    """Measure one layer and compute its routed experts' output, float32 [T, H].
+
+    routing: all calibration tokens; read_expert: expert -> (w13 [2I, H], w2 [H, I]);
+    method: the quantizer whose error is measured, "gptq" or "rtn".
+    """
+    tokens = count_tokens(routing, num_experts)
+    total = routing.hidden.shape[0]
+    output = torch.zeros_like(routing.hidden, dtype=torch.float32)
+    errors: list[list[float]] = []
+    weights_sum: list[float] = []
+    rounding_kept = matrices = 0
+    w13, w2 = read_expert(0)
+    for chunk in expert_chunks(num_experts, w13.shape[1], w2.shape[1]):
+        pairs = [read_expert(e) for e in chunk]
+        w13 = torch.stack([p[0] for p in pairs])
+        w2 = torch.stack([p[1] for p in pairs])
+        hessian13, hessian2 = expert_hessians(routing, chunk, w13, activation)
+        exact, rows_of, scale_of = [], [], []
+        for position, expert in enumerate(chunk):
+            rows, weights = routing.tokens_of(expert)
+            x = routing.hidden[rows].to(w13.device)
+            scale = weights.float().to(w13.device).unsqueeze(1)
+            y = run_expert(x, w13[position].to(x.dtype), w2[position].to(x.dtype), activation)
+            y = y.float() * scale
+            output.index_add_(0, rows, y.to(output.device))
+            exact.append(y)
+            rows_of.append(rows)
+            scale_of.append(scale)
+            weights_sum.append(float(weights.float().sum()))
+        chunk_errors = [[0.0] * len(candidate_bits) for _ in chunk]
+        for column, bits in enumerate(candidate_bits):
+            if bits:
+                q13 = quantizer.quantize(w13, hessian13, bits, group_size, method=method, splits=2)
+                q2 = quantizer.quantize(w2, hessian2, bits, group_size, method=method)
+                d13, d2 = q13.dequantize(), q2.dequantize()
+                rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
+                matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
+            for position, y in enumerate(exact):
+                if bits and y.numel():
+                    x = routing.hidden[rows_of[position]].to(w13.device)
+                    z = run_expert(
+                        x, d13[position].to(x.dtype), d2[position].to(x.dtype), activation
+                    )
+                    y = y - z.float() * scale_of[position]
+                chunk_errors[position][column] = float(y.norm())
+        errors += chunk_errors
+    significance = LayerSignificance(
+        layer=layer,
+        tokens=tokens,
+        frequency=[n / total for n in tokens],
+        routing_weight=[w / total for w in weights_sum],
+        reconstruction_error=errors,
+        rounding_kept=rounding_kept,
+        matrices=matrices,
+    )
+    return significance, output
