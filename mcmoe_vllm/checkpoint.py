@@ -7,6 +7,7 @@ ever unpickled.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -27,6 +28,10 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "mcmoe_manifest.json"
 MANIFEST_VERSION = 1
+ITEM_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
+    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 # Side files that make a folder usable by tokenizers, engines and lawyers.
@@ -82,7 +87,8 @@ class Checkpoint:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
         found: dict[str, torch.Tensor] = {}
         for shard, members in by_shard.items():
-            with safe_open(self.path / shard, framework="pt") as f:
+            file = self.path / shard
+            with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
                 for name in members:
                     found[name] = f.get_tensor(name).clone()
         return {name: found[name] for name in names}
@@ -112,6 +118,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{path / 'config.json'} holds no JSON object")
+    names = config.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(
+            f"{path / 'config.json'} has architectures {names!r}, needs a list of names"
+        )
     weight_map = _read_weight_map(path)
     shards = sorted(set(weight_map.values())) if weight_map else _loose_shards(path)
     absent = [s for s in shards if not (path / s).is_file()]
@@ -156,19 +167,35 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {
             name: TensorInfo(
                 path.name,
-                entry["dtype"],
+                str(entry["dtype"]),
                 tuple(int(n) for n in entry["shape"]),
                 int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
             )
             for name, entry in header.items()
         }
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        spans = sorted(
+            (int(e["data_offsets"][0]), int(e["data_offsets"][1]), name)
+            for name, e in header.items()
+        )
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e}") from None
     except UserError:
         raise
-    except (AttributeError, ValueError, KeyError, IndexError, TypeError) as e:
+    except (
+        AttributeError, ValueError, KeyError, IndexError, TypeError, ArithmeticError, RecursionError
+    ) as e:  # fmt: skip
         raise UserError(f"{path} has a damaged safetensors header: {e}") from None
+    damaged = [n for n, t in tensors.items() if not _has_its_size(t)]
+    end = 0
+    for start, stop, name in spans:
+        if start != end:  # the format allows neither gaps nor overlaps
+            damaged.append(name)
+        end = stop
+    if damaged:
+        raise UserError(
+            f"{path} has a damaged safetensors header: wrong places or sizes of "
+            f"{_some(sorted(set(damaged)))}; download it again"
+        )
     if end != size - 8 - length:
         raise UserError(
             f"{path} holds {size - 8 - length} bytes of tensors, its header promises {end}: "
@@ -250,7 +277,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes as safetensors stores them."""
     flat = tensor.detach().contiguous().cpu().view(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -341,6 +368,14 @@ def _loose_shards(path: Path) -> list[str]:
             "loaded; convert it to safetensors first"
         )
     raise UserError(f"{path} has no safetensors files")
+
+
+def _has_its_size(info: TensorInfo) -> bool:
+    """Whether a tensor takes as many bytes as dtype and shape say (rare dtypes are not checked)."""
+    if min(info.shape, default=0) < 0 or info.nbytes < 0:
+        return False
+    itemsize = ITEM_SIZES.get(info.dtype)
+    return itemsize is None or math.prod(info.shape) * itemsize == info.nbytes
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

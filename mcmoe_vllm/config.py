@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} is not UTF-8: {e}") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not usable JSON: it is nested too deeply") from None
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -127,7 +130,7 @@ class QuantizationConfig:
         if method != QUANT_METHOD:
             raise UserError(f"quant_method is {method!r}, an mcmoe checkpoint has {QUANT_METHOD!r}")
         version = value.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if not _is_integer(version) or version < 1:
             raise UserError(f"format_version is {version!r}, needs an integer from 1")
         if version > FORMAT_VERSION:
             raise UserError(
@@ -146,15 +149,13 @@ class QuantizationConfig:
                     if names
                 )
             )
-        try:
-            value["expert_bits"] = {
-                int(layer): (str(widths[0]), str(widths[1]))
-                for layer, widths in value["expert_bits"].items()
-            }
-            value["group_size"] = {str(k): int(v) for k, v in value["group_size"].items()}
-            value["dense_modules"] = tuple(str(m) for m in value.get("dense_modules", ()))
-        except (AttributeError, TypeError, ValueError, IndexError) as e:
-            raise UserError(f"quantization_config has a mistyped field: {e}") from None
+        mistyped = _mistyped_fields(value)
+        if mistyped:
+            raise UserError(
+                "quantization_config has mistyped fields:\n  - " + "\n  - ".join(mistyped)
+            )
+        value["expert_bits"] = {int(layer): tuple(w) for layer, w in value["expert_bits"].items()}
+        value["dense_modules"] = tuple(value.get("dense_modules", ()))
         return cls(**value)
 
 
@@ -179,6 +180,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         wrong = []
+        if not self.layers:
+            wrong.append("it has no layers")
+        if len(set(self.layers)) != len(self.layers):
+            wrong.append(f"layers {list(self.layers)} repeat a layer")
         if len(self.layers) != len(self.bits):
             wrong.append(f"{len(self.layers)} layers but {len(self.bits)} rows of bits")
         if len({len(row) for row in self.bits}) > 1:
@@ -195,6 +200,11 @@ class Plan:
             wrong.append(f"dense_bits is {self.dense_bits}, allowed are {DENSE_BITS}")
         if not (isinstance(self.nominal_bits, int | float) and math.isfinite(self.nominal_bits)):
             wrong.append(f"nominal_bits is {self.nominal_bits!r}, needs a number")
+        for name in ("model", "architecture"):
+            if not isinstance(getattr(self, name), str):
+                wrong.append(f"{name} is {getattr(self, name)!r}, needs a string")
+        if not isinstance(self.options, Mapping):
+            wrong.append(f"options is {self.options!r}, needs an object")
         if wrong:
             raise UserError("the plan is not valid:\n  - " + "\n  - ".join(wrong))
 
@@ -225,9 +235,12 @@ class Plan:
             raise UserError(
                 f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
-        if int(value.get("format_version", 1)) > FORMAT_VERSION:
+        version = value.get("format_version", 1)
+        if not _is_integer(version) or version < 1:
+            raise UserError(f"{source} has format_version {version!r}, needs an integer from 1")
+        if version > FORMAT_VERSION:
             raise UserError(
-                f"{source} has format_version {value['format_version']}, this mcmoe-vllm reads "
+                f"{source} has format_version {version}, this mcmoe-vllm reads "
                 f"up to {FORMAT_VERSION}: upgrade it"
             )
         try:
@@ -241,6 +254,47 @@ class Plan:
             )
         except (TypeError, ValueError) as e:
             raise UserError(f"{source} is no valid plan: {e}") from None
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mistyped_fields(value: Mapping[str, Any]) -> list[str]:
+    """Fields of a raw `quantization_config` whose JSON type is wrong, a sentence each."""
+    wrong = []
+
+    def need(name: str, good: Callable[[Any], bool], what: str) -> None:
+        if name in value and not good(value[name]):
+            wrong.append(f"{name} is {value[name]!r:.80}, needs {what}")
+
+    def is_object_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda v: isinstance(v, Mapping) and all(good(entry) for entry in v.values())
+
+    def is_strings(v: Any) -> bool:
+        return isinstance(v, list | tuple) and all(isinstance(entry, str) for entry in v)
+
+    need("group_size", is_object_of(_is_integer), "an object of integers")
+    need("dense_bits", _is_integer, "an integer")
+    need("dense_modules", is_strings, "a list of strings")
+    need("pruning", lambda v: v is None or isinstance(v, Mapping), "null or an object")
+    need(
+        "average_bits",
+        is_object_of(lambda v: _is_integer(v) or isinstance(v, float)),
+        "an object of numbers",
+    )
+    need("recipe", lambda v: isinstance(v, Mapping), "an object")
+    need("expert_bits", lambda v: isinstance(v, Mapping), "an object")
+    if isinstance(value["expert_bits"], Mapping):
+        for layer, widths in value["expert_bits"].items():
+            # "03" would silently stand for the same layer as "3".
+            if not (isinstance(layer, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", layer)):
+                wrong.append(f"expert_bits has layer {layer!r}, needs the number of a layer")
+            if not (is_strings(widths) and len(widths) == 2):
+                wrong.append(
+                    f"expert_bits of layer {layer} is {widths!r:.80}, needs a list of 2 strings"
+                )
+    return wrong
 
 
 def check_candidate_bits(bits: Sequence[int]) -> list[str]:

@@ -30,7 +30,7 @@ from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.streaming import StreamedModel, add_experts
+from mcmoe_vllm.streaming import StreamedModel, experts_output
 from mcmoe_vllm.text import load_tokenizer, strided_windows
 
 WINDOWS = 256
@@ -231,9 +231,10 @@ def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor
             if routing is not None:
                 if not experts:
                     experts = {e: loaded.expert(index, e) for e in range(loaded.num_experts)}
-                output = add_experts(
-                    output, routing, experts.__getitem__, loaded.num_experts, activation
+                routed = experts_output(
+                    routing, experts.__getitem__, loaded.num_experts, activation
                 )
+                output = output + routed.view_as(output).to(output.dtype)
             blocks[position] = output
         model.release_layer(index)
     return blocks

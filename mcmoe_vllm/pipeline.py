@@ -49,7 +49,7 @@ from mcmoe_vllm.config import (
 )
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.streaming import StreamedModel, add_experts
+from mcmoe_vllm.streaming import Routing, StreamedModel, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 
@@ -279,7 +279,9 @@ def _require_shapes(job: _Job) -> None:
                 if name not in tensors:
                     wrong.append(f"{name} is missing")
                 elif tensors[name].shape != shape:
-                    wrong.append(f"{name} is {list(tensors[name].shape)}, config says {shape}")
+                    wrong.append(
+                        f"{name} is {list(tensors[name].shape)}, config says {list(shape)}"
+                    )
     if wrong:
         raise UserError(f"{job.checkpoint.path} has unusable experts: {report.some(wrong)}")
     indivisible: dict[str, int] = {}
@@ -449,7 +451,7 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
     for index in range(start, model.num_layers):
         began = time.perf_counter()
         layer = model.load_layer(index)
-        tensors = job.checkpoint.read(model.parameter_names(index))
+        tensors = job.checkpoint.read_weights(model.parameter_names(index))
         lost: dict[str, Any] = {}
         if chosen.dense_bits == DENSE_WIDTH:
             lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
@@ -503,7 +505,7 @@ def _quantize_dense(
     result: dict[str, Any] = {}
     for group in groups:
         for name in group:
-            linear = layer.get_submodule(name)
+            linear: Any = layer.get_submodule(name)
             weight = linear.weight.detach().float()
             hessian = grams[group[0]].unsqueeze(0)
             q = quantizer.quantize(
@@ -530,7 +532,7 @@ def _quantize_dense(
 def _quantize_experts(
     job: _Job,
     index: int,
-    routing: significance.Routing,
+    routing: Routing,
     bits: Sequence[int],
     tensors: dict[str, torch.Tensor],
 ) -> tuple[dict[str, Any], torch.Tensor]:
@@ -578,8 +580,7 @@ def _quantize_experts(
                 ).cpu()
         d13 = dict(zip(experts, q13.dequantize(), strict=True))
         d2 = dict(zip(experts, q2.dequantize(), strict=True))
-        output += add_experts(
-            torch.zeros_like(output),
+        output += experts_output(
             routing,
             lambda e, d13=d13, d2=d2: (  # type: ignore[misc]
                 (d13[e].to(dtype), d2[e].to(dtype)) if e in d13 else None
@@ -681,8 +682,13 @@ def _publish(
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Unlike getrusage, whose figure a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
@@ -719,16 +725,14 @@ def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
 
 def _run_blocks(
     model: StreamedModel, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[significance.Routing]]:
+) -> tuple[list[torch.Tensor], list[Routing]]:
     """All blocks through a layer; results in main memory."""
     outputs, routings = [], []
     for block in blocks:
         output, routing = model.run_layer(layer, index, block.to(model.device))
         outputs.append(output.cpu())
         if routing is not None:
-            routings.append(
-                significance.Routing(routing.hidden.cpu(), routing.ids.cpu(), routing.weights.cpu())
-            )
+            routings.append(Routing(routing.hidden.cpu(), routing.ids.cpu(), routing.weights.cpu()))
     return outputs, routings
 
 

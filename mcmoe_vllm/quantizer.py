@@ -100,7 +100,11 @@ def quantize(
         error = _split_errors(w, compensated, hessian, splits)
         kept = error <= rounded_error
         rows = kept.repeat_interleave(n // splits, dim=1).unsqueeze(1)  # [B, 1, N]
-        best = tuple(torch.where(rows, a, r) for a, r in zip(compensated, rounded, strict=True))
+        best = (
+            torch.where(rows, compensated[0], rounded[0]),
+            torch.where(rows, compensated[1], rounded[1]),
+            torch.where(rows, compensated[2], rounded[2]),
+        )
         error = torch.where(kept, error, rounded_error)
     codes, scale, zero = (t.transpose(1, 2).contiguous() for t in best)
     return Quantized(codes.to(torch.uint8), scale, zero, error, kept, damping)

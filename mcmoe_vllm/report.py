@@ -203,7 +203,9 @@ def write_bits_heatmap(layers: Sequence[int], bits: Sequence[Sequence[int]], pat
     if columns <= NUMBERED_EXPERTS:
         for row, widths in enumerate(bits):
             for expert, b in enumerate(widths):
-                axes.text(expert, row, b, ha="center", va="center", color="white", weight="bold")
+                axes.text(
+                    expert, row, str(b), ha="center", va="center", color="white", weight="bold"
+                )
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     step = max(1, rows // 32)

@@ -15,7 +15,7 @@ from mcmoe_vllm.streaming import Routing, expert_hidden, run_expert
 # Fewer rows than this leave a Hessian that says little; the expert is completed with tokens of
 # others and reported.
 MIN_TOKENS = 256
-HESSIAN_ROWS = 8192  # rows of X in one X^T X product
+ROWS = 8192  # tokens that go through an expert, or into X^T X, at once
 CHUNK_BYTES = 4 << 30  # scratch memory of a batch of experts
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -77,7 +77,7 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     """X^T X in float32 for X [T, K]."""
     k = rows.shape[1]
     total = torch.zeros(k, k, device=rows.device)
-    for part in rows.split(HESSIAN_ROWS):
+    for part in rows.split(ROWS):
         part = part.float()
         total.addmm_(part.t(), part)
     return total
@@ -94,7 +94,7 @@ def expert_hessians(
         first.append(gram(x))
         weight = w13[position].to(x.dtype)
         inner = torch.zeros(weight.shape[0] // 2, weight.shape[0] // 2, device=x.device)
-        for part in x.split(HESSIAN_ROWS):
+        for part in x.split(ROWS):
             inner += gram(expert_hidden(part, weight, activation))
         second.append(inner)
     return torch.stack(first), torch.stack(second)
@@ -105,10 +105,10 @@ def expert_chunks(
 ) -> list[range]:
     """Experts to quantize together: as many as the scratch memory allows, at least one.
 
-    hidden, width: H and I; a batch holds about five float32 copies of the weights and four of
+    hidden, width: H and I; a batch holds about eight float32 copies of the weights and four of
     the Hessians.
     """
-    bytes_each = 4 * (5 * 3 * hidden * width + 4 * (hidden**2 + width**2))
+    bytes_each = 4 * (8 * 3 * hidden * width + 4 * (hidden**2 + width**2))
     size = max(1, min(num_experts, limit // bytes_each))
     return [range(i, min(i + size, num_experts)) for i in range(0, num_experts, size)]
 
@@ -133,50 +133,58 @@ def measure_layer(
     total = routing.hidden.shape[0]
     output = torch.zeros_like(routing.hidden, dtype=torch.float32)
     errors: list[list[float]] = []
-    weights_sum: list[float] = []
+    weight_sums: list[float] = []
     rounding_kept = matrices = 0
-    w13, w2 = read_expert(0)
-    for chunk in expert_chunks(num_experts, w13.shape[1], w2.shape[1]):
+    for chunk in expert_chunks(num_experts, *_hidden_and_width(read_expert(0))):
         pairs = [read_expert(e) for e in chunk]
-        w13 = torch.stack([p[0] for p in pairs])
-        w2 = torch.stack([p[1] for p in pairs])
+        w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+        del pairs
         hessian13, hessian2 = expert_hessians(routing, chunk, w13, activation)
-        exact, rows_of, scale_of = [], [], []
+        candidates: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # None: dropped
+        for bits in candidate_bits:
+            if bits == 0:
+                candidates.append(None)
+                continue
+            q13 = quantizer.quantize(w13, hessian13, bits, group_size, method=method, splits=2)
+            q2 = quantizer.quantize(w2, hessian2, bits, group_size, method=method)
+            candidates.append((q13.dequantize(), q2.dequantize()))
+            rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
+            matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
+        del hessian13, hessian2
         for position, expert in enumerate(chunk):
             rows, weights = routing.tokens_of(expert)
-            x = routing.hidden[rows].to(w13.device)
-            scale = weights.float().to(w13.device).unsqueeze(1)
-            y = run_expert(x, w13[position].to(x.dtype), w2[position].to(x.dtype), activation)
-            y = y.float() * scale
-            output.index_add_(0, rows, y.to(output.device))
-            exact.append(y)
-            rows_of.append(rows)
-            scale_of.append(scale)
-            weights_sum.append(float(weights.float().sum()))
-        chunk_errors = [[0.0] * len(candidate_bits) for _ in chunk]
-        for column, bits in enumerate(candidate_bits):
-            if bits:
-                q13 = quantizer.quantize(w13, hessian13, bits, group_size, method=method, splits=2)
-                q2 = quantizer.quantize(w2, hessian2, bits, group_size, method=method)
-                d13, d2 = q13.dequantize(), q2.dequantize()
-                rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
-                matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
-            for position, y in enumerate(exact):
-                if bits and y.numel():
-                    x = routing.hidden[rows_of[position]].to(w13.device)
-                    z = run_expert(
-                        x, d13[position].to(x.dtype), d2[position].to(x.dtype), activation
-                    )
-                    y = y - z.float() * scale_of[position]
-                chunk_errors[position][column] = float(y.norm())
-        errors += chunk_errors
+            weight_sums.append(float(weights.float().sum()))
+            squares = [0.0] * len(candidates)
+            for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
+                x = routing.hidden[rows[part]].to(w13.device)
+                scale = weights[part].float().to(w13.device).unsqueeze(1)
+                y = _weighted_output(x, scale, w13[position], w2[position], activation)
+                output.index_add_(0, rows[part], y.to(output.device))
+                for column, pair in enumerate(candidates):
+                    if pair is None:
+                        change = y
+                    else:
+                        d13, d2 = pair[0][position], pair[1][position]
+                        change = y - _weighted_output(x, scale, d13, d2, activation)
+                    squares[column] += float(change.double().square().sum())
+            errors.append([square**0.5 for square in squares])
     significance = LayerSignificance(
         layer=layer,
         tokens=tokens,
         frequency=[n / total for n in tokens],
-        routing_weight=[w / total for w in weights_sum],
+        routing_weight=[w / total for w in weight_sums],
         reconstruction_error=errors,
         rounding_kept=rounding_kept,
         matrices=matrices,
     )
     return significance, output
+
+
+def _weighted_output(
+    x: torch.Tensor, scale: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, act: Activation
+) -> torch.Tensor:
+    return run_expert(x, w13.to(x.dtype), w2.to(x.dtype), act).float() * scale
+
+
+def _hidden_and_width(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+    return pair[1].shape[0], pair[1].shape[1]

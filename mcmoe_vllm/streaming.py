@@ -183,22 +183,24 @@ class StreamedModel:
 
 
 @torch.no_grad()
-def add_experts(
-    block: torch.Tensor,
+def experts_output(
     routing: Routing,
     experts: ExpertWeights,
     num_experts: int,
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """block [B, L, H] plus the routed experts' weighted outputs."""
+    """The routed experts' weighted outputs, summed by token: float32 [T, H]."""
     total = torch.zeros_like(routing.hidden, dtype=torch.float32)
     for expert in range(num_experts):
         rows, weights = routing.tokens_of(expert)
         pair = experts(expert) if rows.numel() else None
-        if pair is not None:
-            output = run_expert(routing.hidden[rows], *pair, activation)
-            total.index_add_(0, rows, output.float() * weights.float().unsqueeze(1))
-    return block + total.view_as(block).to(block.dtype)
+        if pair is None:
+            continue
+        for part, weight in zip(rows.split(BLOCK_TOKENS), weights.split(BLOCK_TOKENS), strict=True):
+            x = routing.hidden[part].to(pair[0].device)
+            output = run_expert(x, *pair, activation).float().to(total.device)
+            total.index_add_(0, part, output * weight.float().unsqueeze(1))
+    return total
 
 
 def expert_hidden(
@@ -219,7 +221,7 @@ def run_expert(
     return nn.functional.linear(expert_hidden(x, w13, activation), w2)
 
 
-def _record_layer_arguments(body: nn.Module, block: torch.Tensor) -> list[dict[str, Any]]:
+def _record_layer_arguments(body: Any, block: torch.Tensor) -> list[dict[str, Any]]:
     """The keyword arguments (mask, rotary tables, ...) that each decoder layer would be given."""
     recorded: list[dict[str, Any]] = []
 

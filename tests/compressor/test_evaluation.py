@@ -1,0 +1,55 @@
+"""The evaluation protocol against transformers on the dequantized weights, and its statistics."""
+
+import math
+
+import pytest
+import torch
+
+from mcmoe_vllm import evaluation
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.text import load_tokenizer, strided_windows
+
+
+def test_loss_and_error_follow_their_definition(tiny_models, evaluation_text):
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_models("mixtral")
+    result = evaluation.evaluate(str(path), str(evaluation_text), windows=5, sequence_length=48)
+    windows = strided_windows(str(evaluation_text), load_tokenizer(path), 5, 48)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(windows).logits
+    losses = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(row[:-1], window[1:])
+            for row, window in zip(logits, windows, strict=True)
+        ]
+    ).double()
+    assert result.loss == pytest.approx(float(losses.mean()), abs=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.stderr == pytest.approx(float(losses.std() / math.sqrt(5)), rel=1e-2)
+    assert result.base is None and result.kl is None
+
+
+def test_refusals(tiny_models, evaluation_text, tmp_path):
+    path = str(tiny_models("mixtral"))
+    with pytest.raises(UserError, match="allowed are 2 to 256"):
+        evaluation.evaluate(path, str(evaluation_text), sequence_length=512)
+    with pytest.raises(UserError, match="at least 2"):
+        evaluation.evaluate(path, str(evaluation_text), windows=1)
+    with pytest.raises(UserError, match="allowed are"):
+        evaluation.evaluate(path, str(evaluation_text), engine="llama.cpp")
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    with pytest.raises(UserError, match="too short"):
+        evaluation.evaluate(path, str(short))
+
+
+def test_models_of_different_vocabularies_are_not_compared(tiny_models, evaluation_text, tmp_path):
+    from tests.conftest import make_tiny_model
+
+    other = make_tiny_model(tmp_path / "other", "mixtral", layers=1, vocab_size=9000)
+    with pytest.raises(UserError, match="vocabulary of 8192"):
+        evaluation.evaluate(
+            str(tiny_models("mixtral")), str(evaluation_text), against=str(other), windows=2
+        )

@@ -1,0 +1,207 @@
+"""tests/golden/format_v1 holds the bytes of format version 1 for good: these tests may only grow.
+
+The first reader below is written from docs/FORMAT.md in plain Python, so that a mistake in
+packing.py cannot hide itself.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcmoe_kernels import packing
+from mcmoe_vllm.checkpoint import open_checkpoint, tensor_sha256
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.inspection import inspect_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDER = GOLDEN / "format_v1"
+SHARD = FOLDER / "model-00001-of-00001.safetensors"
+BLOCK = "model.layers.0.block_sparse_moe.experts"
+
+# Of the whole file, and of each matrix in float32, row-major, little-endian.
+SHARD_SHA256 = "89aa9ea6c4439d836addca81f389f444da95d41ec5a4ae8705fe6f30199e285e"
+WEIGHT_SHA256 = {
+    f"{BLOCK}.1.w1": "96da934411c6b59604d9bd98af983098525b792e30fd982f5931539e480f60d6",
+    f"{BLOCK}.1.w3": "2779185d0da37f0746c027e99cd7348e9b636d8098a4e86928f7a35441d16cc7",
+    f"{BLOCK}.1.w2": "03eadfc79e494f5bedc2108751183df97e321c51e9a7628be6920d2ebfd14ee8",
+    f"{BLOCK}.2.w1": "15d14f9ba3144fe505b35e87d6a55fb50cbe527fcf60eb6cdd364c596792073d",
+    f"{BLOCK}.2.w3": "6fb020a162763096099d556067d3cf8c66477a4b889b1f20847257fbcd1481a6",
+    f"{BLOCK}.2.w2": "acad3be4b330b7f0f5e3ba4464de4191910f47c8c237a3e5ff4785fec979439a",
+    f"{BLOCK}.3.w1": "181be6f8d678defd60606445661d92c3f7c35d33ebc706071e2111d90fcc6706",
+    f"{BLOCK}.3.w3": "57ce507d2e25760792d37751fd6dfd600d00cb7f1e2b691f1102da082b44bf73",
+    f"{BLOCK}.3.w2": "3c3822ae0d60bfdbad3125f1fbaceb74d0b1fe395c1871d0d52b2473cc114ae4",
+    f"{BLOCK}.4.w1": "6396aa6c8ed471335efc5e3637e876f68ee53cf9302f06095f462ce83fbe8243",
+    f"{BLOCK}.4.w3": "176e15d1d09a84c56e3b597a70e4d15fe7bcf8d1f8ea6ec00598eae1597e47b2",
+    f"{BLOCK}.4.w2": "81531e98d50b6964b2b12371e60b20a5cfee43fde9be0abc6834a0b1781fa6d0",
+}
+LINEAR_SHA256 = {
+    "q_proj": "f45b0c1a102d60224bbabdea55f72c1c53f860d007aa7630674f5f89950a6708",
+    "k_proj": "5152b276197663da60edc2f91e07c48f46aceb600311c0aebd157055764ccc78",
+    "v_proj": "ab0b055afa854823f2508be2808bbdc719f3e1a5a5be94b5dec5d6182a937554",
+    "o_proj": "a655c622cb617638b9953098e5bcc36d52fbdae1efbb95fd0df5c3e61dc12c7b",
+}
+# Row 1 of w1 [32, 64], groups of 32: the first bytes, then scale * 4096 and zero of both groups,
+# then the first eight weights of both groups times 4096.
+FIRST_BYTES = {1: "33", 2: "c56b", 3: "9312fc", 4: "c4b3a291"}
+SCALES_AND_ZEROS = {
+    1: (143, 0.5, 146, 0.5),
+    2: (153, 1, 156, 2),
+    3: (163, 7, 166, 0),
+    4: (173, 9, 176, 10),
+}
+WEIGHTS = {
+    1: (
+        (71.5, 71.5, -71.5, -71.5, 71.5, 71.5, -71.5, -71.5),
+        (73, -73, -73, 73, 73, -73, -73, 73),
+    ),
+    2: (
+        (0, 0, -153, 306, 306, 153, 153, 0),
+        (-312, -312, 156, 156, 0, 0, -156, -156),
+    ),
+    3: (
+        (-652, -815, -815, -978, -978, -1141, 0, 0),
+        (332, 166, 166, 0, 0, 1162, 1162, 996),
+    ),
+    4: (
+        (-865, 519, -1038, 346, -1211, 173, -1384, 0),
+        (-1232, 176, -1408, 0, -1584, -176, -1760, -352),
+    ),
+}
+# Column 1 of q_proj.qweight, word 0, and the eight weights of row 1 in it times 4096.
+QWEIGHT_WORD = 725372254
+QWEIGHT_WEIGHTS = (798, -399, 665, -532, 532, -665, 399, -798)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    checkpoint = open_checkpoint(FOLDER)
+    return checkpoint.read(checkpoint.names())
+
+
+def read_raw(name: str) -> tuple[list[int], bytes]:
+    """Shape and bytes of a tensor, without safetensors and torch."""
+    data = SHARD.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    entry = json.loads(data[8 : 8 + length])[name]
+    start, end = entry["data_offsets"]
+    return entry["shape"], data[8 + length + start : 8 + length + end]
+
+
+def decode_expert(matrix: str, bits: int, group_size: int = 32) -> list[list[Fraction]]:
+    """Every weight of an expert matrix, exactly, by the words of docs/FORMAT.md."""
+    (rows, row_bytes), packed = read_raw(f"{matrix}.weight_packed")
+    (_, pairs), stored = read_raw(f"{matrix}.weight_scale")
+    columns = row_bytes * 8 // bits
+    weights = []
+    for n in range(rows):
+        stream = int.from_bytes(packed[n * row_bytes : (n + 1) * row_bytes], "little")
+        scales = struct.unpack(f"<{pairs}e", stored[n * pairs * 2 : (n + 1) * pairs * 2])
+        row = []
+        for k in range(columns):
+            code = stream >> (k * bits) & ((1 << bits) - 1)
+            scale, zero = scales[2 * (k // group_size) : 2 * (k // group_size) + 2]
+            row.append((code - Fraction(zero)) * Fraction(scale))
+        weights.append(row)
+    return weights
+
+
+def float32_sha256(rows: list[list[Fraction]]) -> str:
+    flat = [float(w) for row in rows for w in row]
+    return hashlib.sha256(struct.pack(f"<{len(flat)}f", *flat)).hexdigest()
+
+
+def test_the_golden_file_has_not_changed():
+    assert hashlib.sha256(SHARD.read_bytes()).hexdigest() == SHARD_SHA256
+
+
+@pytest.mark.parametrize("matrix", WEIGHT_SHA256, ids=lambda m: m.split("experts.")[1])
+def test_expert_weights_by_the_written_format(matrix):
+    bits = int(matrix.split(".")[-2])
+    assert float32_sha256(decode_expert(matrix, bits)) == WEIGHT_SHA256[matrix]
+
+
+@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+def test_literal_numbers_of_one_row(bits):
+    (_, row_bytes), packed = read_raw(f"{BLOCK}.{bits}.w1.weight_packed")
+    assert packed[row_bytes : row_bytes + bits].hex() == FIRST_BYTES[bits]
+    _, stored = read_raw(f"{BLOCK}.{bits}.w1.weight_scale")
+    scale0, zero0, scale1, zero1 = struct.unpack("<4e", stored[8:16])
+    assert (scale0 * 4096, zero0, scale1 * 4096, zero1) == SCALES_AND_ZEROS[bits]
+    row = [w * 4096 for w in decode_expert(f"{BLOCK}.{bits}.w1", bits)[1]]
+    assert (tuple(row[:8]), tuple(row[32:40])) == WEIGHTS[bits]
+
+
+@pytest.mark.parametrize("matrix", WEIGHT_SHA256, ids=lambda m: m.split("experts.")[1])
+def test_packing_reads_and_writes_the_same_bytes(tensors, matrix):
+    bits = int(matrix.split(".")[-2])
+    packed, stored = tensors[f"{matrix}.weight_packed"], tensors[f"{matrix}.weight_scale"]
+    weights = packing.dequantize(packed, stored, bits)
+    assert tensor_sha256(weights) == WEIGHT_SHA256[matrix]
+    again = packing.pack(packing.unpack(packed, bits), bits)
+    assert torch.equal(again, packed) and again.dtype == packed.dtype
+    again = packing.interleave_scale(*packing.split_scale(stored))
+    assert torch.equal(again, stored) and again.dtype == stored.dtype
+
+
+@pytest.mark.parametrize("linear", LINEAR_SHA256)
+def test_int4_linears(tensors, linear):
+    prefix = f"model.layers.0.self_attn.{linear}"
+    qweight, scales = tensors[f"{prefix}.qweight"], tensors[f"{prefix}.scales"]
+    weights = packing.dequantize_int4_linear(qweight, scales)
+    assert tensor_sha256(weights) == LINEAR_SHA256[linear]
+    assert torch.equal(packing.pack_int4_linear(packing.unpack_int4_linear(qweight)), qweight)
+    rows = [
+        [
+            (((int(qweight[k // 8, n]) >> (4 * (k % 8))) & 15) - 8) * Fraction(float(s))
+            for k in range(8 * qweight.shape[0])
+            for s in [scales[k // 32, n]]
+        ]
+        for n in range(qweight.shape[1])
+    ]
+    assert float32_sha256(rows) == LINEAR_SHA256[linear]
+
+
+def test_literal_numbers_of_an_int4_linear(tensors):
+    qweight = tensors["model.layers.0.self_attn.q_proj.qweight"]
+    scales = tensors["model.layers.0.self_attn.q_proj.scales"]
+    assert qweight.shape == (8, 32) and scales.shape == (2, 32)
+    assert int(qweight[0, 1]) == QWEIGHT_WORD and float(scales[0, 1]) * 4096 == 133
+    found = packing.dequantize_int4_linear(qweight, scales)[1, :8] * 4096
+    assert tuple(found.tolist()) == QWEIGHT_WEIGHTS
+
+
+def test_the_golden_checkpoint_passes_every_check():
+    found = inspect_checkpoint(FOLDER, check=True)
+    assert found.bits == {0: ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4))}
+    assert not any(f"{BLOCK}.0." in name for name in open_checkpoint(FOLDER).tensors)
+
+
+def test_the_script_still_makes_the_same_tensors(tmp_path, tensors):
+    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.make_golden(tmp_path / "made")
+    made = open_checkpoint(tmp_path / "made")
+    again = made.read(made.names())
+    assert {n: tensor_sha256(t) for n, t in again.items()} == {
+        n: tensor_sha256(t) for n, t in tensors.items()
+    }
+    assert made.config == open_checkpoint(FOLDER).config
+
+
+def test_the_examples_in_the_written_format_are_true():
+    text = (GOLDEN.parents[1] / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    QuantizationConfig.from_dict(json.loads("{" + example + "}")["quantization_config"])
+    rows = re.findall(r"^\| (\d) \| ([\d ]+) \| [`01 ]+ \| `([0-9a-f ]+)` \|$", text, re.MULTILINE)
+    assert [int(bits) for bits, _, _ in rows] == list(packing.BIT_WIDTHS)
+    for bits, codes, expected in rows:
+        packed = packing.pack(torch.tensor([int(c) for c in codes.split()]), int(bits))
+        assert bytes(packed.tolist()) == bytes.fromhex(expected)

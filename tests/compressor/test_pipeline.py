@@ -1,0 +1,315 @@
+"""The whole compressor on tiny models: what comes out, and what survives being killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mcmoe_vllm import evaluation, pipeline
+from mcmoe_vllm.checkpoint import MANIFEST_FILE, open_checkpoint
+from mcmoe_vllm.config import Plan, QuantizationConfig, read_json
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.models import find_architecture
+from mcmoe_vllm.pipeline import QuantizeOptions, plan, quantize
+
+SMALL = {"samples": 8, "sequence_length": 128}
+
+
+def options(model, output, text, **changes):
+    return QuantizeOptions(
+        model=str(model), output=str(output), calibration=str(text), **{**SMALL, **changes}
+    )
+
+
+def shard_bytes(folder):
+    return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_every_architecture_becomes_a_checkpoint_that_computes(
+    tiny_models, tmp_path, calibration_text, model_type
+):
+    source = tiny_models(model_type)
+    output = tmp_path / "out"
+    result = quantize(options(source, output, calibration_text, bits=2.5))
+    checkpoint = open_checkpoint(output)
+    config = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
+    architecture = find_architecture(checkpoint.config)
+    experts = config.num_experts
+    for layer in (0, 1):
+        bits = config.bits(layer, "w13")
+        assert sum(bits) <= 2.5 * experts and 3 in bits and 2 in bits
+        for expert in range(experts):
+            for name, width in zip(
+                architecture.expert_weights(layer, expert),
+                (bits[expert], bits[expert], config.bits(layer, "w2")[expert]),
+                strict=True,
+            ):
+                packed = checkpoint.tensors[name.replace(".weight", ".weight_packed")]
+                original = open_checkpoint(source).tensors[name].shape
+                assert packed.shape == (original[0], original[1] * width // 8)
+    # Everything that is not quantized is carried over bit for bit.
+    untouched = [n for n in checkpoint.tensors if n in open_checkpoint(source)]
+    assert any("gate.weight" in n for n in untouched)
+    assert any("norm" in n for n in untouched) and "model.embed_tokens.weight" in untouched
+    before, after = open_checkpoint(source).read(untouched), checkpoint.read(untouched)
+    assert all(torch.equal(before[n], after[n]) for n in untouched)
+    assert not any("self_attn.q_proj.weight" in n for n in checkpoint.tensors)
+    for name in ("tokenizer.json", "README.md", "plan.json", "report.json", "allocation.png"):
+        assert (output / name).stat().st_size > 0
+    assert not (tmp_path / "out.work").exists()
+    assert result["average_bits"]["experts"] == pytest.approx(
+        result["average_bits"]["codes"] + 0.25  # 16-bit scale and zero per 128 weights
+    )
+    assert final_logits(output).isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_four_bits_everywhere_is_almost_the_original(
+    tiny_models, tmp_path, calibration_text, model_type
+):
+    source, output = tiny_models(model_type), tmp_path / "out"
+    settings = {"bits": 4, "candidate_bits": (4,), "group_size": 32}
+    quantize(options(source, output, calibration_text, **settings))
+    before = evaluation.load_streamed(open_checkpoint(source), "cpu")
+    after = evaluation.load_streamed(open_checkpoint(output), "cpu")
+
+    def close(original, restored, share):
+        return float((original - restored).detach().norm()) <= share * float(original.norm())
+
+    for layer in (0, 1):
+        for expert in range(before.num_experts):
+            pairs = zip(before.expert(layer, expert), after.expert(layer, expert), strict=True)
+            # Rounding to 4 bits loses 0.1; a swapped or transposed matrix would lose 1.4.
+            assert all(close(*pair, 0.2) for pair in pairs)
+        restored = dict(after.model.load_layer(layer).named_parameters())
+        for name, weight in before.model.load_layer(layer).named_parameters():
+            quantized = name.endswith("proj.weight")
+            assert close(weight.detach(), restored[name], 0.2 if quantized else 0)
+
+
+def final_logits(path):
+    tokens = torch.randint(0, 8192, (2, 64), generator=torch.Generator().manual_seed(1))
+    loaded = evaluation.load_streamed(open_checkpoint(path), "cpu")
+    return torch.stack(list(loaded.model.logits(evaluation.final_hidden(loaded, tokens))))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_models, tmp_path_factory, calibration_text):
+    """An uninterrupted job: its folder and options."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    settings = options(tiny_models("mixtral"), output, calibration_text)
+    quantize(settings)
+    return output, settings
+
+
+def start(settings, output):
+    command = [
+        sys.executable, "-m", "mcmoe_vllm.cli", "quantize", settings.model, "-o", str(output),
+        "--calibration", settings.calibration, "--samples", str(settings.samples),
+        "--sequence-length", str(settings.sequence_length),
+    ]  # fmt: skip
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def stop_at(process, file, kill):
+    """Kill, or hold, a job as soon as `file` exists."""
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert process.poll() is None, f"the job ended before {file.name} was seen"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL if kill else signal.SIGSTOP)
+
+
+MOMENTS = (  # in the order in which they come
+    "significance/layer-000.json",  # measured, the next hidden states not yet kept
+    "hidden/measure-00001.safetensors",
+    "plan.json",
+    "checkpoint/model-00002-of-00003.safetensors",
+    "hidden/quantize-00001.safetensors",
+    "layers/layer-001.json",
+)
+
+
+def test_killed_at_any_moment_and_resumed_gives_identical_shards(finished, tmp_path):
+    reference, settings = finished
+    output, work = tmp_path / "out", tmp_path / "out.work"
+    process = start(settings, output)
+    snapshots = []
+    for moment in MOMENTS:
+        # A held process's folder is what a kill at this moment would leave.
+        stop_at(process, work / moment, kill=False)
+        snapshots.append(tmp_path / f"moment-{len(snapshots)}")
+        shutil.copytree(work, snapshots[-1])
+        process.send_signal(signal.SIGCONT)
+    process.wait()
+    for work_dir in snapshots:
+        resumed = tmp_path / f"resumed-{work_dir.name}"
+        changes = {"output": str(resumed), "work_dir": str(work_dir), "resume": True}
+        quantize(QuantizeOptions(**{**vars(settings), **changes}))
+        assert shard_bytes(resumed) == shard_bytes(reference)
+        for name in (MANIFEST_FILE, "model.safetensors.index.json", "config.json", "plan.json"):
+            assert (resumed / name).read_bytes() == (reference / name).read_bytes()
+        assert not work_dir.exists()
+
+
+def test_a_killed_job_is_named_and_kept_until_it_is_resumed(finished, tmp_path):
+    reference, settings = finished
+    output, work = tmp_path / "out", tmp_path / "out.work"
+    process = start(settings, output)
+    stop_at(process, work / "significance/layer-000.json", kill=True)
+    process.wait()
+    assert not output.exists()
+    again = QuantizeOptions(**{**vars(settings), "output": str(output)})
+    with pytest.raises(UserError, match="--resume") as error:
+        quantize(again)
+    assert str(work) in str(error.value) and "1 layers measured" in str(error.value)
+    assert (work / "job.json").exists()
+    quantize(QuantizeOptions(**{**vars(again), "resume": True}))
+    assert shard_bytes(output) == shard_bytes(reference)
+
+
+def test_resuming_with_other_settings_lists_all_of_them(finished, tmp_path):
+    _, settings = finished
+    work = tmp_path / "out.work"
+    work.mkdir()
+    job = {"command": "quantize", "bits": 2.5, "seed": 0}
+    (work / "job.json").write_text(json.dumps(job))
+    with pytest.raises(UserError) as error:
+        quantize(
+            QuantizeOptions(
+                **{
+                    **vars(settings),
+                    "output": str(tmp_path / "out"),
+                    "resume": True,
+                    "bits": 2.0,
+                    "seed": 5,
+                }
+            )
+        )
+    assert "bits was 2.5, is now 2.0" in str(error.value)
+    assert "seed was 0, is now 5" in str(error.value)
+    assert (work / "job.json").exists()
+
+
+def test_a_plan_can_be_made_first_and_gives_the_same_shards(finished, tmp_path):
+    reference, settings = finished
+    plan_file = tmp_path / "plan.json"
+    made = plan(QuantizeOptions(**{**vars(settings), "output": str(plan_file)}))
+    assert made == Plan.from_dict(read_json(plan_file))
+    assert not (tmp_path / "plan.json.work").exists()
+    output = tmp_path / "out"
+    quantize(QuantizeOptions(**{**vars(settings), "output": str(output), "plan": str(plan_file)}))
+    assert shard_bytes(output) == shard_bytes(reference)
+
+
+def test_uniform_bits_need_no_measurement_and_drop_the_floors(
+    tiny_models, tmp_path, calibration_text
+):
+    result = quantize(options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=2))
+    assert all(set(row) == {"2"} for row in result["plan"]["bits"])
+    measured = result["plan"]["options"]["significance"]
+    assert all(not errors for layer in measured for errors in layer["reconstruction_error"])
+
+
+def test_pins_global_scope_and_dropped_experts(tiny_models, tmp_path, calibration_text):
+    made = plan(
+        options(
+            tiny_models("qwen3_moe"),
+            tmp_path / "plan.json",
+            calibration_text,
+            bits=1.5,
+            scope="global",
+            candidate_bits=(0, 1, 2, 4),
+            pins=("layers.0.experts.2=0", "layers.1.*=1"),
+        )
+    )
+    assert made.bits[0][2] == 0 and set(made.bits[1]) == {1}
+    assert sum(map(sum, made.bits)) <= 1.5 * 12
+    output = tmp_path / "out"
+    quantize(
+        options(
+            tiny_models("qwen3_moe"), output, calibration_text, plan=str(tmp_path / "plan.json")
+        )
+    )
+    checkpoint = open_checkpoint(output)
+    assert not checkpoint.names("model.layers.0.mlp.experts.2.")
+    loaded = evaluation.load_streamed(checkpoint, "cpu")
+    hidden = evaluation.final_hidden(loaded, torch.arange(32).unsqueeze(0))
+    assert hidden[0].isfinite().all()
+
+
+def test_an_expert_without_tokens_is_reported_and_safe(tmp_path, calibration_text):
+    from safetensors.torch import load_file, save_file
+
+    from tests.conftest import make_tiny_model
+
+    source = make_tiny_model(tmp_path / "model", "mixtral", layers=1, num_local_experts=6)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    gate = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    # Logits along one direction: the two highest or the two lowest win, experts 2 and 3 never do.
+    gate[1:] = gate[0] * torch.tensor([[2.0], [0.1], [0.0], [-2.0], [-3.0]])
+    gate[0] *= 3
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = quantize(options(source, tmp_path / "out", calibration_text))
+    tokens = result["layers"][0]["experts"]["tokens"]
+    starved = result["starved_experts"].get("0", [])
+    assert starved == [2, 3] and tokens[2] == tokens[3] == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scales = checkpoint.read([n for n in checkpoint.tensors if n.endswith("weight_scale")])
+    assert all(s.isfinite().all() and (s[:, ::2] > 0).all() for s in scales.values())
+    assert "hardly reached" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_dense_linears_can_stay_in_16_bits(tiny_models, tmp_path, calibration_text):
+    quantize(
+        options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=3, dense_bits=16)
+    )
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert "model.layers.0.self_attn.q_proj.weight" in checkpoint
+    assert checkpoint.config["quantization_config"]["dense_modules"] == []
+
+
+def test_a_full_disk_leaves_no_output_and_can_be_resumed(
+    tiny_models, tmp_path, calibration_text, monkeypatch
+):
+    settings = options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=2)
+    real = pipeline.write_shard
+
+    def full(path, tensors):
+        if "00003" in path.name:
+            raise UserError(f"writing {path} failed: No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(pipeline, "write_shard", full)
+    with pytest.raises(UserError, match="No space left"):
+        quantize(settings)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.work" / "job.json").exists()
+    monkeypatch.undo()
+    quantize(QuantizeOptions(**{**vars(settings), "resume": True}))
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_too_little_free_space_is_said_before_the_work(
+    tiny_models, tmp_path, calibration_text, monkeypatch
+):
+    monkeypatch.setattr(
+        pipeline.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
+    with pytest.raises(UserError, match="1000 B free"):
+        quantize(options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=2))
+    assert not (tmp_path / "out").exists()

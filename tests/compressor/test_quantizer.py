@@ -1,0 +1,191 @@
+"""GPTQ against a textbook version, and everything that must never come out of a quantizer."""
+
+import pytest
+import torch
+
+from mcmoe_kernels import packing
+from mcmoe_vllm import quantizer
+
+
+def correlated(batch=2, rows=24, columns=256, samples=400, seed=0):
+    """Weights and the Hessian of inputs whose columns are strongly correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(batch, rows, columns, generator=generator)
+    mix = torch.randn(batch, 32, columns, generator=generator)
+    x = torch.randn(batch, samples, 32, generator=generator) @ mix
+    x += 0.1 * torch.randn(batch, samples, columns, generator=generator)
+    return weight, x.transpose(1, 2) @ x
+
+
+def textbook_gptq(weight, hessian, bits, group_size):
+    """One matrix, one column at a time, every update at once, float64; scales as found by the
+    quantizer's own search on the weights of that moment."""
+    w = weight.double().clone()
+    k = w.shape[1]
+    damped = hessian.double() + quantizer.DAMPING * hessian.double().diagonal().mean() * torch.eye(
+        k
+    )
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    fit = quantizer._GroupFit(torch.tensor([bits]), False)
+    result = torch.empty_like(w)
+    for j in range(k):
+        if j % group_size == 0:
+            columns = slice(j, j + group_size)
+            scale, zero = fit(
+                w[:, columns].t().unsqueeze(0).float(), hessian.diagonal()[columns].unsqueeze(0)
+            )
+        q = fit.encode(w[:, j].unsqueeze(0).float(), scale, zero).double()
+        result[:, j] = ((q - zero) * scale)[0]
+        error = (w[:, j] - result[:, j]) / upper[j, j]
+        w[:, j + 1 :] -= torch.outer(error, upper[j, j + 1 :])
+    return result
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_gptq_equals_the_textbook(bits, group_size):
+    weight, hessian = correlated(batch=1)
+    q = quantizer.quantize(weight, hessian, bits, group_size)
+    assert q.gptq_kept.all()
+    expected = textbook_gptq(weight[0], hessian[0], bits, group_size).float()
+    # float32 against float64 can move a near tie, and with it what follows in that row alone; a
+    # wrong update would move every row.
+    moved_rows = (q.dequantize()[0] != expected).any(1).sum()
+    assert moved_rows <= 3
+
+
+@pytest.mark.parametrize("bits, gain", [(1, 1.2), (2, 1.5), (3, 1.5), (4, 1.5)])
+def test_gptq_wins_clearly_where_inputs_are_correlated(bits, gain):
+    weight, hessian = correlated()
+    gptq = quantizer.quantize(weight, hessian, bits, 128)
+    rounded = quantizer.quantize(weight, hessian, bits, 128, method="rtn")
+    assert gptq.gptq_kept.all() and not rounded.gptq_kept.any()
+    assert gptq.error.sum() * gain**2 < rounded.error.sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gptq_is_rounding_where_inputs_are_independent(bits):
+    weight, _ = correlated()
+    hessian = torch.eye(256).expand(2, 256, 256)
+    gptq = quantizer.quantize(weight, hessian, bits, 128)
+    rounded = quantizer.quantize(weight, hessian, bits, 128, method="rtn")
+    assert torch.equal(gptq.dequantize(), rounded.dequantize())
+
+
+def test_error_is_the_undamped_objective_and_the_better_is_kept():
+    weight, hessian = correlated()
+    gptq = quantizer.quantize(weight, hessian, 2, 128, splits=2)
+    rounded = quantizer.quantize(weight, hessian, 2, 128, method="rtn", splits=2)
+    difference = (weight - gptq.dequantize()).double()
+    direct = ((difference @ hessian.double()) * difference).sum(-1).unflatten(1, (2, -1)).sum(-1)
+    torch.testing.assert_close(gptq.error.double(), direct, rtol=1e-3, atol=0)
+    assert gptq.error.shape == (2, 2) and (gptq.error <= rounded.error).all()
+
+
+def test_rounding_is_kept_where_it_is_better():
+    # The calibration Hessian is rank one and damping dominates it: compensation for the one
+    # direction that matters is as good as it gets, so RTN can win only through the selection.
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(16, 8, 128, generator=generator)
+    x = torch.randn(16, 1, 128, generator=generator) * torch.logspace(-4, 4, 128)
+    hessian = x.transpose(1, 2) @ x
+    q = quantizer.quantize(weight, hessian, 2, 128)
+    rounded = quantizer.quantize(weight, hessian, 2, 128, method="rtn")
+    assert (q.error <= rounded.error).all()
+
+
+def test_widths_of_a_batch_do_not_touch_each_other():
+    weight, hessian = correlated(batch=4)
+    together = quantizer.quantize(weight, hessian, torch.tensor([3, 1, 4, 2]), 64)
+    for position, bits in enumerate((3, 1, 4, 2)):
+        one = slice(position, position + 1)
+        alone = quantizer.quantize(weight[one], hessian[one], bits, 64)
+        assert torch.equal(together.codes[one], alone.codes)
+        assert torch.equal(together.scale[one], alone.scale)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_scales_are_exact_in_both_16_bit_types_and_zeros_are_codes(bits):
+    weight, hessian = correlated()
+    q = quantizer.quantize(weight * 0.01, hessian, bits, 32)
+    assert torch.equal(q.scale, q.scale.half().float())
+    assert torch.equal(q.scale, q.scale.bfloat16().float())
+    if bits == 1:
+        assert (q.zero == 0.5).all()
+    else:
+        assert torch.equal(q.zero, q.zero.round())
+        assert q.zero.min() >= 0 and q.zero.max() < 2**bits
+    assert q.codes.max() < 2**bits
+    packed = packing.pack(q.codes, bits)
+    stored = packing.interleave_scale(q.scale, q.zero)
+    assert torch.equal(packing.dequantize(packed, stored, bits), q.dequantize())
+
+
+def test_one_bit_is_sign_times_the_weighted_mean():
+    weight, hessian = correlated(batch=1)
+    q = quantizer.quantize(weight, hessian, 1, 128, method="rtn")
+    assert torch.equal(q.codes[0] == 1, weight[0] > 0)
+    importance = hessian[0].diagonal()[:128]
+    mean = (weight[0, :, :128].abs() * importance).sum(1) / importance.sum()
+    torch.testing.assert_close(q.scale[0, :, 0], 2 * mean, rtol=2**-8, atol=0)  # bf16 rounding
+
+
+def test_symmetric_int4_has_its_zero_at_8():
+    weight, hessian = correlated()
+    q = quantizer.quantize(weight, hessian, 4, 128, symmetric=True)
+    assert (q.zero == 8).all() and q.codes.max() <= 15
+    assert quantizer.relative_error(weight, hessian, q.error) < 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "case", ["zero weights", "constant", "tiny", "one outlier", "zero Hessian", "rank one"]
+)
+def test_degenerate_input_is_finite_and_never_has_a_zero_scale(bits, case):
+    weight, hessian = correlated(batch=1, columns=128)
+    if case == "zero weights":
+        weight.zero_()
+    elif case == "constant":
+        weight.fill_(0.03)
+    elif case == "tiny":
+        weight *= 1e-9
+    elif case == "one outlier":
+        weight[0, 0, 0] = 1e4
+    elif case == "zero Hessian":
+        hessian.zero_()
+    elif case == "rank one":
+        row = torch.randn(1, 1, 128) * 1e6
+        hessian = row.transpose(1, 2) @ row
+    q = quantizer.quantize(weight, hessian, bits, 128)
+    assert q.dequantize().isfinite().all() and q.error.isfinite().all()
+    assert (q.scale > 0).all()
+    if case == "zero weights" and bits > 1:
+        assert not q.dequantize().any()
+    if case == "constant" and bits > 1:
+        torch.testing.assert_close(q.dequantize(), weight, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bits": 5}, "1..4"),
+        ({"bits": 0}, "1..4"),
+        ({"group_size": 96}, "groups of 96"),
+        ({"method": "awq"}, "allowed are"),
+        ({"splits": 7}, "7 matrices"),
+    ],
+)
+def test_quantize_refuses(change, message):
+    weight, hessian = correlated()
+    arguments = {"bits": 2, "group_size": 128, **change}
+    with pytest.raises(ValueError, match=message):
+        quantizer.quantize(weight, hessian, **arguments)
+
+
+def test_round_scale_covers_the_range_that_both_types_share():
+    values = torch.logspace(-9, 6, 4001)
+    exact = quantizer.round_scale(values)
+    assert torch.equal(exact, exact.half().float()) and torch.equal(exact, exact.bfloat16().float())
+    assert (exact > 0).all() and exact.isfinite().all()
+    inside = (values > 2**-14) & (values < quantizer.MAX_SCALE)
+    torch.testing.assert_close(exact[inside], values[inside], rtol=2**-8, atol=0)

@@ -1,0 +1,117 @@
+"""Factors against their definition, and experts that calibration hardly reaches."""
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from mcmoe_vllm import quantizer, significance
+from mcmoe_vllm.streaming import Routing, experts_output
+
+HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
+
+
+@pytest.fixture
+def layer():
+    """Weights of 4 experts and a routing in which expert 3 is never chosen and 2 hardly."""
+    generator = torch.Generator().manual_seed(0)
+    experts = [
+        (
+            torch.randn(2 * WIDTH, HIDDEN, generator=generator) / 8,
+            torch.randn(HIDDEN, WIDTH, generator=generator) / 6,
+        )
+        for _ in range(EXPERTS)
+    ]
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    ids = torch.tensor([[0, 1]]).repeat(TOKENS, 1)
+    ids[:5] = torch.tensor([2, 0])
+    weights = torch.rand(TOKENS, 2, generator=generator)
+    return experts, Routing(hidden, ids, weights)
+
+
+def measure(layer, candidates=(1, 2, 3), method="gptq"):
+    experts, routing = layer
+    return significance.measure_layer(
+        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, method
+    )
+
+
+def block_output(experts, routing):
+    """The MoE block by its definition, token by token."""
+    output = torch.zeros_like(routing.hidden)
+    for token in range(routing.hidden.shape[0]):
+        for expert, weight in zip(routing.ids[token], routing.weights[token], strict=True):
+            w13, w2 = experts[int(expert)]
+            gate, up = (w13 @ routing.hidden[token]).chunk(2)
+            output[token] += weight * (w2 @ (silu(gate) * up))
+    return output
+
+
+def test_output_and_counts_follow_the_definition(layer):
+    measured, output = measure(layer)
+    experts, routing = layer
+    torch.testing.assert_close(output, block_output(experts, routing), rtol=1e-4, atol=1e-5)
+    assert measured.tokens == [600, 595, 5, 0]
+    assert measured.frequency == [1.0, 595 / 600, 5 / 600, 0.0]
+    by_hand = [float(routing.weights[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
+    assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
+    streamed = experts_output(routing, experts.__getitem__, EXPERTS, silu)
+    torch.testing.assert_close(streamed, output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_error_is_the_change_of_the_block_output(layer, method):
+    measured, exact = measure(layer, (2,), method)
+    experts, routing = layer
+    for expert in (0, 2):
+        h13, h2 = significance.expert_hessians(
+            routing, [expert], experts[expert][0].unsqueeze(0), silu
+        )
+        q13 = quantizer.quantize(
+            experts[expert][0].unsqueeze(0), h13, 2, 32, method=method, splits=2
+        )
+        q2 = quantizer.quantize(experts[expert][1].unsqueeze(0), h2, 2, 32, method=method)
+        changed = list(experts)
+        changed[expert] = (q13.dequantize()[0], q2.dequantize()[0])
+        error = float((block_output(changed, routing) - exact).norm())
+        assert measured.reconstruction_error[expert][0] == pytest.approx(error, rel=1e-3)
+
+
+def test_errors_fall_with_width_and_a_dropped_expert_costs_its_whole_output(layer):
+    measured, _ = measure(layer, (0, 1, 2, 3, 4))
+    for expert in (0, 1, 2):
+        errors = measured.reconstruction_error[expert]
+        assert errors == sorted(errors, reverse=True) and errors[-1] > 0
+    assert measured.reconstruction_error[3] == [0.0] * 5  # never chosen: nothing to lose
+
+
+def test_starved_experts_are_reported_and_calibrated_on_other_tokens(layer):
+    measured, _ = measure(layer)
+    experts, routing = layer
+    assert measured.starved == [2, 3]
+    rows = significance.calibration_rows(routing, 2)
+    assert rows[:5].tolist() == [0, 1, 2, 3, 4] and len(rows) == significance.MIN_TOKENS
+    rows = significance.calibration_rows(routing, 3)
+    assert len(set(rows.tolist())) == significance.MIN_TOKENS and rows.max() > 590
+    hessian, inner = significance.expert_hessians(routing, [3], experts[3][0].unsqueeze(0), silu)
+    assert (hessian.diagonal(dim1=1, dim2=2) > 0).all() and inner.isfinite().all()
+    assert torch.equal(significance.calibration_rows(routing, 0), torch.arange(TOKENS))
+
+
+def test_fewer_tokens_than_the_minimum_still_calibrate():
+    routing = Routing(torch.randn(10, 8), torch.zeros(10, 1, dtype=torch.long), torch.ones(10, 1))
+    assert len(significance.calibration_rows(routing, 0)) == 10
+    assert len(significance.calibration_rows(routing, 5)) == 10
+
+
+def test_chunks_cover_all_experts_and_keep_to_the_memory():
+    chunks = significance.expert_chunks(128, 2048, 768)
+    assert [e for chunk in chunks for e in chunk] == list(range(128))
+    assert len(chunks) > 1
+    assert significance.expert_chunks(8, 4096, 14336) == [range(i, i + 1) for i in range(8)]
+    assert significance.expert_chunks(0, 128, 128) == []
+
+
+def test_gram_is_a_sum_over_rows():
+    rows = torch.randn(significance.ROWS + 3, 8)
+    expected = rows.double().t() @ rows.double()
+    torch.testing.assert_close(significance.gram(rows).double(), expected, rtol=1e-4, atol=1e-2)

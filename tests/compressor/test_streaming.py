@@ -1,0 +1,55 @@
+"""The layer-by-layer run equals transformers' own forward, for every supported architecture."""
+
+import pytest
+import torch
+
+from mcmoe_vllm import evaluation
+from mcmoe_vllm.checkpoint import open_checkpoint
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.models import ARCHITECTURES, REFUSED, find_architecture
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_streamed_logits_equal_transformers(tiny_models, model_type):
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_models(model_type)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 8192, (3, 40), generator=generator)
+    loaded = evaluation.load_streamed(open_checkpoint(path), "cpu")
+    logits = torch.stack(list(loaded.model.logits(evaluation.final_hidden(loaded, tokens))))
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    assert expected.std() > 0.01
+    # Same weights, same operations, float32: sums in another order are all that differs.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_layers_leave_no_memory_behind(tiny_models):
+    loaded = evaluation.load_streamed(open_checkpoint(tiny_models("mixtral")), "cpu")
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    evaluation.final_hidden(loaded, tokens)
+    layers = loaded.model.skeleton.model.layers
+    assert all(parameter.is_meta for parameter in layers.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_unfinished_architectures_are_refused_with_the_reason(name):
+    with pytest.raises(UserError, match="not supported yet") as error:
+        find_architecture({"architectures": [name]})
+    assert REFUSED[name] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not a Mixture-of-Experts"),
+        ({"architectures": ["NewMoe"], "num_experts": 8}, "unsupported Mixture-of-Experts"),
+        ({}, "names no architecture"),
+    ],
+)
+def test_other_models_are_refused(config, message):
+    with pytest.raises(UserError, match=message) as error:
+        find_architecture(config)
+    assert all(name in str(error.value) for name in ARCHITECTURES)

@@ -1,0 +1,120 @@
+"""Fixtures that every folder of tests shares: paths, texts, and tiny random models."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"
+# Larger trained models and text that a checkout may have beside it; tests that use them skip.
+SHARED = ROOT.parent / "shared"
+
+# Compiled artifacts outlive edits of the plugin: they belong to this checkout alone.
+for variable, folder in (
+    ("HF_HOME", "huggingface"),
+    ("MPLCONFIGDIR", "matplotlib"),
+    ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ("TRITON_CACHE_DIR", "triton"),
+    ("VLLM_CACHE_ROOT", "vllm"),
+    ("VLLM_CONFIG_ROOT", "vllm-config"),
+):
+    os.environ.setdefault(variable, str(ROOT / ".cache" / folder))
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+SIZES = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "dtype": "bfloat16",
+}
+TINY_MODELS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "intermediate_size": 256,
+    },
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 128,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 128},
+}
+
+
+def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: object) -> Path:
+    """Save a random model of `model_type` with the example's tokenizer; the same each time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**SIZES, **TINY_MODELS[model_type], "num_hidden_layers": layers, **settings}
+    config = AutoConfig.for_model(model_type, **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Wide enough that routing is uneven and logits differ from token to token.
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE_MODEL / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from model type ("mixtral", ...) to the folder of a tiny random model."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = make_tiny_model(
+                tmp_path_factory.mktemp("models") / model_type, model_type
+            )
+        return made[model_type]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text out of this project's own files as .jsonl, about 100,000 tokens."""
+    return _write_text(tmp_path_factory, "calibration", "mcmoe_vllm/*.py")
+
+
+@pytest.fixture(scope="session")
+def evaluation_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other files than those of `calibration_text`."""
+    return _write_text(tmp_path_factory, "evaluation", "tests/**/*.py")
+
+
+def _write_text(factory: pytest.TempPathFactory, name: str, pattern: str) -> Path:
+    file = factory.mktemp("text") / f"{name}.jsonl"
+    documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(pattern))]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger models and text beside the checkout."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("no shared models beside the checkout")
+    return SHARED
