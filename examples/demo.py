@@ -33,7 +33,7 @@ NO_TEXT = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "p
            "site-packages", "test", "tests", "turtledemo"}  # fmt: skip
 
 PROMPT = "If you want to install the package,"
-START_SECONDS = 300
+START_SECONDS = 420
 
 
 def main() -> None:

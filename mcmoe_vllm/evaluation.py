@@ -7,7 +7,7 @@ first is predicted. Reported are exp(mean loss), the standard error of the mean 
 against a base model the mean KL(base || model) per token and the paired standard error of the
 difference in loss. A goal is met when the mean plus two paired standard errors is within it.
 
-The model is run layer by layer with dequantized weights, so its memory is one layer's.
+The model is run layer by layer in float32 with dequantized weights: its memory is one layer's.
 """
 
 from __future__ import annotations
@@ -121,32 +121,28 @@ def evaluate(
                 )
             base_model = load_streamed(base_checkpoint, device, trust_remote_code)
         scores, base_scores = _score_streamed(scored, base_model, tokens)
-    loss, stderr = _mean_and_error(scores.loss)
-    result = Evaluation(
+    return Evaluation(
         model=model,
         engine=engine,
         text=text,
         windows=tokens.shape[0],
         sequence_length=length,
-        loss=loss,
-        perplexity=math.exp(loss),
-        stderr=stderr,
+        base=against,
+        **_figures(scores, base_scores),
     )
-    if base_scores is None:
-        return result
-    difference, paired = _mean_and_error(scores.loss - base_scores.loss)
-    kl = _mean_and_error(scores.kl) if scores.kl is not None else (None, None)
-    return Evaluation(
-        **{
-            **result.to_dict(),
-            "base": against,
-            "base_perplexity": math.exp(float(base_scores.loss.mean())),
-            "loss_difference": difference,
-            "paired_stderr": paired,
-            "kl": kl[0],
-            "kl_stderr": kl[1],
-        }
-    )
+
+
+def _figures(scores: _Scores, base: _Scores | None) -> dict[str, float]:
+    """The numbers of an Evaluation."""
+    loss, stderr = _mean_and_error(scores.loss)
+    figures = {"loss": loss, "perplexity": math.exp(loss), "stderr": stderr}
+    if base is not None:
+        difference, paired = _mean_and_error(scores.loss - base.loss)
+        figures["base_perplexity"] = math.exp(float(base.loss.mean()))
+        figures |= {"loss_difference": difference, "paired_stderr": paired}
+    if scores.kl is not None:
+        figures["kl"], figures["kl_stderr"] = _mean_and_error(scores.kl)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,7 @@ def load_streamed(
         checkpoint if quantization is None else _with_dense_weights(checkpoint),
         architecture,
         device=torch.device(device),
-        dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+        dtype=torch.float32,  # on every device, so that figures do not depend on it
         read=checkpoint.read_weights if quantization is None else _DenseReader(checkpoint),
         trust_remote_code=trust_remote_code,
     )
@@ -219,15 +215,15 @@ def load_streamed(
 
 
 def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Token windows [S, L] through all decoder layers; blocks [B, L, H]."""
+    """Token windows [S, L] through all decoder layers; blocks [B, L, H] in main memory."""
     model = loaded.model
     activation = model.activation()
-    blocks = model.embed(tokens)
+    blocks = [block.cpu() for block in model.embed(tokens)]
     for index in range(model.num_layers):
         layer = model.load_layer(index)
         experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
         for position, block in enumerate(blocks):
-            output, routing = model.run_layer(layer, index, block)
+            output, routing = model.run_layer(layer, index, block.to(model.device))
             if routing is not None:
                 if not experts:
                     experts = {e: loaded.expert(index, e) for e in range(loaded.num_experts)}
@@ -235,20 +231,40 @@ def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor
                     routing, experts.__getitem__, loaded.num_experts, activation
                 )
                 output = output + routed.view_as(output).to(output.dtype)
-            blocks[position] = output
+            blocks[position] = output.cpu()
         model.release_layer(index)
     return blocks
+
+
+def compare(
+    scored: LoadedModel,
+    hidden: list[torch.Tensor],
+    base: LoadedModel,
+    base_hidden: list[torch.Tensor],
+    tokens: torch.Tensor,
+) -> dict[str, float]:
+    """The figures of an Evaluation, from the `final_hidden` of a model and of its base."""
+    return _figures(*_score(scored, hidden, base, base_hidden, tokens))
 
 
 def _score_streamed(
     scored: LoadedModel, base: LoadedModel | None, tokens: torch.Tensor
 ) -> tuple[_Scores, _Scores | None]:
-    logits = scored.model.logits(final_hidden(scored, tokens))
-    base_logits: Iterator[torch.Tensor | None] = (
-        iter([None] * len(tokens))
-        if base is None
-        else base.model.logits(final_hidden(base, tokens))
-    )
+    base_hidden = None if base is None else final_hidden(base, tokens)
+    return _score(scored, final_hidden(scored, tokens), base, base_hidden, tokens)
+
+
+def _score(
+    scored: LoadedModel,
+    hidden: list[torch.Tensor],
+    base: LoadedModel | None,
+    base_hidden: list[torch.Tensor] | None,
+    tokens: torch.Tensor,
+) -> tuple[_Scores, _Scores | None]:
+    logits = scored.model.logits(hidden)
+    base_logits: Iterator[torch.Tensor | None] = iter([None] * len(tokens))
+    if base is not None and base_hidden is not None:
+        base_logits = base.model.logits(base_hidden)
     losses, base_losses, divergences = [], [], []
     for window, row, base_row in zip(tokens, logits, base_logits, strict=True):
         target = window[1:].to(row.device).unsqueeze(1)

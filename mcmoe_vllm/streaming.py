@@ -173,7 +173,7 @@ class StreamedModel:
         head_weight = tensors[head].to(self.device, self.dtype)
         for block in blocks:
             for window in block:
-                yield nn.functional.linear(norm(window), head_weight).float()
+                yield nn.functional.linear(norm(window.to(self.device)), head_weight).float()
 
     def activation(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The experts' activation function."""

@@ -37,5 +37,6 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path, calibration_text):
         print(layers, "layers", peaks[layers])
     grown = peaks[32]["peak"] - peaks[8]["peak"]
     assert peaks[32]["bytes"] - peaks[8]["bytes"] == pytest.approx(24 * LAYER_BYTES, rel=0.01)
-    # The allocator's own unevenness from run to run is a few MiB.
-    assert grown < 2 * LAYER_BYTES
+    # 24 layers held would add their bytes at least; names, hashes and the allocator's unevenness
+    # add a few per cent of that.
+    assert grown < 24 * LAYER_BYTES / 6
