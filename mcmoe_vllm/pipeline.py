@@ -204,7 +204,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         work = _open_work(job, Path(options.work_dir or f"{options.output}.work"), "quantize")
         chosen = given or _measure_and_allocate(job, work)
         sizes = _size_table(job, chosen)
-        _require_free_space(work.path, sizes.total_bytes)
+        _require_free_space(work, sizes.total_bytes)
         layers = _quantize_layers(job, work, chosen)
         result = _publish(job, work, chosen, sizes, layers, started)
     _move(work.checkpoint, output)
@@ -768,11 +768,12 @@ def _require_plan_fits(given: Plan, job: _Job) -> None:
         raise UserError(f"{job.options.plan} does not fit the model: {'; '.join(wrong)}")
 
 
-def _require_free_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _require_free_space(work: WorkDirectory, total_bytes: int) -> None:
+    written = sum(f.stat().st_size for f in work.checkpoint.glob("*.safetensors"))
+    needed, free = total_bytes - written, shutil.disk_usage(work.path).free
     if free < needed:
         raise UserError(
-            f"the disk of {folder} has {report.size(free)} free, the checkpoint needs "
+            f"the disk of {work.path} has {report.size(free)} free, the checkpoint needs "
             f"{report.size(needed)}; make room, then add --resume"
         )
 
