@@ -411,11 +411,11 @@ def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSi
     job.progress.start("measuring", model.num_layers, start)
     for index in range(start, model.num_layers):
         layer = model.load_layer(index)
-        outputs, routings = _run_blocks(model, layer, index, blocks)
-        if index in job.moe_layers:
+        outputs, routing = _run_blocks(model, layer, index, blocks)
+        if routing is not None:
             measured, experts_output = significance.measure_layer(
                 index,
-                significance.concatenate(routings),
+                routing,
                 lambda expert, i=index: job.read_expert(i, expert),  # type: ignore[misc]
                 job.num_experts,
                 candidates,
@@ -455,12 +455,10 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
         lost: dict[str, Any] = {}
         if chosen.dense_bits == DENSE_WIDTH:
             lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
-        outputs, routings = _run_blocks(model, layer, index, blocks)
-        if index in job.moe_layers:
+        outputs, routing = _run_blocks(model, layer, index, blocks)
+        if routing is not None:
             bits = chosen.bits[job.moe_layers.index(index)]
-            lost["experts"], experts_output = _quantize_experts(
-                job, index, significance.concatenate(routings), bits, tensors
-            )
+            lost["experts"], experts_output = _quantize_experts(job, index, routing, bits, tensors)
             outputs = _add(outputs, experts_output)
         blocks = outputs
         model.release_layer(index)
@@ -498,7 +496,8 @@ def _quantize_dense(
 
     hooks = [observe(group[0]) for group in groups if group]
     try:
-        _run_blocks(job.model, layer, index, blocks)
+        for block in blocks:
+            job.model.run_layer(layer, index, block.to(job.model.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -725,15 +724,15 @@ def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
 
 def _run_blocks(
     model: StreamedModel, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[Routing]]:
-    """All blocks through a layer; results in main memory."""
+) -> tuple[list[torch.Tensor], Routing | None]:
+    """All blocks through a layer, and the routing of all their tokens; results in main memory."""
     outputs, routings = [], []
     for block in blocks:
         output, routing = model.run_layer(layer, index, block.to(model.device))
         outputs.append(output.cpu())
         if routing is not None:
             routings.append(Routing(routing.hidden.cpu(), routing.ids.cpu(), routing.weights.cpu()))
-    return outputs, routings
+    return outputs, significance.concatenate(routings) if routings else None
 
 
 def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:

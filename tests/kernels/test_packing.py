@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mcmoe_kernels import packing
 
 

@@ -1,0 +1,25 @@
+"""The vLLM plugin: quantization method "mcmoe" and load format "mcmoe".
+
+vLLM calls `register` through the entry point group `vllm.general_plugins` in every process that
+it starts. Run with vLLM 0.32 (CPU); written for 0.26 to 0.33.
+"""
+
+__all__ = ["register"]
+
+_registered = False
+
+
+def register() -> None:
+    """Make vLLM know mcmoe checkpoints. Idempotent; initialises no device."""
+    global _registered
+    if _registered:
+        return
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from mcmoe_vllm.plugin.config import McmoeConfig
+    from mcmoe_vllm.plugin.loader import McmoeModelLoader
+
+    register_quantization_config("mcmoe")(McmoeConfig)
+    register_model_loader("mcmoe")(McmoeModelLoader)
+    _registered = True

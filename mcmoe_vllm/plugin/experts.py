@@ -1,0 +1,324 @@
+"""The routed experts of one layer inside vLLM: parameters, loading, and the call of the operator.
+
+Parameters of the layer, for its E' present local experts (w2 likewise):
+
+    w13_weight_packed  uint8    flat: expert e at byte packed_offsets(...)[e], [2I, H*bits/8]
+    w13_weight_scale   float16  [E', 2I, 2*H/G]
+
+Gate rows lie above up rows. Tensor parallelism takes rows of w1 and w3 and whole groups of w2's
+columns; expert parallelism takes whole experts. Loading fills views of these buffers and counts
+what it filled: a gap, a surplus or a shape that contradicts config.json is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from mcmoe_kernels.experts import (
+    ACTIVATIONS,
+    ExpertLayer,
+    ExpertMatrices,
+    packed_offsets,
+    split_flat,
+)
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.plugin import ops
+from mcmoe_vllm.plugin.config import McmoeConfig
+
+try:
+    from vllm.model_executor.layers.fused_moe.router import cpu_router  # noqa: F401
+
+    HAS_CPU_ROUTER = True
+except ImportError:  # vLLM 0.26: its modular path has no router for a CPU
+    HAS_CPU_ROUTER = False
+
+PROJECTIONS = ("w1", "w3", "w2")
+KINDS = ("weight_packed", "weight_scale")
+DTYPES = {"weight_packed": torch.uint8, "weight_scale": torch.float16}
+SHOWN_GAPS = 8
+
+
+class McmoeExpertsMethod(FusedMoEMethodBase):
+    """One instance per layer. `moe_kernel` stays None, so vLLM's runner reduces over the ranks."""
+
+    def __init__(
+        self, quant_config: McmoeConfig, moe: FusedMoEConfig, prefix: str, index: int
+    ) -> None:
+        super().__init__(moe)
+        self.quant_config = quant_config
+        self.prefix = prefix
+        self.layer_index = index
+        self.local: dict[int, int] = {}  # global expert -> local expert
+        self.widths = {group: quant_config.config.bits(index, group) for group in ("w13", "w2")}
+        self.group_size = quant_config.config.group_size
+        self.filled: set[tuple[int, str, str]] = set()
+        self.prepared: ops.PreparedExperts | None = None
+        _refuse_unsupported(moe, prefix)
+
+    @property
+    def is_monolithic(self) -> bool:
+        return current_platform.is_cpu() and not HAS_CPU_ROUTER
+
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
+        return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the parameters. Raises UserError for a model or a split that does not fit."""
+        given, configured = self.moe.num_experts, len(self.widths["w13"])
+        if given != configured:
+            raise UserError(
+                f"{self.prefix} has {given} experts, but expert_bits in config.json has "
+                f"{configured}. If --eplb or redundant experts are on, switch them off."
+            )
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size_per_partition
+        self.dtype = params_dtype
+        self.activation = _activation_name(layer, self.prefix)
+        self._check_groups()
+        self.local = {
+            e: local
+            for e in range(given)
+            if (local := layer._map_global_expert_id_to_local_expert_id(e)) >= 0
+        }
+        self.bits = {
+            group: tuple(widths[e] for e, _ in sorted(self.local.items(), key=lambda pair: pair[1]))
+            for group, widths in self.widths.items()
+        }
+        assert len(self.local) == num_experts, f"{len(self.local)} mapped, {num_experts} local"
+        present = sum(b > 0 for b in self.bits["w13"])
+        for group in ("w13", "w2"):
+            rows, columns = self._shape(group)
+            size = packed_offsets(self.bits[group], rows, columns)[-1]
+            scale = (present, rows, 2 * columns // self.group_size[group])
+            # Zeros, not garbage: --load-format dummy serves these.
+            self._register(layer, f"{group}_weight_packed", torch.zeros(size, dtype=torch.uint8))
+            self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.float16))
+
+    def load_weight(
+        self,
+        layer: Any,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's part of one checkpoint tensor to its place.
+
+        Raises UserError if the tensor's shape or type contradicts the width in config.json.
+        """
+        local = self.local.get(expert_id)
+        if local is None:  # another rank's expert
+            return False if return_success else None
+        kind = f"weight_{weight_name.rpartition('_')[2]}"
+        group = "w2" if shard_id == "w2" else "w13"
+        self._check_tensor(loaded_weight, group, shard_id, expert_id, kind)
+        parallel = self.moe.moe_parallel_config
+        dim = 1 if group == "w2" else 0  # w2 is split over its columns, w1 and w3 over their rows
+        size = loaded_weight.shape[dim] // parallel.tp_size
+        part = loaded_weight.narrow(dim, parallel.tp_rank * size, size)
+        target = getattr(self._matrices(layer, group), kind.removeprefix("weight_"))[local]
+        if shard_id == "w1":
+            target = target[: self.intermediate_size]
+        elif shard_id == "w3":
+            target = target[self.intermediate_size :]
+        assert target.shape == part.shape, f"{tuple(target.shape)}, {tuple(part.shape)}"
+        target.copy_(part)
+        self.filled.add((expert_id, shard_id, kind))
+        return True if return_success else None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        vllm_config = get_current_vllm_config()
+        if vllm_config.load_config.load_format != "dummy":
+            self._refuse_gaps()
+        expert_map = layer.expert_map
+        experts = ExpertLayer(
+            self.hidden_size,
+            self.intermediate_size,
+            self._matrices(layer, "w13"),
+            self._matrices(layer, "w2"),
+            self.activation,
+            None if expert_map is None else expert_map.to(torch.int32),
+        )
+        cache = self.quant_config.weight_cache(vllm_config.additional_config)
+        self.prepared = ops.prepare_experts(experts, self.dtype, cache)
+        if not self.prepared.keeps_packed:
+            for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
+                param = getattr(layer, name)
+                param.data = torch.empty(0, dtype=param.dtype)
+        if current_platform.is_cpu():
+            ops.add_layer(self.prefix, self.prepared)
+        self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+        parallel = self.moe.moe_parallel_config
+        self.quant_config.experts_ready(
+            self.prepared.path, announce=parallel.tp_rank == parallel.ep_rank == 0
+        )
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This rank's part of the sum over experts, [T, H]. The runner adds shared experts."""
+        if current_platform.is_cpu():  # vLLM compiles the CPU's graph through this call
+            return torch.ops.mcmoe.experts(x, topk_weights, topk_ids, self.prefix)
+        assert self.prepared is not None
+        return self.prepared.compute(x, topk_weights, topk_ids)
+
+    def apply_monolithic(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Routing included: vLLM 0.26 on a CPU."""
+        from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
+
+        topk_weights, topk_ids = select_experts(
+            hidden_states=x,
+            router_logits=router_logits,
+            top_k=layer.top_k,
+            use_grouped_topk=layer.use_grouped_topk,
+            renormalize=layer.renormalize,
+            topk_group=layer.topk_group,
+            num_expert_group=layer.num_expert_group,
+            custom_routing_function=layer.custom_routing_function,
+            scoring_func=layer.scoring_func,
+            routed_scaling_factor=layer.routed_scaling_factor,
+            e_score_correction_bias=layer.e_score_correction_bias,
+        )
+        return self.apply(layer, x, topk_weights, topk_ids)
+
+    def _shape(self, group: str) -> tuple[int, int]:
+        """Rows and columns of this rank's matrix."""
+        if group == "w13":
+            return 2 * self.intermediate_size, self.hidden_size
+        return self.hidden_size, self.intermediate_size
+
+    def _matrices(self, layer: Any, group: str) -> ExpertMatrices:
+        packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
+        return split_flat(packed, scale, self.bits[group], *self._shape(group))
+
+    def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
+        param = torch.nn.Parameter(value, requires_grad=False)
+        layer.register_parameter(name, param)
+        loader: Callable[..., bool | None] = functools.partial(self.load_weight, layer)
+        set_weight_attrs(param, {"weight_loader": loader})
+
+    def _check_groups(self) -> None:
+        wrong = [
+            f"{what} of {size} is no multiple of the group size {self.group_size[group]}"
+            for group, what, size in (
+                ("w13", "hidden size", self.hidden_size),
+                ("w2", "expert width per rank", self.intermediate_size),
+            )
+            if size % self.group_size[group]
+        ]
+        if wrong:
+            ranks = self.moe.moe_parallel_config.tp_size
+            raise UserError(
+                f"{self.prefix} cannot be split over {ranks} tensor-parallel rank(s): "
+                f"{'; '.join(wrong)}. Add --enable-expert-parallel, which gives each rank whole "
+                f"experts, or compress with a smaller --group-size."
+            )
+
+    def _check_tensor(
+        self, tensor: torch.Tensor, group: str, shard_id: str, expert: int, kind: str
+    ) -> None:
+        name = f"{self.prefix}: expert {expert} {shard_id}.{kind}"
+        bits = self.widths[group][expert]
+        if bits == 0:
+            raise UserError(
+                f"{name} is in the checkpoint, but config.json says that the expert was dropped "
+                f"(width 0). The folder mixes two checkpoints: compress again, or restore its "
+                f"config.json."
+            )
+        full = self.intermediate_size * self.moe.moe_parallel_config.tp_size
+        rows, columns = (self.hidden_size, full) if group == "w2" else (full, self.hidden_size)
+        last = {
+            "weight_packed": columns * bits // 8,
+            "weight_scale": 2 * columns // self.group_size[group],
+        }
+        expected, dtype = (rows, last[kind]), DTYPES[kind]
+        if tuple(tensor.shape) == expected and tensor.dtype == dtype:
+            return
+        raise UserError(
+            f"{name} is {_describe(tensor.shape, tensor.dtype)}, but width {bits} in config.json "
+            f"(group size {self.group_size[group]}) needs {_describe(expected, dtype)}. The folder "
+            f"mixes two checkpoints: compress again, or restore its config.json."
+        )
+
+    def _refuse_gaps(self) -> None:
+        missing = [
+            f"expert {e} {p}.{kind}"
+            for e in sorted(self.local)
+            if self.widths["w13"][e]
+            for p in PROJECTIONS
+            for kind in KINDS
+            if (e, p, kind) not in self.filled
+        ]
+        if missing:
+            shown = "\n  - ".join(missing[:SHOWN_GAPS])
+            rest = f"\n  and {len(missing) - SHOWN_GAPS} more" if len(missing) > SHOWN_GAPS else ""
+            raise UserError(
+                f"{self.prefix}: the checkpoint lacks {len(missing)} expert tensor(s) that "
+                f"config.json promises:\n  - {shown}{rest}\nThe folder is incomplete: copy or "
+                f"compress it again. `mcmoe inspect --check <folder>` lists what is there."
+            )
+
+
+def _activation_name(layer: Any, prefix: str) -> str:
+    activation = str(getattr(layer.activation, "value", layer.activation))
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"{prefix} has activation {activation!r}; mcmoe serves "
+            f"{', '.join(sorted(ACTIVATIONS))}. Serve the model without compression."
+        )
+    return activation
+
+
+def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
+    """Raise UserError listing every setting that the experts cannot be served with."""
+    parallel = moe.moe_parallel_config
+    backend = getattr(parallel, "all2all_backend", None)
+    refused = {
+        "experts with biases": getattr(moe, "has_bias", False),
+        "LoRA on experts: drop --enable-lora": getattr(moe, "is_lora_enabled", False),
+        "expert load balancing: drop --enable-eplb": getattr(parallel, "enable_eplb", False),
+        f"--all2all-backend {backend}: use allgather_reducescatter": (
+            getattr(parallel, "use_all2all_kernels", False) and backend != "allgather_reducescatter"
+        ),
+    }
+    wrong = [what for what, given in refused.items() if given]
+    if wrong:
+        raise UserError(f"{prefix}: mcmoe does not serve " + "; ".join(wrong))
+
+
+def _describe(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

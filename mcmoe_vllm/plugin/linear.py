@@ -1,0 +1,97 @@
+"""Dense int4 linears: vLLM's own GPTQ kernels, or dequantized once at load where none applies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.platforms import current_platform
+
+from mcmoe_kernels.packing import dequantize_int4_linear
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.plugin.config import McmoeConfig
+
+logger = init_logger("vllm.mcmoe")
+
+
+# vLLM chooses the weight loader by the name of the method's class.
+@register_weight_loader_v2_supported_method
+class McmoeLinearMethod(AutoGPTQLinearMethod):
+    """qweight int32 [K/8, N] and scales [K/G, N] of a symmetric int4 linear (docs/FORMAT.md).
+
+    Two cases compute from weights dequantized at load: float32 activations, exactly, which is the
+    mode for checking accuracy; and on a CPU weights that fit into the cache, because the int4
+    kernel is slower than the plain one from a few tokens on.
+    """
+
+    def __init__(self, config: McmoeConfig, prefix: str) -> None:
+        self.group_size = config.config.group_size["dense"]
+        # bits, group size, act order, symmetric, quantized lm_head, per-module rules, full config
+        super().__init__(AutoGPTQConfig(4, self.group_size, False, True, False, {}, {}))
+        self.input_dtype = None
+        self.config = config
+        self.prefix = prefix
+        self.plain: UnquantizedLinearMethod | None = None  # once the weights are dequantized
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if input_size_per_partition % self.group_size:
+            raise UserError(
+                f"{self.prefix}: in_features of {input_size} split over "
+                f"{input_size // input_size_per_partition} ranks gives "
+                f"{input_size_per_partition}, no multiple of the group size {self.group_size}. "
+                f"Use a smaller --tensor-parallel-size, or compress with a smaller --group-size."
+            )
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        self.dtype = params_dtype
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not self._is_dequantized(layer):
+            super().process_weights_after_loading(layer)
+            return
+        logger.info_once("mcmoe: dense int4 weights are dequantized to %s at load", str(self.dtype))
+        weight = dequantize_int4_linear(layer.qweight.data, layer.scales.data).to(self.dtype)
+        for name in ("qweight", "scales", "qzeros", "g_idx"):
+            if name in layer._parameters:
+                delattr(layer, name)
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        self.plain = UnquantizedLinearMethod()
+        self.plain.process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.plain is not None:
+            return self.plain.apply(layer, x, bias)
+        return super().apply(layer, x, bias)
+
+    def _is_dequantized(self, layer: Any) -> bool:
+        if self.dtype == torch.float32:
+            return True
+        if not current_platform.is_cpu():
+            return False
+        vllm_config = get_current_vllm_config_or_none()
+        options = None if vllm_config is None else vllm_config.additional_config
+        nbytes = 8 * layer.qweight.numel() * self.dtype.itemsize
+        return self.config.weight_cache(options).take(nbytes)

@@ -1,0 +1,90 @@
+"""What the engine computes: log-probabilities against transformers on the dequantized weights."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TINY = {"samples": 4, "method": "rtn", "candidate_bits": (0, 1, 2, 3, 4), "bits": 2.25}
+
+
+def difference(result, reference):
+    return (torch.tensor(result["logprobs"]) - reference).abs()
+
+
+def assert_equal_numbers(result, reference):
+    """float32 on both sides: what is left is the order of summation."""
+    error = difference(result, reference)
+    assert error.mean() <= 2e-3 and (error <= 0.05).float().mean() >= 0.99
+
+
+@pytest.fixture(scope="module")
+def example(compressed):
+    return compressed("example")
+
+
+@pytest.fixture(scope="module")
+def reference(example, dequantized, prompts, transformers_logprobs):
+    return transformers_logprobs(dequantized(example), prompts)
+
+
+@pytest.fixture(scope="module")
+def default_loader(example, prompts, run_engine):
+    return run_engine(example, prompts)
+
+
+def test_the_trained_model(default_loader, reference):
+    assert_equal_numbers(default_loader, reference)
+    assert difference(default_loader, reference).numel() >= 4000
+
+
+def test_the_checked_loader_changes_nothing(example, prompts, run_engine, default_loader):
+    checked = run_engine(example, prompts, load_format="mcmoe")
+    assert checked["logprobs"] == default_loader["logprobs"]
+    assert checked["tokens"] == default_loader["tokens"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "olmoe"])
+def test_other_architectures(
+    compressed, dequantized, prompts, transformers_logprobs, run_engine, model_type
+):
+    """Tiny and random, with dropped experts, shared experts and int4 attention."""
+    folder = compressed(model_type, **TINY)
+    result = run_engine(folder, prompts[:2])
+    assert_equal_numbers(result, transformers_logprobs(dequantized(folder), prompts[:2]))
+
+
+@pytest.mark.parametrize("cache_gib", [0, 1])
+def test_bfloat16_errs_as_much_as_plain_bfloat16(
+    example, dequantized, prompts, run_engine, reference, cache_gib
+):
+    """Near ties of the router flip in bfloat16, with or without compression; the plain model of
+    the same weights is the measure."""
+    result = run_engine(
+        example,
+        prompts,
+        dtype="bfloat16",
+        additional_config={"cpu_weight_cache_gib": cache_gib},
+    )
+    assert ("int4" in result["log"].split("compute path = ")[1].splitlines()[0]) == (cache_gib == 0)
+    plain = run_engine(dequantized(example), prompts, dtype="bfloat16")
+    granted = difference(plain, reference).mean()
+    assert difference(result, reference).mean() <= 1.25 * granted
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_two_ranks(compressed, prompts, run_engine, expert_parallel):
+    folder = compressed("mixtral", group_size=32, **TINY)
+    one = run_engine(folder, prompts[:2])
+    two = run_engine(
+        folder,
+        prompts[:2],
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        tensor_parallel_size=2,
+        enable_expert_parallel=expert_parallel,
+        load_format="mcmoe",
+    )
+    assert_equal_numbers(two, torch.tensor(one["logprobs"]))
+    assert two["log"].count("compute path = CPU") == 1
+    skipped = "all hashes right, 0 skipped" not in two["log"]
+    assert skipped == expert_parallel

@@ -1,0 +1,105 @@
+"""A compressed model behind `vllm serve`: the API, the flags, and what a user reads on failure."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+COMPILED = ("--quantization", "mcmoe", "--chat-template", CHAT_TEMPLATE)
+EAGER = ("--enforce-eager", "--load-format", "mcmoe")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(compressed) -> Path:
+    return compressed("example")
+
+
+class TestCompiledWithTheFlag:
+    """torch.compile on, --quantization mcmoe, vLLM's default loader."""
+
+    @pytest.fixture
+    def server(self, serve, checkpoint):
+        return serve(checkpoint, *COMPILED)
+
+    def test_completions(self, server):
+        answer = server.post("/v1/completions", prompt="The file", max_tokens=8, temperature=0)
+        assert answer["usage"]["completion_tokens"] == 8 and answer["choices"][0]["text"].strip()
+        again = server.post("/v1/completions", prompt="The file", max_tokens=8, temperature=0)
+        assert again["choices"][0]["text"] == answer["choices"][0]["text"]
+
+    def test_a_batch_of_prompts(self, server):
+        prompts = ["The file", "If the", "This option", "import os", "A dictionary is", "See also"]
+        answer = server.post("/v1/completions", prompt=prompts, max_tokens=24, temperature=0)
+        assert [c["index"] for c in answer["choices"]] == list(range(6))
+        assert all(c["text"] for c in answer["choices"])
+
+    def test_chat(self, server):
+        answer = server.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "What is a file?"}],
+            max_tokens=8,
+        )
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert answer["usage"]["completion_tokens"] > 0
+
+    def test_streaming_gives_the_same_text(self, server):
+        body = {"prompt": "The file", "max_tokens": 12, "temperature": 0}
+        whole = server.post("/v1/completions", **body)["choices"][0]["text"]
+        with server.stream("/v1/completions", stream=True, **body) as response:
+            lines = [line.decode().strip() for line in response if line.startswith(b"data: ")]
+        assert lines[-1] == "data: [DONE]" and len(lines) > 3
+        pieces = [json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]]
+        assert "".join(pieces) == whole
+
+    def test_the_plugin_says_once_what_it_does(self, server):
+        log = server.log()
+        assert log.count("true bits/weight (experts), compute path = CPU") == 1
+        assert "mcmoe 0.1.0: 4 MoE layers, " in log
+
+
+class TestEagerWithTheCheckedLoader:
+    """--enforce-eager, --load-format mcmoe; config.json alone says that it is mcmoe."""
+
+    @pytest.fixture
+    def server(self, serve, checkpoint):
+        return serve(checkpoint, *EAGER)
+
+    def test_completions(self, server):
+        answer = server.post("/v1/completions", prompt="The file", max_tokens=8, temperature=0)
+        assert answer["usage"]["completion_tokens"] == 8
+
+    def test_the_loader_reports(self, server):
+        assert "all hashes right, 0 skipped" in server.log()
+        assert server.log().count("compute path = CPU") == 1
+
+
+def test_a_plain_checkpoint_with_the_flag_names_the_remedy(tiny_models, refused_start):
+    log = refused_start(tiny_models("mixtral"), "--quantization", "mcmoe")
+    assert "Compress it first with `mcmoe quantize" in log
+
+
+def test_a_corrupted_shard_is_named(checkpoint, tmp_path, refused_start):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    shard = sorted(damaged.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    log = refused_start(damaged, *EAGER)
+    assert "1 tensor(s) are not what mcmoe_manifest.json says" in log and shard.name in log
+
+
+def test_a_width_that_contradicts_the_tensors_is_named(checkpoint, tmp_path, refused_start):
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    config = json.loads((changed / "config.json").read_text())
+    widths = config["quantization_config"]["expert_bits"]["1"]
+    other = "4" if widths[0][2] != "4" else "3"
+    widths[0] = widths[0][:2] + other + widths[0][3:]
+    (changed / "config.json").write_text(json.dumps(config))
+    log = refused_start(changed, "--enforce-eager")
+    assert "expert 2 w1.weight_packed is uint8" in log and f"width {other} in config.json" in log

@@ -1,0 +1,105 @@
+"""Random packed expert layers and a float64 reference, for the tests of kernels and plugin."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
+from mcmoe_kernels.packing import interleave_scale, pack
+
+
+def random_matrices(
+    bits: Sequence[int], rows: int, columns: int, group_size: int, seed: int
+) -> ExpertMatrices:
+    """Random codes of every value, scales that bfloat16 holds exactly, zeros of every value."""
+    generator = torch.Generator().manual_seed(seed)
+    packed, scales = [], []
+    for b in bits:
+        groups = columns // group_size
+        if b == 0:
+            packed.append(torch.empty(rows, 0, dtype=torch.uint8))
+            scales.append(torch.empty(rows, 0, dtype=torch.float16))
+            continue
+        codes = torch.randint(0, 1 << b, (rows, columns), generator=generator)
+        scale = torch.rand(rows, groups, generator=generator).add(0.1).mul(0.1 / b)
+        zero = torch.randint(0, 1 << b, (rows, groups), generator=generator).float()
+        if b == 1:
+            zero = torch.full_like(zero, 0.5)
+        packed.append(pack(codes, b))
+        scales.append(interleave_scale(scale.bfloat16().float(), zero))
+    return ExpertMatrices(tuple(bits), tuple(packed), tuple(scales))
+
+
+def random_layer(
+    bits13: Sequence[int],
+    bits2: Sequence[int] | None = None,
+    hidden: int = 256,
+    intermediate: int = 128,
+    group_size: int = 128,
+    seed: int = 0,
+    activation: str = "silu",
+) -> ExpertLayer:
+    bits2 = bits13 if bits2 is None else bits2
+    w13 = random_matrices(bits13, 2 * intermediate, hidden, group_size, 2 * seed)
+    w2 = random_matrices(bits2, hidden, intermediate, group_size, 2 * seed + 1)
+    return ExpertLayer(hidden, intermediate, w13, w2, activation)
+
+
+def random_routing(
+    tokens: int, experts: int, top_k: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 [T, k] that sum to 1 and distinct ids int32 [T, k]."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator)
+    weights, ids = scores.topk(top_k, dim=-1)
+    return weights / weights.sum(-1, keepdim=True), ids.int()
+
+
+def random_input(
+    tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> torch.Tensor:
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def experts_float64(
+    x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """Token by token, slot by slot, in float64, with exact weights."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(x.shape[0]):
+        for weight, expert in zip(topk_weights[t].tolist(), topk_ids[t].tolist(), strict=True):
+            if expert >= 0 and layer.expert_map is not None:
+                expert = int(layer.expert_map[expert])
+            if expert < 0 or not layer.present(expert):
+                continue
+            h = layer.w13.dequantize(expert).double() @ x[t].double()
+            gate, up = h.chunk(2)
+            act = {
+                "silu": torch.nn.functional.silu,
+                "gelu": torch.nn.functional.gelu,
+                "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
+            }[layer.activation](gate)
+            out[t] += weight * (layer.w2.dequantize(expert).double() @ (act * up))
+    return out
+
+
+def experts_rounded(
+    x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """What plain torch gives on weights dequantized to x.dtype: the error that is granted."""
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in range(layer.num_experts):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        if not token.numel() or not layer.present(expert):
+            continue
+        w13, w2 = (m.dequantize(expert).to(x.dtype) for m in (layer.w13, layer.w2))
+        gate, up = torch.nn.functional.linear(x[token], w13).float().chunk(2, dim=-1)
+        a = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        y = torch.nn.functional.linear(a, w2)
+        out.index_add_(0, token, y.float() * topk_weights[token, slot].unsqueeze(-1))
+    return out.to(x.dtype)
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square error over root mean square of the reference."""
+    return float((value.double() - reference).norm() / reference.norm())

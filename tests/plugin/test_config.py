@@ -1,0 +1,89 @@
+"""Which method a layer gets, and what a user reads who asks for the impossible."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.errors import UserError
+
+pytestmark = pytest.mark.vllm
+
+
+def make(dense_bits=4, layers=2):
+    from mcmoe_vllm.plugin.config import McmoeConfig
+
+    config = QuantizationConfig(
+        group_size={"w13": 64, "w2": 64, "dense": 128},
+        expert_bits=dict.fromkeys(range(layers), ("2340", "3210")),
+        dense_bits=dense_bits,
+        dense_modules=("self_attn", "shared_expert") if dense_bits == 4 else (),
+    )
+    return McmoeConfig.from_config(config.to_dict())
+
+
+def test_a_plain_checkpoint_names_the_remedy():
+    from mcmoe_vllm.plugin.config import McmoeConfig
+
+    with pytest.raises(UserError, match="Compress it first with `mcmoe quantize"):
+        McmoeConfig()
+
+
+def test_it_travels_to_the_workers():
+    config = pickle.loads(pickle.dumps(make()))
+    assert config.get_name() == "mcmoe" and config.config == make().config
+
+
+def test_activation_types_and_contract():
+    config = make()
+    assert set(config.get_supported_act_dtypes()) == {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    }
+    assert config.override_quantization_method({}, None, hf_config=None) is None
+    assert config.get_config_filenames() == [] and config.get_min_capability() == 75
+
+
+@pytest.mark.parametrize(
+    ("prefix", "int4"),
+    [
+        ("model.layers.0.self_attn.qkv_proj", True),
+        ("model.layers.1.mlp.shared_expert.down_proj", True),
+        ("model.layers.0.mlp.shared_expert_gate", False),
+        ("model.layers.0.mlp.gate", False),
+        ("lm_head", False),
+        ("self_attn.qkv_proj", False),  # no layer that we know
+        ("model.layers.2.self_attn.qkv_proj", False),  # a draft model's layer
+    ],
+)
+def test_which_linears_are_int4(vllm_config, prefix, int4):
+    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+    from mcmoe_vllm.plugin.linear import McmoeLinearMethod
+
+    config = make()
+    config.maybe_update_config("a-model", SimpleNamespace(num_hidden_layers=2))
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    method = config.get_quant_method(layer, prefix)
+    assert type(method) is (McmoeLinearMethod if int4 else UnquantizedLinearMethod)
+    if int4:
+        assert method.quant_config.group_size == 128
+    assert type(make(16).get_quant_method(layer, prefix)) is UnquantizedLinearMethod
+
+
+def test_other_layers_are_left_alone():
+    assert make().get_quant_method(torch.nn.Module(), "model.layers.0.self_attn.attn") is None
+
+
+def test_true_bits_count_scales_and_dropped_experts():
+    from mcmoe_vllm.plugin.config import true_bits
+
+    # three of four experts have weights, 0.5 bits of scale and zero a weight
+    w13, w2 = (2 + 3 + 4) / 4 + 0.375, (3 + 2 + 1) / 4 + 0.375
+    assert true_bits(make().config) == pytest.approx((2 * w13 + w2) / 3)

@@ -1,0 +1,264 @@
+"""Loading and running one layer's experts through vLLM's method interface, without an engine."""
+
+import gc
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.errors import UserError
+from tests.expert_layers import (
+    experts_float64,
+    random_input,
+    random_layer,
+    random_routing,
+    relative_error,
+)
+
+pytestmark = pytest.mark.vllm
+
+BITS13, BITS2 = "12340213", "23140342"  # widths differ, expert 4 is dropped
+HIDDEN, WIDTH, GROUP = 256, 128, 32
+PREFIX = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return random_layer(
+        [int(b) for b in BITS13], [int(b) for b in BITS2], HIDDEN, WIDTH, group_size=GROUP
+    )
+
+
+def quantization_config(bits13=BITS13, bits2=BITS2, group=GROUP):
+    return QuantizationConfig(
+        group_size={"w13": group, "w2": group, "dense": group}, expert_bits={0: (bits13, bits2)}
+    )
+
+
+def make_method(moe_config, layer, config=None, width=WIDTH, tp=(1, 0), dtype=torch.bfloat16):
+    from mcmoe_vllm.plugin.config import McmoeConfig
+    from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+
+    moe = moe_config(8, tp_size=tp[0], tp_rank=tp[1])
+    method = McmoeExpertsMethod(McmoeConfig(config or quantization_config()), moe, PREFIX, 0)
+    local = 8 if layer.held is None else len(layer.held)
+    method.create_weights(layer, local, HIDDEN, width // tp[0], dtype)
+    return method
+
+
+def expert_tensors(checkpoint):
+    """(parameter, tensor, shard, expert) of every tensor in the checkpoint."""
+    for expert in range(8):
+        if not checkpoint.present(expert):
+            continue
+        for kind in ("packed", "scale"):
+            gate_up = getattr(checkpoint.w13, kind)[expert]
+            down = getattr(checkpoint.w2, kind)[expert]
+            yield f"w13_weight_{kind}", gate_up[:WIDTH], "w1", expert
+            yield f"w13_weight_{kind}", gate_up[WIDTH:], "w3", expert
+            yield f"w2_weight_{kind}", down, "w2", expert
+
+
+def load(layer, tensors):
+    for name, tensor, shard, expert in tensors:
+        param = getattr(layer, name)
+        param.weight_loader(
+            param=param,
+            loaded_weight=tensor,
+            weight_name=f"{PREFIX}.{name}",
+            shard_id=shard,
+            expert_id=expert,
+            return_success=True,
+        )
+
+
+@pytest.fixture(autouse=True)
+def forget_layers():
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize("cache_gib", [0, 1])  # int4 codes, dequantized at load
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_loaded_layer_computes(checkpoint, vllm_config, moe_config, fake_layer, dtype, cache_gib):
+    vllm_config.additional_config = {"cpu_weight_cache_gib": cache_gib}
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer, dtype=dtype)
+    load(layer, expert_tensors(checkpoint))
+    method.process_weights_after_loading(layer)
+    x, (weights, ids) = random_input(5, HIDDEN, dtype), random_routing(5, 8, 3)
+    ids[1] = -1
+    ids[2, 0] = -1
+    out = method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+    limit = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
+    assert relative_error(out, experts_float64(x, checkpoint, weights, ids)) < limit
+    assert not out[1].any()
+    assert ("dequantized" in method.prepared.path) == (cache_gib > 0 or dtype != torch.bfloat16)
+    # What is kept dequantized is not kept packed as well.
+    assert (layer.w13_weight_packed.numel() == 0) == (cache_gib > 0)
+
+
+def test_the_flat_buffers_hold_no_more_than_the_widths(checkpoint, moe_config, fake_layer):
+    layer = fake_layer(8)
+    make_method(moe_config, layer)
+    for name, bits, size in (("w13", BITS13, 2 * WIDTH * HIDDEN), ("w2", BITS2, HIDDEN * WIDTH)):
+        packed = getattr(layer, f"{name}_weight_packed")
+        assert packed.dtype == torch.uint8 and packed.dim() == 1
+        assert packed.numel() == sum(map(int, bits)) * size // 8
+        assert getattr(layer, f"{name}_weight_scale").shape[0] == 7  # none for the dropped one
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_ranks_add_up(checkpoint, vllm_config, moe_config, fake_layer, ranks):
+    x, (weights, ids) = random_input(5, HIDDEN, torch.float32), random_routing(5, 8, 3)
+    total = torch.zeros(5, HIDDEN)
+    for rank in range(ranks):
+        layer = fake_layer(8)
+        method = make_method(moe_config, layer, tp=(ranks, rank), dtype=torch.float32)
+        load(layer, expert_tensors(checkpoint))
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+        del method, layer
+        gc.collect()
+    assert relative_error(total, experts_float64(x, checkpoint, weights, ids)) < 1e-6
+
+
+def test_expert_parallel_ranks_add_up(checkpoint, vllm_config, moe_config, fake_layer):
+    x, (weights, ids) = random_input(5, HIDDEN, torch.float32), random_routing(5, 8, 3)
+    total = torch.zeros(5, HIDDEN)
+    for held in ([0, 1, 2, 3, 4], [5, 6, 7]):
+        layer = fake_layer(8, held)
+        method = make_method(moe_config, layer, dtype=torch.float32)
+        load(layer, expert_tensors(checkpoint))
+        assert {e for e, _, _ in method.filled} == set(held) - {4}
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+        del method, layer
+        gc.collect()
+    assert relative_error(total, experts_float64(x, checkpoint, weights, ids)) < 1e-6
+
+
+def test_a_remote_expert_is_not_loaded(checkpoint, moe_config, fake_layer):
+    layer = fake_layer(8, [0, 1])
+    make_method(moe_config, layer)
+    param = layer.w2_weight_packed
+    given = {"param": param, "loaded_weight": torch.zeros(1), "weight_name": "w2_weight_packed"}
+    assert param.weight_loader(**given, shard_id="w2", expert_id=7, return_success=True) is False
+    assert param.weight_loader(**given, shard_id="w2", expert_id=7) is None
+
+
+def test_gaps_are_listed(checkpoint, vllm_config, moe_config, fake_layer):
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    load(layer, [t for t in expert_tensors(checkpoint) if t[3] != 2 and t[2:] != ("w3", 6)])
+    with pytest.raises(UserError) as error:
+        method.process_weights_after_loading(layer)
+    message = str(error.value)
+    assert "lacks 8 expert tensor(s)" in message and "expert 6 w3.weight_scale" in message
+    assert all(f"expert 2 {p}.weight_packed" in message for p in ("w1", "w2", "w3"))
+
+
+def test_dummy_weights_have_no_gaps(vllm_config, moe_config, fake_layer):
+    vllm_config.load_config.load_format = "dummy"
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    method.process_weights_after_loading(layer)
+    out = method.apply(layer, random_input(2, HIDDEN), *random_routing(2, 8, 2))
+    assert not out.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "shard", "expert", "tensor", "said"),
+    [
+        (
+            "w13_weight_packed", "w1", 1, torch.zeros(WIDTH, HIDDEN // 8 * 3, dtype=torch.uint8),
+            "expert 1 w1.weight_packed is uint8 [128, 96], but width 2 in config.json "
+            "(group size 32) needs uint8 [128, 64]",
+        ),
+        (
+            "w2_weight_scale", "w2", 0, torch.zeros(HIDDEN, 2, dtype=torch.float16),
+            "expert 0 w2.weight_scale is float16 [256, 2], but width 2 in config.json "
+            "(group size 32) needs float16 [256, 8]",
+        ),
+        (
+            "w2_weight_scale", "w2", 0, torch.zeros(HIDDEN, 8, dtype=torch.bfloat16),
+            "is bfloat16 [256, 8]",
+        ),
+        (
+            "w13_weight_packed", "w3", 4, torch.zeros(WIDTH, HIDDEN // 8, dtype=torch.uint8),
+            "expert 4 w3.weight_packed is in the checkpoint, but config.json says that the expert "
+            "was dropped",
+        ),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_contradicts_the_config_is_refused(
+    moe_config, fake_layer, name, shard, expert, tensor, said
+):
+    layer = fake_layer(8)
+    make_method(moe_config, layer)
+    with pytest.raises(UserError) as error:
+        load(layer, [(name, tensor, shard, expert)])
+    assert said in str(error.value) and PREFIX in str(error.value)
+
+
+def test_a_split_through_a_group_is_refused(moe_config, fake_layer):
+    with pytest.raises(UserError, match="expert width per rank of 64 .* group size 128.*"):
+        make_method(moe_config, fake_layer(8), quantization_config(group=128), width=128, tp=(2, 0))
+    with pytest.raises(UserError, match="--enable-expert-parallel"):
+        make_method(moe_config, fake_layer(8), width=96, tp=(2, 0))
+
+
+def test_another_number_of_experts_is_refused(moe_config, fake_layer):
+    with pytest.raises(UserError, match="has 8 experts, but expert_bits in config.json has 4"):
+        make_method(moe_config, fake_layer(8), quantization_config("2222", "2222"))
+
+
+@pytest.mark.parametrize("activation", ["swigluoai", "relu2_no_mul"])
+def test_an_unknown_activation_is_refused(moe_config, fake_layer, activation):
+    with pytest.raises(UserError, match=f"has activation '{activation}'; mcmoe serves gelu"):
+        make_method(moe_config, fake_layer(8, activation=activation))
+
+
+def test_every_unsupported_setting_is_listed(moe_config):
+    from mcmoe_vllm.plugin.config import McmoeConfig
+    from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+
+    moe = moe_config(8, has_bias=True, is_lora_enabled=True)
+    moe.moe_parallel_config.enable_eplb = True
+    moe.moe_parallel_config.use_all2all_kernels = True
+    moe.moe_parallel_config.all2all_backend = "deepep_low_latency"
+    with pytest.raises(UserError) as error:
+        McmoeExpertsMethod(McmoeConfig(quantization_config()), moe, PREFIX, 0)
+    for part in ("biases", "--enable-lora", "--enable-eplb", "deepep_low_latency"):
+        assert part in str(error.value)
+
+
+def test_two_live_layers_of_one_name_are_refused(checkpoint, vllm_config, moe_config, fake_layer):
+    first, second = fake_layer(8), fake_layer(8)
+    methods = [make_method(moe_config, layer) for layer in (first, second)]
+    for layer in (first, second):
+        load(layer, expert_tensors(checkpoint))
+    methods[0].process_weights_after_loading(first)
+    with pytest.raises(UserError, match="already loaded in this process"):
+        methods[1].process_weights_after_loading(second)
+
+
+def test_the_start_is_announced_once(checkpoint, vllm_config, moe_config, fake_layer, monkeypatch):
+    from mcmoe_vllm.plugin import config as plugin_config
+
+    lines = []
+    monkeypatch.setattr(plugin_config.logger, "info", lambda text, *args: lines.append(text % args))
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    method.quant_config._expected = 2
+    load(layer, expert_tensors(checkpoint))
+    method.process_weights_after_loading(layer)
+    assert not lines
+    method.quant_config.experts_ready(method.prepared.path, announce=True)
+    (line,) = lines
+    mean13 = sum(map(int, BITS13)) / 8 + 7 / 8  # 32 bits of scale and zero per group of 32
+    mean2 = sum(map(int, BITS2)) / 8 + 7 / 8
+    assert f"{(2 * mean13 + mean2) / 3:.2f} true bits/weight (experts)" in line
+    assert line.startswith("mcmoe 0.1.0: 2 MoE layers") and "compute path = CPU" in line

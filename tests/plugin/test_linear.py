@@ -1,0 +1,87 @@
+"""Dense int4 linears: vLLM's kernel in 16 bits, exact weights in float32."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from mcmoe_kernels.packing import dequantize_int4_linear, pack_int4_linear
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.errors import UserError
+from tests.expert_layers import relative_error
+
+pytestmark = pytest.mark.vllm
+
+K, N = 256, 64
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """vLLM's parameters ask for their rank when they are made."""
+    from vllm.model_executor import parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def make_method(group_size):
+    from mcmoe_vllm.plugin.config import McmoeConfig
+    from mcmoe_vllm.plugin.linear import McmoeLinearMethod
+
+    config = QuantizationConfig(
+        group_size={"w13": 64, "w2": 64, "dense": group_size},
+        expert_bits={0: ("22", "22")},
+        dense_bits=4,
+        dense_modules=("self_attn",),
+    )
+    return McmoeLinearMethod(McmoeConfig(config), "model.layers.3.self_attn.o_proj")
+
+
+def make_layer(dtype, group_size, input_size=K):
+    layer, method = torch.nn.Module(), make_method(group_size)
+    layer.bias = None
+    method.create_weights(
+        layer, K, [N], input_size, N, dtype, weight_loader=lambda param, value: None
+    )
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (N, K), generator=generator)
+    scales = (torch.rand(K // group_size, N, generator=generator) * 0.1).bfloat16()
+    layer.qweight.data.copy_(pack_int4_linear(codes))
+    layer.scales.data.copy_(scales)
+    exact = dequantize_int4_linear(layer.qweight.data, scales.float())
+    method.process_weights_after_loading(layer)
+    return layer, method, exact
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)]
+)
+@pytest.mark.parametrize("cache_gib", [0, 1])  # vLLM's int4 kernel, dequantized at load
+def test_it_computes_the_stored_weight(vllm_config, group_size, dtype, limit, cache_gib):
+    vllm_config.additional_config = {"cpu_weight_cache_gib": cache_gib}
+    layer, method, exact = make_layer(dtype, group_size)
+    bias = torch.ones(N, dtype=dtype)
+    for tokens in (1, 33):
+        x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+        out = method.apply(layer, x, bias)
+        reference = x.double() @ exact.t().double() + 1
+        assert out.dtype == dtype and relative_error(out, reference) < limit
+    dequantized = cache_gib > 0 or dtype == torch.float32
+    assert (method.plain is not None) == dequantized
+    assert hasattr(layer, "qweight") != dequantized, "no weight is kept twice"
+
+
+def test_a_split_through_a_group_is_refused(vllm_config):
+    with pytest.raises(UserError, match="model.layers.3.*split over 4 ranks gives 192, no mult"):
+        make_method(128).create_weights(
+            torch.nn.Module(), 192, [N], 768, N, torch.bfloat16, weight_loader=None
+        )
+
+
+def test_vllm_picks_the_loader_that_knows_packed_weights():
+    from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED
+
+    from mcmoe_vllm.plugin.linear import McmoeLinearMethod
+
+    assert McmoeLinearMethod.__name__ in WEIGHT_LOADER_V2_SUPPORTED
