@@ -319,6 +319,33 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
         )
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A folder's hash manifest: {"shards": {file: {"bytes", "sha256"}}, "tensors": {name: sha256}}.
+
+    Raises UserError if it is missing, of a newer version, or of another structure.
+    """
+    file = path / MANIFEST_FILE
+    manifest = read_json(file)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > MANIFEST_VERSION:
+        raise UserError(
+            f"{file} has format_version {version}, this mcmoe-vllm reads up to "
+            f"{MANIFEST_VERSION}: upgrade with pip install -U mcmoe-vllm"
+        )
+    sound = (
+        version == MANIFEST_VERSION
+        and isinstance(manifest.get("shards"), dict)
+        and isinstance(manifest.get("tensors"), dict)
+        and all(
+            isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry)
+            for entry in manifest["shards"].values()
+        )
+    )
+    if not sound:
+        raise UserError(f"{file} is no manifest of hashes; download the checkpoint again")
+    return manifest
+
+
 def copy_side_files(source: Path, target: Path, trust_remote_code: bool = False) -> list[str]:
     """Copy tokenizer, generation config, chat template and licence files; their names."""
     files = side_files(source, trust_remote_code)

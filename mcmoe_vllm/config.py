@@ -129,14 +129,7 @@ class QuantizationConfig:
         method = value.pop("quant_method", None)
         if method != QUANT_METHOD:
             raise UserError(f"quant_method is {method!r}, an mcmoe checkpoint has {QUANT_METHOD!r}")
-        version = value.get("format_version")
-        if not _is_integer(version) or version < 1:
-            raise UserError(f"format_version is {version!r}, needs an integer from 1")
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"this checkpoint has format_version {version}, this mcmoe-vllm reads up to "
-                f"{FORMAT_VERSION}: upgrade with pip install -U mcmoe-vllm"
-            )
+        _check_version(value.get("format_version"), "this checkpoint")
         known = set(cls.__dataclass_fields__)
         missing = sorted({"group_size", "expert_bits"} - set(value))
         unknown = sorted(set(value) - known)
@@ -235,14 +228,7 @@ class Plan:
             raise UserError(
                 f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
-        version = value.get("format_version", 1)
-        if not _is_integer(version) or version < 1:
-            raise UserError(f"{source} has format_version {version!r}, needs an integer from 1")
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{source} has format_version {version}, this mcmoe-vllm reads "
-                f"up to {FORMAT_VERSION}: upgrade it"
-            )
+        _check_version(value.get("format_version", 1), source)
         try:
             return cls(
                 **{
@@ -254,6 +240,16 @@ class Plan:
             )
         except (TypeError, ValueError) as e:
             raise UserError(f"{source} is no valid plan: {e}") from None
+
+
+def _check_version(version: Any, source: str) -> None:
+    if not _is_integer(version) or version < 1:
+        raise UserError(f"{source}: format_version is {version!r}, needs an integer from 1")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{source} has format_version {version}, this mcmoe-vllm reads up to "
+            f"{FORMAT_VERSION}: upgrade with pip install -U mcmoe-vllm"
+        )
 
 
 def _is_integer(value: Any) -> bool:

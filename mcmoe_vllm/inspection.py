@@ -23,12 +23,12 @@ from mcmoe_vllm import report
 from mcmoe_vllm.checkpoint import (
     INDEX_FILE,
     MANIFEST_FILE,
-    MANIFEST_VERSION,
     Checkpoint,
     TensorInfo,
     explain_os_errors,
     file_sha256,
     open_checkpoint,
+    read_manifest,
     tensor_sha256,
 )
 from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig, read_json
@@ -449,7 +449,7 @@ def _unexpected(
 def _wrong_content(checkpoint: Checkpoint, pairs: list[_Pair]) -> Iterator[str]:
     """Every shard and tensor against the manifest, every scale and zero against the format."""
     yield from _wrong_index(checkpoint)
-    manifest = _read_manifest(checkpoint.path)
+    manifest = read_manifest(checkpoint.path)
     shards, tensors = manifest["shards"], manifest["tensors"]
     by_shard: dict[str, list[str]] = {}
     for name, info in checkpoint.tensors.items():
@@ -522,30 +522,6 @@ def _wrong_values(tensor: torch.Tensor, pair: _Pair) -> Iterator[str]:
             f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at {pair.bits} bits: "
             f"{allowed}"
         )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, with its structure checked. Raises UserError."""
-    file = path / MANIFEST_FILE
-    manifest = read_json(file)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise UserError(
-            f"{file} has format_version {version}, this mcmoe-vllm reads up to "
-            f"{MANIFEST_VERSION}: upgrade with pip install -U mcmoe-vllm"
-        )
-    sound = (
-        version == MANIFEST_VERSION
-        and isinstance(manifest.get("shards"), dict)
-        and isinstance(manifest.get("tensors"), dict)
-        and all(
-            isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry)
-            for entry in manifest["shards"].values()
-        )
-    )
-    if not sound:
-        raise UserError(f"{file} is no manifest of hashes; download the checkpoint again")
-    return manifest
 
 
 def _num_layers(checkpoint: Checkpoint) -> int:

@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +46,7 @@ from mcmoe_vllm.config import (
     write_json,
 )
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.streaming import Routing, StreamedModel, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
@@ -677,17 +676,6 @@ def _publish(
         licences = [f.name for f in side_files(job.checkpoint.path) if "LICEN" in f.name.upper()]
         report.write_model_card(folder, result, chosen, sizes, bool(licences))
     return result
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    try:
-        # Unlike getrusage, whose figure a process inherits from the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _size_table(job: _Job, chosen: Plan) -> report.Sizes:

@@ -58,6 +58,7 @@ def main() -> int:
                         "bits": expert_bits(model),
                         "dtype": arguments.dtype,
                         "concurrency": concurrency,
+                        "serve_args": arguments.serve_args,
                         **measured,
                         **surroundings(),
                     }

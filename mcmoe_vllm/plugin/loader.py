@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from mcmoe_vllm.checkpoint import (
     HUB_PATTERNS,
     MANIFEST_FILE,
-    MANIFEST_VERSION,
     Checkpoint,
     explain_os_errors,
     open_checkpoint,
+    read_manifest,
     tensor_sha256,
 )
-from mcmoe_vllm.config import read_json
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.memory import peak_rss_bytes
 
 logger = init_logger("vllm.mcmoe")
 
@@ -63,7 +62,7 @@ class McmoeModelLoader(BaseModelLoader):
             count.bytes / MIB,
             time.perf_counter() - start,
             count.skipped,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_rss_bytes() / MIB,
         )
 
     def _folder(self, model_config: ModelConfig) -> Path:
@@ -103,16 +102,7 @@ def read_hashes(checkpoint: Checkpoint) -> dict[str, str]:
             f"against. Drop --load-format to load the folder unchecked, or compress the model "
             f"again."
         )
-    manifest = read_json(file)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise UserError(
-            f"{file} has format_version {version}, this mcmoe-vllm reads up to "
-            f"{MANIFEST_VERSION}: upgrade with pip install -U mcmoe-vllm"
-        )
-    hashes = manifest.get("tensors") if isinstance(manifest, dict) else None
-    if not isinstance(hashes, dict):
-        raise UserError(f"{file} is no manifest of hashes. {REMEDY}")
+    hashes: dict[str, str] = read_manifest(checkpoint.path)["tensors"]
     _refuse(
         checkpoint,
         [

@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"
+ENGINE = Path(__file__).parent / "engine.py"
 START_SECONDS = 300
 ENGINE_SECONDS = 600
 
