@@ -39,7 +39,9 @@ def write(folder, tensors=TENSORS, listed=ALL):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     hashes = {name: sha256(tensor) for name, tensor in listed.items()}
     (folder / "config.json").write_text("{}")
-    (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "shards": {}, "tensors": hashes}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"format_version": 1, "shards": {}, "tensors": hashes})
+    )
     return folder
 
 
