@@ -15,6 +15,8 @@ export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export VLLM_CONFIG_ROOT := $(CURDIR)/.cache/vllm-config
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
+# pip leaves compiling to the first import (see below), which therefore must keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench test-gpu clean install-cpu install-gpu

@@ -349,7 +349,12 @@ def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) 
         )
         process = subprocess.run(
             [sys.executable, "-c", _VLLM_PROGRAM, str(job), str(result)],
-            env=vllm_environment(),
+            env={
+                **vllm_environment(),
+                # The engine insists on generating a token after a full window; nothing is
+                # computed at its position, so the model's maximum still holds.
+                "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -54,9 +54,14 @@ def test_other_architectures(
     assert_equal_numbers(result, transformers_logprobs(dequantized(folder), prompts[:2]))
 
 
+@pytest.fixture(scope="module")
+def plain_bfloat16(example, dequantized, prompts, run_engine):
+    return run_engine(dequantized(example), prompts, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("cache_gib", [0, 1])
 def test_bfloat16_errs_as_much_as_plain_bfloat16(
-    example, dequantized, prompts, run_engine, reference, cache_gib
+    example, plain_bfloat16, prompts, run_engine, reference, cache_gib
 ):
     """Near ties of the router flip in bfloat16, with or without compression; the plain model of
     the same weights is the measure."""
@@ -67,15 +72,18 @@ def test_bfloat16_errs_as_much_as_plain_bfloat16(
         additional_config={"cpu_weight_cache_gib": cache_gib},
     )
     assert ("int4" in result["log"].split("compute path = ")[1].splitlines()[0]) == (cache_gib == 0)
-    plain = run_engine(dequantized(example), prompts, dtype="bfloat16")
-    granted = difference(plain, reference).mean()
+    granted = difference(plain_bfloat16, reference).mean()
     assert difference(result, reference).mean() <= 1.25 * granted
 
 
+@pytest.fixture(scope="module")
+def one_rank(compressed, prompts, run_engine):
+    return run_engine(compressed("mixtral", group_size=32, **TINY), prompts[:2])
+
+
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_two_ranks(compressed, prompts, run_engine, expert_parallel):
+def test_two_ranks(compressed, prompts, run_engine, one_rank, expert_parallel):
     folder = compressed("mixtral", group_size=32, **TINY)
-    one = run_engine(folder, prompts[:2])
     two = run_engine(
         folder,
         prompts[:2],
@@ -84,7 +92,7 @@ def test_two_ranks(compressed, prompts, run_engine, expert_parallel):
         enable_expert_parallel=expert_parallel,
         load_format="mcmoe",
     )
-    assert_equal_numbers(two, torch.tensor(one["logprobs"]))
+    assert_equal_numbers(two, torch.tensor(one_rank["logprobs"]))
     assert two["log"].count("compute path = CPU") == 1
     skipped = "all hashes right, 0 skipped" not in two["log"]
     assert skipped == expert_parallel
