@@ -30,7 +30,7 @@ from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.streaming import StreamedModel, experts_output
+from mcmoe_vllm.streaming import StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import load_tokenizer, strided_windows
 
 WINDOWS = 256
@@ -109,7 +109,7 @@ def evaluate(
             else None
         )
     else:
-        scored = load_streamed(checkpoint, device, trust_remote_code)
+        scored = load_streamed(checkpoint, device)
         base_model = None
         if against:
             base_checkpoint = open_checkpoint(resolve_model(against))
@@ -119,7 +119,7 @@ def evaluate(
                     f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
                     "only models with the same tokens can be compared"
                 )
-            base_model = load_streamed(base_checkpoint, device, trust_remote_code)
+            base_model = load_streamed(base_checkpoint, device)
         scores, base_scores = _score_streamed(scored, base_model, tokens)
     return Evaluation(
         model=model,
@@ -190,9 +190,7 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
     return packing.dequantize(packed, scale, bits)
 
 
-def load_streamed(
-    checkpoint: Checkpoint, device: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
+def load_streamed(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
     """A 16-bit or mcmoe checkpoint ready to run layer by layer.
 
     Raises UserError for unsupported architectures and other quantization methods.
@@ -200,15 +198,12 @@ def load_streamed(
     architecture = find_architecture(checkpoint.config)
     settings = checkpoint.config.get("quantization_config")
     quantization = None if settings is None else QuantizationConfig.from_dict(settings)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = StreamedModel(
         checkpoint if quantization is None else _with_dense_weights(checkpoint),
         architecture,
-        device=torch.device(device),
+        device=choose_device(device),
         dtype=torch.float32,  # on every device, so that figures do not depend on it
         read=checkpoint.read_weights if quantization is None else _DenseReader(checkpoint),
-        trust_remote_code=trust_remote_code,
     )
     num_experts = int(getattr(model.config, architecture.num_experts))
     return LoadedModel(model, architecture, quantization, num_experts)
@@ -311,12 +306,12 @@ def _with_dense_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 
 _VLLM_PROGRAM = """
-import json, os, sys
+import json, sys
 job = json.load(open(sys.argv[1]))
 from vllm import LLM, SamplingParams
 llm = LLM(model=job["model"], max_model_len=job["length"] + 1, enforce_eager=True,
           trust_remote_code=job["trust_remote_code"], enable_prefix_caching=False,
-          dtype=job["dtype"])
+          dtype="auto")
 params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
 outputs = llm.generate([{"prompt_token_ids": w} for w in job["windows"]], params)
 losses = []
@@ -343,7 +338,6 @@ def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) 
                     "length": tokens.shape[1],
                     "windows": tokens.tolist(),
                     "trust_remote_code": trust_remote_code,
-                    "dtype": "auto",
                 }
             )
         )

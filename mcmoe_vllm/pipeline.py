@@ -48,7 +48,7 @@ from mcmoe_vllm.config import (
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.streaming import Routing, StreamedModel, experts_output
+from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 
@@ -222,12 +222,12 @@ def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
         raise UserError(
             f"{options.model} is already quantized ({method}); give the original 16-bit model"
         )
+    device = choose_device(options.device)
     model = StreamedModel(
         checkpoint,
         architecture,
-        device=_device(options.device),
-        dtype=torch.float32 if _device(options.device).type == "cpu" else torch.bfloat16,
-        trust_remote_code=options.trust_remote_code,
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
     )
     moe_layers = architecture.moe_layers(checkpoint.tensors)
     if not moe_layers:
@@ -782,18 +782,6 @@ def _move(source: Path, target: Path) -> None:
             shutil.copytree(source, partial)
             source = partial
         os.replace(source, target)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device is {name!r}, allowed are auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r} but torch finds no CUDA GPU; use --device cpu")
-    return device
 
 
 def _fingerprint(value: Mapping[str, Any] | Sequence[Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -295,7 +294,3 @@ def some(offenders: Sequence[str], most: int = 20) -> str:
     if len(offenders) > most:
         shown.append(f"\n  - and {len(offenders) - most} more")
     return "".join(shown)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -67,7 +67,6 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         read: ReadTensors | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -180,6 +179,19 @@ class StreamedModel:
         from transformers.activations import ACT2FN
 
         return ACT2FN[self.config.hidden_act]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Raises UserError for others."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}, allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r} but torch finds no CUDA GPU; use --device cpu")
+    return device
 
 
 @torch.no_grad()
