@@ -19,16 +19,19 @@ export DO_NOT_TRACK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench test-gpu clean install-cpu install-gpu
+.PHONY: help demo test test-compile lint format bench test-gpu clean install-cpu install-gpu
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/ready  ## compress a small model to 2.5 bits, evaluate it, serve it (no GPU needed)
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/ready  ## run the tests; ARGS="-k pattern" narrows them
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-compile: .venv/ready  ## compile every shipped kernel for every supported GPU (no GPU needed)
+	@MCMOE_COMPILE_ALL=1 .venv/bin/python -m pytest tests/kernels/test_compile.py $(ARGS)
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -1,6 +1,7 @@
 """Random packed expert layers and a float64 reference, for the tests of kernels and plugin."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,6 +44,15 @@ def random_layer(
     w13 = random_matrices(bits13, 2 * intermediate, hidden, group_size, 2 * seed)
     w2 = random_matrices(bits2, hidden, intermediate, group_size, 2 * seed + 1)
     return ExpertLayer(hidden, intermediate, w13, w2, activation)
+
+
+def to_device(layer: ExpertLayer, device: str) -> ExpertLayer:
+    def move(matrices: ExpertMatrices) -> ExpertMatrices:
+        packed, scale = ([t.to(device) for t in ts] for ts in (matrices.packed, matrices.scale))
+        return ExpertMatrices(matrices.bits, tuple(packed), tuple(scale))
+
+    expert_map = None if layer.expert_map is None else layer.expert_map.to(device)
+    return replace(layer, w13=move(layer.w13), w2=move(layer.w2), expert_map=expert_map)
 
 
 def random_routing(

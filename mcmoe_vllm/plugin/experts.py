@@ -162,7 +162,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             None if expert_map is None else expert_map.to(torch.int32),
         )
         cache = self.quant_config.weight_cache(vllm_config.additional_config)
-        self.prepared = ops.prepare_experts(experts, self.dtype, cache)
+        self.prepared = ops.prepare_experts(experts, self.dtype, cache, self.moe.experts_per_token)
         if not self.prepared.keeps_packed:
             for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
                 param = getattr(layer, name)

@@ -84,14 +84,12 @@ def define_operator() -> None:
     torch.library.register_fake("mcmoe::experts")(_fake_experts)
 
 
-def prepare_experts(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> PreparedExperts:
+def prepare_experts(
+    layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget, top_k: int
+) -> PreparedExperts:
     """Choose and prepare the compute path for the device that holds the packed weights."""
     if layer.w13.scale[0].device.type != "cpu":
-        return PreparedExperts(
-            "torch (every expert on every token)",
-            lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
-            keeps_packed=True,
-        )
+        return prepare_on_gpu(layer, dtype, top_k)
     mode = choose_mode(layer, dtype, cache)
     if mode == "dense":
         dense = prepare_dense(layer, dtype)
@@ -105,6 +103,43 @@ def prepare_experts(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) 
             mode
         ]
     return PreparedExperts(path, _bind(experts), keeps_packed=mode != "dense")
+
+
+def prepare_on_gpu(layer: ExpertLayer, dtype: torch.dtype, top_k: int) -> PreparedExperts:
+    """The Triton kernels, compiled for every batch size; plain torch where they cannot run."""
+    problems = why_not_triton(layer, dtype)
+    if problems:
+        logger.warning_once(
+            "mcmoe: the Triton kernels are not used, plain torch computes every expert on every "
+            "token: %s",
+            "; ".join(problems),
+        )
+        return PreparedExperts(
+            "plain torch (every expert on every token)",
+            lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
+            keeps_packed=True,
+        )
+    from mcmoe_kernels.experts_gpu import fused_experts, warm_up
+    from mcmoe_kernels.tiles import tile_layer
+
+    tiled = tile_layer(layer)
+    warm_up(tiled, top_k, dtype)
+    return PreparedExperts(
+        "Triton kernels",
+        lambda x, weights, ids: fused_experts(x, tiled, weights, ids),
+        keeps_packed=False,
+    )
+
+
+def why_not_triton(layer: ExpertLayer, dtype: torch.dtype) -> list[str]:
+    """Reasons why the Triton kernels cannot run a layer; none if they can."""
+    try:
+        from mcmoe_kernels.experts_gpu import why_not_gpu
+    except ImportError as e:
+        return [f"triton cannot be imported ({e})"]
+    from mcmoe_kernels.tiles import why_not_tiled
+
+    return why_not_gpu(layer.w13.scale[0].device, dtype) + why_not_tiled(layer)
 
 
 def choose_mode(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> str:

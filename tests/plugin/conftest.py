@@ -47,7 +47,9 @@ def moe_config() -> Callable[..., SimpleNamespace]:
             enable_eplb=False,
         )
         values = {"has_bias": False, "is_lora_enabled": False, **settings}
-        return SimpleNamespace(num_experts=num_experts, moe_parallel_config=parallel, **values)
+        return SimpleNamespace(
+            num_experts=num_experts, experts_per_token=2, moe_parallel_config=parallel, **values
+        )
 
     return make
 

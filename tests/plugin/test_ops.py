@@ -29,7 +29,7 @@ MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2), (2, 3, 1, 2, 0, 4)
 @pytest.fixture
 def prepared():
     layer = random_layer(MIXED13, MIXED2)
-    value = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1))
+    value = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)
     ops.add_layer("test.experts", value)
     yield layer
     del value
@@ -78,7 +78,7 @@ def test_registering_is_idempotent():
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_fused_kernel_is_used_and_errs_no_more_than_plain_torch(dtype, tokens):
     layer = random_layer(MIXED13, MIXED2)
-    prepared = ops.prepare_experts(layer, dtype, CacheBudget(1))
+    prepared = ops.prepare_experts(layer, dtype, CacheBudget(1), 2)
     assert "vLLM's fused kernel" in prepared.path and not prepared.keeps_packed
     x, (weights, ids) = random_input(tokens, 256, dtype), random_routing(tokens, 6, 2)
     if tokens > 1:
@@ -107,7 +107,7 @@ def test_the_fused_kernel_is_not_used_where_it_cannot_be(monkeypatch):
     assert ops.vllm_kernel(*dense, "silu") is None
     monkeypatch.setattr(_custom_ops, "cpu_fused_moe", lambda out, *args: out.fill_(3))
     assert ops.vllm_kernel(*dense, "silu") is None
-    prepared = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1))
+    prepared = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)
     x, (weights, ids) = random_input(5, 256), random_routing(5, 2, 2)
     reference = experts_float64(x, layer, weights, ids)
     assert relative_error(prepared.compute(x, weights, ids), reference) < 0.01

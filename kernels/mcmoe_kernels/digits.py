@@ -1,0 +1,86 @@
+"""Activations as fixed-point numbers of two 8-bit digits, so that 8-bit MMAs multiply them exactly.
+
+A block of a row (32, 64 or 128 columns) is X * scale with integers |X| <= 32512 and a scale that
+is a power of two; X = 256 * high + low with both digits in -128..127. The largest value of a
+block keeps 14 bits or more, so that every value within 2^-6 of it keeps all the bits of a
+bfloat16; smaller ones are off by 2^-15 of the largest at most. Codes of weights are integers
+too, so their product with X is exact in int32 and a group's scales and zeros are applied once,
+in float32: weights are never rounded.
+
+Digits are stored in the order in which the bytes of a plane hold columns (`tiles`): position j
+of a block of 32 is column 16 * (j % 2) + j // 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mcmoe_kernels.tiles import column_permutation
+
+MAX_FIXED = 32512  # 127 * 256: the high digit of X + 128 still fits
+HEADROOM = 32768 / MAX_FIXED
+
+
+def split_digits_torch(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] to digits int8 [T, 2, K] and their meta float32 [T, K/block, 2]: scale, sum of X.
+
+    A block with an infinity or a NaN has scale NaN, which spoils the row's result as it should.
+    """
+    parts = x.float().unflatten(1, (-1, block))
+    largest = (parts.abs().amax(-1) * HEADROOM).view(torch.int32)
+    exponent = (largest >> 23).clamp(min=30)
+    finite = parts.isfinite().all(-1)
+    scale = ((exponent - 14) << 23).view(torch.float32)
+    inverse = ((268 - exponent) << 23).view(torch.float32)
+    fixed = (torch.where(finite[..., None], parts, 0.0) * inverse[..., None]).round().int()
+    high = (fixed + 128) >> 8
+    low = fixed - 256 * high
+    digits = torch.stack([high, low], dim=1).flatten(2).to(torch.int8)
+    digits = digits[:, :, column_permutation(x.shape[1], x.device)]
+    meta = torch.stack([torch.where(finite, scale, torch.nan), fixed.sum(-1).float()], dim=-1)
+    return digits.contiguous(), meta.contiguous()
+
+
+@triton.jit
+def to_fixed(values, largest):
+    """values * 1/scale as int32, and scale; `largest` holds the bits of max |values|, spread to
+    the shape of `values` or broadcastable to it."""
+    exponent = (largest.to(tl.float32, bitcast=True) * 1.0078740157480315).to(
+        tl.int32, bitcast=True
+    ) >> 23
+    broken = largest >= 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 30), 254)
+    scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    # Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    fixed = (values * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    fixed = tl.where(broken, 0, fixed)
+    return fixed, tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def absolute_bits(values):
+    """The bits of |values| as int32: they order like the values, with NaN above infinity."""
+    return values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def split_rows(x, digits, meta, row, first, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+               BLOCKS: tl.constexpr):  # fmt: skip
+    """Digits of x[row, first * BLOCK : (first + BLOCKS) * BLOCK]."""
+    block = first + tl.arange(0, BLOCKS)
+    j = tl.arange(0, BLOCK)
+    column = j // 32 * 32 + 16 * (j % 2) + j % 32 // 2
+    inside = (block < COLUMNS // BLOCK)[:, None] & (j >= 0)[None, :]
+    row = row.to(tl.int64)
+    values = tl.load(
+        x + row * COLUMNS + block[:, None] * BLOCK + column[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    fixed, scale = to_fixed(values, tl.max(absolute_bits(values), 1)[:, None])
+    high = (fixed + 128) >> 8
+    at = digits + row * (2 * COLUMNS) + block[:, None] * BLOCK + j[None, :]
+    tl.store(at, high.to(tl.int8), mask=inside)
+    tl.store(at + COLUMNS, (fixed - 256 * high).to(tl.int8), mask=inside)
+    at = meta + (row * (COLUMNS // BLOCK) + block) * 2
+    tl.store(at, tl.sum(scale, 1), mask=block < COLUMNS // BLOCK)  # one element a row
+    tl.store(at + 1, tl.sum(fixed, 1).to(tl.float32), mask=block < COLUMNS // BLOCK)

@@ -1,0 +1,382 @@
+"""The experts for few tokens: 8-bit MMAs of weight codes with two-digit activations.
+
+Bound by the bytes of the weights, so everything serves their stream: codes go from shared memory
+to registers and into the MMA as they are (one shift and one mask for four of them), scales and
+zeros are applied to a group's sum, and one launch runs experts of all widths. Four launches:
+
+    prepare   digits of x, and the table of blocks (`digits`, `routing`)
+    gate_up   block x rows of w13: act(gate) * up, rounded to x.dtype, as digits again
+    down      block x rows of w2 x parts of K: partial sums, float32
+    combine   parts and experts of a token, weighted, in a fixed order
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mcmoe_kernels.dequantization import blocks_bytes, concatenate
+from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
+from mcmoe_kernels.routing import max_blocks, route, route_single
+from mcmoe_kernels.tiles import TiledLayer
+from mcmoe_kernels.tuning import DecodeConfig
+
+
+@triton.jit
+def activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.constexpr_function
+def tile_bytes_of(bits, group_size):
+    """`tiles.tile_bytes`, for kernels."""
+    return 128 // group_size * 256 + 2048 * (bits // 2)
+
+
+@triton.constexpr_function
+def record_bytes_of(bits, group_size):
+    """`tiles.record_bytes`, for kernels."""
+    return 2048 * (bits % 2) + 2 * tile_bytes_of(bits, group_size)
+
+
+@triton.jit
+def first_record(records, entry, first_row, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Pointer to the record of row first_row, a multiple of 64, in the slot's first step."""
+    return (
+        records
+        + (entry // 8).to(tl.int64) * 256
+        + first_row // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    )
+
+
+@triton.jit
+def plane_offsets(BLOCK_N: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
+                  UNIT: tl.constexpr):  # fmt: skip
+    """Where the bytes of BLOCK_N rows lie from the first record on: int32 [N, 32 / UNIT]."""
+    n = tl.arange(0, BLOCK_N)
+    rows = n // 64 * (record_bytes_of(BITS, GROUP_SIZE) // UNIT) + n % 64 * (32 // UNIT)
+    return rows[:, None] + tl.arange(0, 32 // UNIT)[None, :]
+
+
+@triton.jit
+def load_tile(record, offsets, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
+              UNIT: tl.constexpr):  # fmt: skip
+    """The one or two planes that are a tile's own. UNIT: bytes of an element."""
+    START: tl.constexpr = (
+        2048 * (BITS % 2) + TILE * tile_bytes_of(BITS, GROUP_SIZE) + 128 // GROUP_SIZE * 256
+    ) // UNIT
+    if BITS == 1:
+        return 0, 0
+    elif BITS < 4:
+        return tl.load((record + START) + offsets), 0
+    else:
+        return tl.load((record + START) + offsets), tl.load(
+            (record + (START + 2048 // UNIT)) + offsets
+        )
+
+
+@triton.jit
+def load_meta(record, BLOCK_N: tl.constexpr, AT: tl.constexpr, GROUP_SIZE: tl.constexpr,
+              BITS: tl.constexpr):  # fmt: skip
+    """Scale and zero [N] of the group that holds the step's column AT. record: int32 pointer."""
+    TILE: tl.constexpr = 2048 * (BITS % 2) + AT // 128 * tile_bytes_of(BITS, GROUP_SIZE)
+    n = tl.arange(0, BLOCK_N)
+    offsets = n // 64 * (record_bytes_of(BITS, GROUP_SIZE) // 4) + n % 64
+    word = tl.load(record + (TILE // 4 + AT % 128 // GROUP_SIZE * 64) + offsets)
+    return (word & -65536).to(tl.float32, bitcast=True), (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def multiply_part(acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, valid, step,
+                  AT: tl.constexpr, COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr):  # fmt: skip
+    """acc [N, M] += scale * (codes [N, K] @ X [K, M] - zero * sum X) * scale of X.
+
+    The K = X_BLOCK columns begin AT columns behind the step's first.
+    """
+    M: tl.constexpr = acc.shape[1]
+    # No mask where the shape needs none: it would cost instructions.
+    here = COLUMNS % 256 == 0 or step * 256 + AT < COLUMNS
+    at = step * 256 + AT
+    digits = tl.load((x + at) + x_offsets, mask=valid[None, :] & here, other=0)
+    meta = tl.load((x_meta + at // X_BLOCK * 2) + meta_offsets, mask=valid & here, other=0.0)
+    x_scale, x_sum = meta.reshape(M, 2).split()
+    high, low = tl.dot(codes, digits, out_dtype=tl.int32).reshape(acc.shape[0], M, 2).split()
+    product = (high * 256 + low).to(tl.float32) - zero[:, None] * x_sum[None, :]
+    return acc + (product * x_scale[None, :]) * scale[:, None]
+
+
+@triton.jit
+def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
+               BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+               STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of W times BLOCK_M rows of X over some steps of K -> float32 [N, M].
+
+    rows: int [2 * M], twice each row of X, -1 for none. record: `first_record`.
+    """
+    # Pointers that move are scalars and tensors of offsets stand still: that takes the fewest
+    # registers, and registers decide how many programs share a multiprocessor.
+    tl.static_assert(X_BLOCK <= GROUP_SIZE)
+    STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    valid = rows >= 0
+    x_rows = tl.where(valid, rows * 2 + tl.arange(0, 2 * BLOCK_M) % 2, 0)
+    x_offsets = x_rows[None, :] * COLUMNS + tl.arange(0, X_BLOCK)[:, None]
+    meta_offsets = x_rows // 2 * (2 * (COLUMNS // X_BLOCK)) + x_rows % 2
+    offsets = plane_offsets(BLOCK_N, GROUP_SIZE, BITS, 1)
+    record += first_step.to(tl.int64) * STRIDE
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
+        # 3 bits: the high plane. 1 bit: the only one.
+        shared = tl.load(record + offsets) if BITS % 2 == 1 else 0
+        for tile in tl.static_range(2):
+            w0, w1 = load_tile(record, offsets, tile, GROUP_SIZE, BITS, 1)
+            w0 = shared if BITS == 1 else w0
+            b0, b1, b2, b3 = blocks_bytes(w0, w1, shared, tile, BITS, INLINE)
+            for part in tl.static_range(128 // X_BLOCK):
+                if X_BLOCK == 128:
+                    codes = concatenate(concatenate(b0, b1), concatenate(b2, b3))
+                elif X_BLOCK == 64:
+                    codes = concatenate(b0, b1) if part == 0 else concatenate(b2, b3)
+                else:
+                    codes = b0 if part == 0 else (b1 if part == 1 else (b2 if part == 2 else b3))
+                scale, zero = load_meta(
+                    record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + part * X_BLOCK,
+                    GROUP_SIZE, BITS,
+                )  # fmt: skip
+                acc = multiply_part(
+                    acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, valid, step,
+                    tile * 128 + part * X_BLOCK, COLUMNS, X_BLOCK,
+                )  # fmt: skip
+        record += STRIDE
+    return acc
+
+
+@triton.jit
+def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_step,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                  X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_M: tl.constexpr, STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """`dot_digits` by the width of the slot; only the widths in WIDTHS are compiled."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for bits in tl.static_range(1, 5):
+        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
+            if entry % 8 == bits:
+                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                acc = dot_digits(
+                    x, x_meta, rows, start, first_step, last_step,
+                    ROWS, COLUMNS, GROUP_SIZE, X_BLOCK, bits, BLOCK_N, BLOCK_M, STAGES, INLINE,
+                )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """With programmatic dependent launch (sm_90): this grid may start before the previous ends.
+
+    From here on the previous grid's results are visible, and the next grid may start in turn.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks"])
+def prepare_kernel(x, digits, x_meta, ids, slot_of, table13, table2, scratch, block_info,
+                   block_pair, pairs, blocks,
+                   COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
+                   NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                   SINGLE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
+    wait_for_previous(PDL)
+    program = tl.program_id(0) - 1
+    if program < 0:
+        if SINGLE:
+            route_single(
+                ids, slot_of, table13, table2, block_info, block_pair, pairs, BLOCK_M, SLOTS
+            )
+        else:
+            route(
+                ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
+                NUM_SLOTS, SLOTS, BLOCK_M, 256,
+            )  # fmt: skip
+        return
+    split_rows(
+        x, digits, x_meta, program // PARTS, program % PARTS * X_BLOCKS, COLUMNS, X_BLOCK, X_BLOCKS
+    )
+
+
+@triton.jit
+def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta,
+                   TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                   GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                   ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+                   PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    first_row = tl.program_id(0) * BLOCK_N
+    wait_for_previous(PDL)
+    block = tl.program_id(1)
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + 1)
+    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+    if slot < 0:
+        return
+    rows = tl.where(pairs >= 0, pairs // TOP_K, -1)
+    acc = dot_any_width(
+        digits, x_meta, rows, records, entry, first_row,
+        tl.zeros((), tl.int32), (HIDDEN + 255) // 256,
+        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+    )  # fmt: skip
+    pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
+    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
+    h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
+    H_BLOCKS: tl.constexpr = BLOCK_N // 2 // H_BLOCK
+    h = h.reshape(H_BLOCKS, H_BLOCK, BLOCK_M)
+    fixed, scale = to_fixed(h, tl.max(absolute_bits(h), 1)[:, None, :])
+    high = (fixed + 128) >> 8
+    h_block = tl.arange(0, H_BLOCKS)
+    column = tl.arange(0, H_BLOCK)
+    position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
+    position = first_row // 2 + h_block[:, None] * H_BLOCK + position[None, :]
+    at = h_digits + pair.to(tl.int64)[None, None, :] * (2 * INTERMEDIATE) + position[:, :, None]
+    mask = (pair >= 0)[None, None, :] & (position >= 0)[:, :, None]
+    tl.store(at, high.to(tl.int8), mask=mask)
+    tl.store(at + INTERMEDIATE, (fixed - 256 * high).to(tl.int8), mask=mask)
+    h_block += tl.program_id(0) * H_BLOCKS
+    at = h_meta + (pair.to(tl.int64)[None, :] * (INTERMEDIATE // H_BLOCK) + h_block[:, None]) * 2
+    mask = (pair >= 0)[None, :] & (h_block >= 0)[:, None]
+    tl.store(at, tl.sum(scale, 1), mask=mask)
+    tl.store(at + 1, tl.sum(fixed, 1).to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["pairs_total"])
+def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
+                HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                STAGES: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
+    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    first_row = tl.program_id(0) // SPLITS * BLOCK_N
+    wait_for_previous(PDL)
+    block = tl.program_id(1)
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + 2)
+    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+    if slot < 0:
+        return
+    first_step = split * PER_SPLIT
+    acc = dot_any_width(
+        h_digits, h_meta, pairs, records, entry, first_row,
+        first_step, tl.minimum(first_step + PER_SPLIT, STEPS),
+        HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+    )  # fmt: skip
+    pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
+    row = first_row + tl.arange(0, BLOCK_N)
+    at = (split * pairs_total + pair).to(tl.int64) * HIDDEN
+    tl.store(
+        parts + at[None, :] + row[:, None], acc, mask=(pair >= 0)[None, :] & (row >= 0)[:, None]
+    )
+
+
+@triton.jit(do_not_specialize=["pairs_total"])
+def combine_kernel(parts, topk_weights, ids, slot_of, out, pairs_total,
+                   TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SPLITS: tl.constexpr,
+                   BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j]."""
+    wait_for_previous(PDL)
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(ids + pair)
+        slot = tl.load(slot_of + tl.maximum(expert, 0))
+        computed = tl.where(expert >= 0, slot, -1) + tl.zeros_like(column) >= 0
+        weight = tl.load(topk_weights + pair).to(tl.float32)
+        at = pair.to(tl.int64) * HIDDEN + column
+        value = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            value += tl.load(
+                parts + at + split * pairs_total.to(tl.int64) * HIDDEN,
+                mask=inside & computed, other=0.0,
+            )  # fmt: skip
+        total += tl.where(computed, weight, 0.0) * value
+    tl.store(
+        out + token.to(tl.int64) * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside
+    )
+
+
+def fused_experts_decode(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: DecodeConfig,
+    inline: bool = True,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
+
+    All contiguous, on one device. inline: use inline PTX. pdl: let each launch begin before the
+    previous ends.
+    """
+    tokens, hidden = x.shape
+    top_k, inter = topk_ids.shape[1], layer.intermediate_size
+    pairs, single = topk_ids.numel(), tokens == 1
+    w13, w2, block_m = layer.w13, layer.w2, config.block_m
+    x_block, h_block = w13.group_size, min(w2.group_size, config.block_n13 // 2)
+    blocks = pairs if single else max_blocks(pairs, layer.num_slots, block_m)
+    slots = triton.next_power_of_2(pairs if single else layer.num_slots)
+    # Buffers of their own: pieces of one would differ in alignment, which is compiled in.
+    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts = (
+        x.new_empty(shape, dtype=dtype)
+        for shape, dtype in (
+            ((tokens, 2, hidden), torch.int8),
+            ((tokens, hidden // x_block, 2), torch.float32),
+            ((pairs, 2, inter), torch.int8),
+            ((pairs, inter // h_block, 2), torch.float32),
+            (2 * slots + pairs, torch.int32),
+            ((blocks, 4), torch.int32),
+            ((blocks, block_m), torch.int32),
+            ((config.splits, pairs, hidden), torch.float32),
+        )
+    )
+    out = torch.empty_like(x)
+    common = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    x_blocks = 1024 // x_block
+    prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
+        x, digits, x_meta, topk_ids, layer.slot_of, w13.table, w2.table, scratch, block_info,
+        block_pair, pairs, blocks,
+        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, NUM_SLOTS=layer.num_slots,
+        SLOTS=slots, BLOCK_M=block_m, SINGLE=single, num_warps=4, **common,
+    )  # fmt: skip
+    shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
+    gate_up_kernel[(2 * inter // config.block_n13, blocks)](
+        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta,
+        TOP_K=top_k, GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
+        ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
+        H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
+        num_warps=config.warps13, **shape, **common,
+    )  # fmt: skip
+    down_kernel[(hidden // config.block_n2 * config.splits, blocks)](
+        h_digits, h_meta, w2.records, block_info, block_pair, parts, pairs,
+        GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
+        BLOCK_N=config.block_n2, STAGES=config.stages2, num_warps=config.warps2,
+        **shape, **common,
+    )  # fmt: skip
+    width = 256 if tokens < 32 else 1024
+    combine_kernel[(tokens, triton.cdiv(hidden, width))](
+        parts, topk_weights, topk_ids, layer.slot_of, out, pairs,
+        TOP_K=top_k, HIDDEN=hidden, SPLITS=config.splits, BLOCK=width,
+        num_warps=max(2, width // 256), **common,
+    )  # fmt: skip
+    return out

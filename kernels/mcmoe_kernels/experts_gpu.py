@@ -1,0 +1,106 @@
+"""The experts on a GPU: the one function that the rest calls, and what it needs beforehand."""
+
+import os
+
+import torch
+
+from mcmoe_kernels.experts_decode import fused_experts_decode
+from mcmoe_kernels.experts_prefill import fused_experts_prefill
+from mcmoe_kernels.tiles import TiledLayer
+from mcmoe_kernels.tuning import (
+    Config,
+    DecodeConfig,
+    LayerShape,
+    choose_config,
+    configs_for,
+    table_name,
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+
+def fused_experts(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """x [T, H] bfloat16 or float16, topk_weights float [T, k], topk_ids int [T, k] -> new [T, H].
+
+    Ids are global; -1 is skipped, and so are remote and dropped experts. A row without any other
+    id gives exact zeros. No host synchronisation; launches depend on T and k alone. The same
+    input gives the same bits, however it is batched within one configuration.
+
+    Raises ValueError for a dtype or shapes that do not fit.
+    """
+    _check(x, layer, topk_weights, topk_ids)
+    if not x.shape[0]:
+        return torch.empty_like(x)
+    inputs = (x.contiguous(), layer, topk_weights.contiguous(), topk_ids.contiguous())
+    if config is None:
+        config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
+    if isinstance(config, DecodeConfig):
+        return fused_experts_decode(*inputs, config, inline=inline(), pdl=supports_pdl(x.device))
+    return fused_experts_prefill(*inputs, config, inline=inline())
+
+
+def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:
+    return LayerShape(layer.slot_of.numel(), top_k, layer.hidden_size, layer.intermediate_size)
+
+
+def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype) -> None:
+    """Compile every kernel that the layer may use, so that no capture of a graph has to."""
+    device = layer.slot_of.device
+    configs = configs_for(table_name(device), shape_of(layer, top_k))
+    tokens_of: dict[Config, set[int]] = {}
+    for tokens, config in configs.items():
+        tokens_of.setdefault(config, set()).update({min(tokens, 2), tokens if tokens == 1 else 2})
+    tokens_of.setdefault(configs[min(configs)], set()).add(1)
+    for config, counts in tokens_of.items():
+        for tokens in counts:
+            x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
+            ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
+            fused_experts(x, layer, torch.zeros(ids.shape, device=device), ids, config)
+
+
+def why_not_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons why the kernels do not run on a device; none if they do."""
+    problems = []
+    if device.type != "cuda":
+        problems.append(f"device {device} is no CUDA device")
+    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        have = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        need = "{}.{}".format(*MIN_CAPABILITY)
+        problems.append(f"compute capability {have} is below {need}")
+    if dtype not in DTYPES:
+        problems.append(f"dtype {dtype} is neither bfloat16 nor float16")
+    return problems
+
+
+def inline() -> bool:
+    """Whether kernels may use inline PTX: Triton's interpreter has none."""
+    return os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Whether a grid may start before the previous one ends (compute capability 9.0 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _check(
+    x: torch.Tensor, layer: TiledLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> None:
+    problems = []
+    if x.dtype not in DTYPES:
+        problems.append(f"x is {x.dtype}, needs bfloat16 or float16")
+    if x.dim() != 2 or x.shape[1] != layer.hidden_size:
+        problems.append(f"x is {list(x.shape)}, needs [tokens, {layer.hidden_size}]")
+    if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != x.shape[:1]:
+        problems.append(
+            f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} need "
+            f"the rows of x, {x.shape[0]}, and one shape"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))

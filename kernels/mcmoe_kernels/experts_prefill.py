@@ -1,0 +1,186 @@
+"""The experts for many tokens: 16-bit MMAs of weights that are dequantized in registers.
+
+Bound by the matrix units, so the work on weights is kept small beside the products: a program
+dequantizes a tile once for `block_m` pairs. Weights are operands in registers (the left side of
+the product), activations stream through shared memory. Behind the routing, three launches:
+
+    gate_up   block x rows of w13 -> act(gate) * up, x.dtype [pairs, I]
+    down      block x rows of w2 -> x.dtype [pairs, H]
+    combine   experts of a token, weighted, in a fixed order
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mcmoe_kernels.dequantization import tile_words
+from mcmoe_kernels.experts_decode import (
+    activate,
+    combine_kernel,
+    first_record,
+    load_meta,
+    load_tile,
+    plane_offsets,
+    record_bytes_of,
+)
+from mcmoe_kernels.routing import route_pairs
+from mcmoe_kernels.tiles import TiledLayer
+from mcmoe_kernels.tuning import PrefillConfig
+
+
+@triton.jit
+def dot_weights(x, rows, record, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+                INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M]; row -1 gives zeros."""
+    STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    k = tl.arange(0, 128)
+    offsets = plane_offsets(BLOCK_N, GROUP_SIZE, BITS, 2)
+    # 64 bits: pairs times columns may pass 2^31.
+    x += tl.where(rows >= 0, rows, 0).to(tl.int64)[None, :] * COLUMNS + k[:, None]
+    valid = (rows >= 0)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(0, (COLUMNS + 255) // 256, num_stages=STAGES):
+        words = record.to(tl.pointer_type(tl.int16))
+        shared = tl.load(words + offsets) if BITS % 2 == 1 else 0
+        for tile in tl.static_range(2):
+            w0, w1 = load_tile(words, offsets, tile, GROUP_SIZE, BITS, 2)
+            w0 = shared if BITS == 1 else w0
+            metas = ()
+            for block in tl.static_range(4):
+                metas += (
+                    load_meta(
+                        record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + block * 32,
+                        GROUP_SIZE, BITS,
+                    ),
+                )  # fmt: skip
+            weights = tile_words(w0, w1, shared, metas, tile, BITS, x.dtype.element_ty, INLINE)
+            here = valid
+            if COLUMNS % 256 != 0:
+                here = valid & (step * 256 + tile * 128 + k < COLUMNS)[:, None]
+            acc = tl.dot(weights, tl.load(x + tile * 128, mask=here, other=0.0), acc)
+        record += STRIDE
+        x += 256
+    return acc
+
+
+@triton.jit
+def weights_any_width(x, rows, records, entry, first_row,
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                      WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                      STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """`dot_weights` by the width of the slot; only the widths in WIDTHS are compiled."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for bits in tl.static_range(1, 5):
+        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
+            if entry % 8 == bits:
+                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                acc = dot_weights(
+                    x, rows, start, ROWS, COLUMNS, GROUP_SIZE, bits, BLOCK_N, BLOCK_M, STAGES,
+                    INLINE,
+                )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def place_of_program(blocks, N_BLOCKS: tl.constexpr, GROUP_N: tl.constexpr):
+    """Block of pairs and block of rows: GROUP_N row blocks for each pair block in turn."""
+    program = tl.program_id(0)
+    group = program // (GROUP_N * blocks)
+    size = tl.minimum(N_BLOCKS - group * GROUP_N, GROUP_N)
+    within = program % (GROUP_N * blocks)
+    return within // size, group * GROUP_N + within % size
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks,
+                           TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                           GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
+                           ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+                           BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
+                           INLINE: tl.constexpr):  # fmt: skip
+    block, n_block = place_of_program(blocks, 2 * INTERMEDIATE // BLOCK_N, GROUP_N)
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + 1)
+    if slot < 0:
+        return
+    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    rows = tl.where(pairs >= 0, pairs // TOP_K, -1)
+    acc = weights_any_width(
+        x, rows, records, entry, n_block * BLOCK_N,
+        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+    )  # fmt: skip
+    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
+    value = (activate(gate, ACTIVATION) * up).to(h.dtype.element_ty)
+    column = n_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    at = pairs.to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
+    tl.store(h + at, value.trans(1, 0), mask=(pairs >= 0)[:, None] & (column >= 0)[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def down_prefill_kernel(h, records, block_info, block_pair, y, blocks,
+                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                        GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
+                        INLINE: tl.constexpr):  # fmt: skip
+    block, n_block = place_of_program(blocks, HIDDEN // BLOCK_N, GROUP_N)
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + 2)
+    if slot < 0:
+        return
+    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    acc = weights_any_width(
+        h, pairs, records, entry, n_block * BLOCK_N,
+        HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+    )  # fmt: skip
+    row = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
+    value = acc.to(y.dtype.element_ty).trans(1, 0)
+    tl.store(y + at, value, mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+
+
+def fused_experts_prefill(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: PrefillConfig,
+    inline: bool = True,
+) -> torch.Tensor:
+    """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
+
+    All contiguous, on one device. inline: use inline PTX.
+    """
+    tokens, hidden = x.shape
+    top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
+    w13, w2 = layer.w13, layer.w2
+    block_info, block_pair = route_pairs(topk_ids, layer, config.block_m)
+    blocks = block_info.shape[0]
+    h, y, out = x.new_empty(pairs, inter), x.new_empty(pairs, hidden), torch.empty_like(x)
+    common = {
+        "HIDDEN": hidden,
+        "INTERMEDIATE": inter,
+        "BLOCK_M": config.block_m,
+        "GROUP_N": config.group_n,
+        "STAGES": config.stages,
+        "INLINE": inline,
+        "num_warps": config.warps,
+    }
+    if config.registers:
+        common["maxnreg"] = config.registers
+    gate_up_prefill_kernel[(2 * inter // config.block_n13 * blocks,)](
+        x, w13.records, block_info, block_pair, h, blocks,
+        TOP_K=top_k, GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
+        BLOCK_N=config.block_n13, **common,
+    )  # fmt: skip
+    down_prefill_kernel[(hidden // config.block_n2 * blocks,)](
+        h, w2.records, block_info, block_pair, y, blocks,
+        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **common,
+    )  # fmt: skip
+    combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
+        y, topk_weights, topk_ids, layer.slot_of, out, pairs,
+        TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, PDL=False, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,188 @@
+"""Which (token, expert) pairs each program computes: blocks of pairs that share an expert.
+
+A pair is one entry of topk_ids, numbered row by row. Its slot is slot_of[id], -1 where nothing is
+to be computed: a pruned or padding pair (id -1), a remote expert, a dropped one. Pairs of one
+slot fill blocks of `block_m`; blocks come in the order of slots, hence widest expert first.
+
+    block_info  int32 [num_blocks, 4]        the slot (-1 behind the last block), its entries in
+                                             the tables of w13 and w2, and one unused number
+    block_pair  int32 [num_blocks, block_m]  the pairs, -1 behind the last one
+
+num_blocks depends on shapes alone. The order of pairs within a slot is that in which atomics
+arrive: it moves a pair to another column of the same product and changes no bit of the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mcmoe_kernels.tiles import TiledLayer
+
+PAIRS_AT_ONCE = 256
+
+
+def max_blocks(pairs: int, slots: int, block_m: int) -> int:
+    """The most blocks that any routing of `pairs` pairs over `slots` slots can fill."""
+    # Each slot in use has at most one block that is not full.
+    full = min(pairs, slots)
+    return full + (pairs - full) // block_m
+
+
+def slots_of_torch(topk_ids: torch.Tensor, slot_of: torch.Tensor) -> torch.Tensor:
+    slots = slot_of[topk_ids.clamp(min=0).long()]
+    return torch.where(topk_ids >= 0, slots, -1).to(torch.int32)
+
+
+def route_torch(
+    topk_ids: torch.Tensor, layer: TiledLayer, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_ids [T, k] to block_info and block_pair; pairs of a slot in ascending order."""
+    slots = slots_of_torch(topk_ids, layer.slot_of).flatten().cpu()
+    blocks = max_blocks(slots.numel(), layer.num_slots, block_m)
+    block_info = torch.full((blocks, 4), -1, dtype=torch.int32)
+    block_pair = torch.full((blocks, block_m), -1, dtype=torch.int32)
+    at = 0
+    for slot in range(layer.num_slots):
+        members = (slots == slot).nonzero().flatten().to(torch.int32)
+        for first in range(0, len(members), block_m):
+            entries = (int(layer.w13.table[slot]), int(layer.w2.table[slot]))
+            block_info[at, :3] = torch.tensor([slot, *entries], dtype=torch.int32)
+            block_pair[at, : len(members) - first] = members[first : first + block_m]
+            at += 1
+    return block_info.to(topk_ids.device), block_pair.to(topk_ids.device)
+
+
+@triton.jit
+def slot_of_pair(ids, slot_of, pair, inside):
+    expert = tl.load(ids + pair, mask=inside, other=-1)
+    return tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
+
+
+@triton.jit
+def clear_blocks(block_info, block_pair, blocks, begin, stride, BLOCK_M: tl.constexpr,
+                 CHUNK: tl.constexpr):  # fmt: skip
+    """Fill with -1, from chunk `begin` on, every `stride`-th chunk."""
+    for first in tl.range(begin * CHUNK, blocks * 4, stride * CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tl.store(block_info + at, -1, mask=at < blocks * 4)
+    for first in tl.range(begin * CHUNK, blocks * BLOCK_M, stride * CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tl.store(block_pair + at, -1, mask=at < blocks * BLOCK_M)
+
+
+@triton.jit
+def count_pairs(ids, slot_of, count, rank, pairs, begin, stride, CHUNK: tl.constexpr):
+    """Count the pairs of each slot and note each pair's place among them."""
+    for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
+        place = tl.atomic_add(count + slot, 1, mask=slot >= 0, sem="relaxed")
+        tl.store(rank + pair, place, mask=pair < pairs)
+
+
+@triton.jit
+def note_block(block_info, block, slot, table13, table2, mask):
+    tl.store(block_info + block * 4, slot, mask=mask)
+    entry13 = tl.load(table13 + slot, mask=mask & (slot >= 0), other=0)
+    entry2 = tl.load(table2 + slot, mask=mask & (slot >= 0), other=0)
+    tl.store(block_info + block * 4 + 1, entry13, mask=mask)
+    tl.store(block_info + block * 4 + 2, entry2, mask=mask)
+
+
+@triton.jit
+def route_single(ids, slot_of, table13, table2, block_info, block_pair, pairs,
+                 BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """One token: each pair is a block of its own, empty ones stay where they are."""
+    pair = tl.arange(0, PAIRS)
+    slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
+    note_block(block_info, pair, slot, table13, table2, pair < pairs)
+    place = tl.arange(0, BLOCK_M)[None, :]
+    at = pair[:, None] * BLOCK_M + place
+    tl.store(block_pair + at, tl.where(place == 0, pair[:, None], -1), mask=(pair < pairs)[:, None])
+
+
+@triton.jit
+def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
+                pairs, begin, stride, NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
+                BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Write each pair into its block. first_block: scratch int32 [SLOTS] of this program."""
+    slots = tl.arange(0, SLOTS)
+    blocks = (tl.load(count + slots, mask=slots < NUM_SLOTS, other=0) + BLOCK_M - 1) // BLOCK_M
+    tl.store(first_block + slots, tl.cumsum(blocks, 0) - blocks)
+    tl.debug_barrier()
+    for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
+        place = tl.load(rank + pair, mask=pair < pairs, other=0)
+        block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
+        tl.store(block_pair + block * BLOCK_M + place % BLOCK_M, pair, mask=slot >= 0)
+        note_block(block_info, block, slot, table13, table2, (slot >= 0) & (place % BLOCK_M == 0))
+
+
+@triton.jit
+def route(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
+          NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+          CHUNK: tl.constexpr):  # fmt: skip
+    """The whole table in one program. scratch: int32 [2 * SLOTS + pairs]."""
+    count, first_block, rank = scratch, scratch + SLOTS, scratch + 2 * SLOTS
+    tl.store(count + tl.arange(0, SLOTS), 0)
+    clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
+    tl.debug_barrier()
+    count_pairs(ids, slot_of, count, rank, pairs, 0, 1, CHUNK)
+    tl.debug_barrier()
+    place_pairs(
+        ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
+        pairs, 0, 1, NUM_SLOTS, SLOTS, BLOCK_M, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def clear_kernel(count, block_info, block_pair, blocks, SLOTS: tl.constexpr,
+                 BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(count + tl.arange(0, SLOTS), 0)
+    clear_blocks(
+        block_info, block_pair, blocks, tl.program_id(0), tl.num_programs(0), BLOCK_M, CHUNK
+    )
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def count_kernel(ids, slot_of, count, rank, pairs, CHUNK: tl.constexpr):
+    count_pairs(
+        ids, slot_of, count, rank, pairs, tl.program_id(0), tl.num_programs(0), CHUNK
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
+                 pairs, NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                 CHUNK: tl.constexpr):  # fmt: skip
+    place_pairs(
+        ids, slot_of, table13, table2, count, rank, first_block + tl.program_id(0) * SLOTS,
+        block_info, block_pair, pairs, tl.program_id(0), tl.num_programs(0),
+        NUM_SLOTS, SLOTS, BLOCK_M, CHUNK,
+    )  # fmt: skip
+
+
+def route_pairs(
+    topk_ids: torch.Tensor, layer: TiledLayer, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route_torch` on the device in three launches, for any number of pairs."""
+    pairs, num_slots = topk_ids.numel(), layer.num_slots
+    blocks = max_blocks(pairs, num_slots, block_m)
+    slots = triton.next_power_of_2(num_slots)
+    programs = min(128, max(1, triton.cdiv(pairs, PAIRS_AT_ONCE)))
+    block_info, block_pair, count, rank, first_block = (
+        topk_ids.new_empty(shape, dtype=torch.int32)
+        for shape in ((blocks, 4), (blocks, block_m), slots, pairs, (programs, slots))
+    )
+    clear_kernel[(programs,)](
+        count, block_info, block_pair, blocks, SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE
+    )
+    count_kernel[(programs,)](topk_ids, layer.slot_of, count, rank, pairs, CHUNK=PAIRS_AT_ONCE)
+    place_kernel[(programs,)](
+        topk_ids, layer.slot_of, layer.w13.table, layer.w2.table, count, rank, first_block,
+        block_info, block_pair, pairs,
+        NUM_SLOTS=num_slots, SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE,
+    )  # fmt: skip
+    return block_info, block_pair

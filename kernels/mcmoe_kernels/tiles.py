@@ -1,0 +1,299 @@
+"""The bit layout that the Triton kernels read: the file's codes, regrouped once at load.
+
+A matrix [N, K] is cut into tiles of 64 rows by 128 columns. Two neighbouring tiles along K are a
+step; K is padded to whole steps with codes and scales of zero. Memory holds, for each step, the
+records of all row tiles one behind the other: programs that walk along K side by side read one
+contiguous stretch. A plane is 64 rows of 32 bytes; a record is
+
+    1 bit    a plane for both tiles, then for each tile: meta
+    2 bits   for each tile: meta, one plane
+    3 bits   a plane with the high bits of both tiles, then for each tile: meta, a plane of low bits
+    4 bits   for each tile: meta, two planes
+
+The 128 columns of a tile are four blocks of 32. Byte j of a row's plane holds codes of the columns
+16 * (j % 2) + j // 2 of several blocks (`FIELDS`), so that
+
+    - four bytes in a 32-bit register are four codes of one block: an operand of an 8-bit MMA,
+    - the same register, as two 16-bit words, holds neighbouring columns: an operand of a 16-bit
+      MMA in the natural order of the columns.
+
+3 bits become 4-bit planes after one merge: (low & 0x33) | (high & 0x44), see `HIGH_BITS`.
+
+Rows of w13 alternate in blocks of 8: eight of gate, eight of up. They land in one thread of the
+accumulator, which makes the gated activation a matter of registers.
+
+Meta is the scale and zero of the tile's groups, one int32 a row and group: bfloat16 scale above
+bfloat16 zero, [128/G, 64].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
+from mcmoe_kernels.packing import split_scale, unpack
+
+TILE_ROWS = 64
+TILE_COLUMNS = 128
+BLOCK_COLUMNS = 32
+PLANE_BYTES = TILE_ROWS * BLOCK_COLUMNS
+CODES_AT_ONCE = 1 << 24  # bounds the memory of repacking: about 16 bytes a code
+
+# bits -> for each plane of a step of two tiles: ((tile, block, shift), ...). The high plane of 3
+# bits is separate.
+FIELDS: dict[int, tuple[tuple[tuple[int, int, int], ...], ...]] = {
+    1: (tuple((b // 4, b % 4, b) for b in range(8)),),
+    2: tuple(tuple((t, b, 2 * b) for b in range(4)) for t in range(2)),
+    4: tuple(tuple((t, p + 2 * f, 4 * f) for f in range(2)) for t in range(2) for p in range(2)),
+}
+# 3 bits: bit of the high plane that holds the top bit of (tile, block). With the low plane shifted
+# right by 2 * (block % 2) and the high one by block % 2 - 2 * tile, blocks b and b + 2 are nibbles.
+HIGH_BITS = ((2, 3, 6, 7), (0, 1, 4, 5))
+
+
+@dataclass(frozen=True)
+class TiledMatrices:
+    """One matrix [rows, columns] per slot, a slot being a local expert that has weights.
+
+    records: int8, flat. table: int32 [slots], 8 * (first byte of the slot / 256) + bits.
+    bits: the widths, on the host.
+    """
+
+    rows: int
+    columns: int
+    group_size: int
+    bits: tuple[int, ...]
+    records: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def widths(self) -> int:
+        """The set of widths as a bit mask: 1 << bits for each."""
+        return sum(1 << b for b in set(self.bits))
+
+
+@dataclass(frozen=True)
+class TiledLayer:
+    """The local experts of one layer, widest first.
+
+    slot_of: int32 [global experts] -> slot, -1 for experts that are remote or were dropped.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    w13: TiledMatrices
+    w2: TiledMatrices
+    slot_of: torch.Tensor
+    activation: str = "silu"
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.w13.bits)
+
+
+def tile_layer(layer: ExpertLayer) -> TiledLayer:
+    """Repack a layer, on the device that holds it. Raises ValueError listing all that is wrong."""
+    problems = why_not_tiled(layer)
+    if problems:
+        raise ValueError("; ".join(problems))
+    present = [e for e in range(layer.num_experts) if layer.present(e)]
+    order = sorted(present, key=lambda e: -(2 * layer.w13.bits[e] + layer.w2.bits[e]))
+    device = layer.w13.scale[0].device
+    local = torch.full((layer.num_experts,), -1, dtype=torch.int32)
+    for slot, expert in enumerate(order):
+        local[expert] = slot
+    local = local.to(device)
+    slot_of = local
+    if layer.expert_map is not None:
+        held = layer.expert_map >= 0
+        slot_of = torch.where(held, local[layer.expert_map.clamp(min=0).long()], -1)
+    return TiledLayer(
+        layer.hidden_size,
+        layer.intermediate_size,
+        tile_matrices(layer.w13, order, gate_up_rows(layer.intermediate_size, device)),
+        tile_matrices(layer.w2, order),
+        slot_of.to(torch.int32).contiguous(),
+        layer.activation,
+    )
+
+
+def why_not_tiled(layer: ExpertLayer) -> list[str]:
+    """Reasons why the kernels cannot run a layer; none if they can."""
+    problems = []
+    if layer.hidden_size % TILE_ROWS:
+        problems.append(f"hidden_size must be a multiple of {TILE_ROWS}, got {layer.hidden_size}")
+    if layer.intermediate_size % BLOCK_COLUMNS:
+        problems.append(
+            f"intermediate_size must be a multiple of {BLOCK_COLUMNS}, got "
+            f"{layer.intermediate_size}"
+        )
+    if not any(layer.present(e) for e in range(layer.num_experts)):
+        problems.append("no expert is held here")
+    for name, matrices in (("w13", layer.w13), ("w2", layer.w2)):
+        for e, scale in enumerate(matrices.scale):
+            inexact = scale.numel() and not torch.equal(scale.bfloat16().to(scale.dtype), scale)
+            if inexact:
+                problems.append(f"{name} of expert {e} has scales or zeros bfloat16 cannot hold")
+    return problems
+
+
+def gate_up_rows(intermediate_size: int, device: torch.device | str) -> torch.Tensor:
+    """int64 [2I]: the stored row of w13 at each tiled row; eight of gate, then eight of up."""
+    rows = torch.arange(2 * intermediate_size, device=device).view(2, -1, 8)
+    return rows.transpose(0, 1).flatten()
+
+
+def column_permutation(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [columns]: the column whose code each byte of a row holds, block by block."""
+    j = torch.arange(columns, device=device)
+    return j // 32 * 32 + 16 * (j % 2) + j % 32 // 2
+
+
+def num_steps(columns: int) -> int:
+    return -(-columns // (2 * TILE_COLUMNS))
+
+
+def shared_bytes(bits: int) -> int:
+    """Bytes at the head of a record that belong to both tiles."""
+    return PLANE_BYTES * (bits % 2)
+
+
+def meta_bytes(group_size: int) -> int:
+    """Bytes of a tile's scales and zeros."""
+    return TILE_COLUMNS // group_size * TILE_ROWS * 4
+
+
+def tile_bytes(bits: int, group_size: int) -> int:
+    """Bytes of one tile of a record, meta included."""
+    return meta_bytes(group_size) + PLANE_BYTES * (bits // 2)
+
+
+def record_bytes(bits: int, group_size: int) -> int:
+    return shared_bytes(bits) + 2 * tile_bytes(bits, group_size)
+
+
+def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    return rows // TILE_ROWS * num_steps(columns) * record_bytes(bits, group_size)
+
+
+def tile_matrices(
+    matrices: ExpertMatrices, order: list[int], row_order: torch.Tensor | None = None
+) -> TiledMatrices:
+    """Repack the experts in `order`; stored rows are taken in `row_order`."""
+    first = order[0]
+    rows = matrices.packed[first].shape[0]
+    columns = matrices.packed[first].shape[1] * 8 // matrices.bits[first]
+    group_size = columns // (matrices.scale[first].shape[1] // 2)
+    device = matrices.packed[first].device
+    bits = tuple(matrices.bits[e] for e in order)
+    starts = [0]
+    for b in bits:
+        starts.append(starts[-1] + matrix_bytes(rows, columns, b, group_size))
+    records = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    at_once = max(1, CODES_AT_ONCE // (TILE_ROWS * columns)) * TILE_ROWS
+    for slot, expert in enumerate(order):
+        target = records[starts[slot] : starts[slot + 1]]
+        target = target.view(num_steps(columns), rows // TILE_ROWS, -1)
+        for row in range(0, rows, at_once):
+            part = slice(row, min(row + at_once, rows))
+            chosen = part if row_order is None else row_order[part]
+            codes = unpack(matrices.packed[expert][chosen], bits[slot])
+            tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
+            record = tile_codes(codes, matrices.scale[expert][chosen], bits[slot])
+            target[:, tiles] = record.transpose(0, 1)
+    table = [start // 256 * 8 + b for start, b in zip(starts, bits, strict=False)]
+    return TiledMatrices(
+        rows,
+        columns,
+        group_size,
+        bits,
+        records.view(torch.int8),
+        torch.tensor(table, dtype=torch.int32, device=device),
+    )
+
+
+def tile_codes(codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [N, K] and their stored scales float16 [N, 2*K/G] to records
+    uint8 [N/64, steps, bytes]."""
+    rows, columns = codes.shape
+    group_size = columns // (weight_scale.shape[1] // 2)
+    padded = num_steps(columns) * 2 * TILE_COLUMNS
+    codes = torch.nn.functional.pad(codes, (0, padded - columns))
+    # [N/64, steps, 2 tiles, 4 blocks, 64 rows, 32 bytes]; byte j is column 16 * (j % 2) + j // 2
+    block = codes.view(rows // TILE_ROWS, TILE_ROWS, -1, 2, 4, 2, BLOCK_COLUMNS // 2)
+    block = block.permute(0, 2, 3, 4, 1, 6, 5).flatten(-2)
+
+    def plane(fields: tuple[tuple[int, int, int], ...], value: Callable) -> torch.Tensor:
+        parts = [value(block[:, :, tile, b]) << shift for tile, b, shift in fields]
+        return torch.stack(parts).sum(0, dtype=torch.uint8)
+
+    shared, planes = [], []
+    if bits == 3:
+        high = tuple((t, b, HIGH_BITS[t][b]) for t in range(2) for b in range(4))
+        shared = [plane(high, lambda q: q >> 2)]
+        planes = [plane(fields, lambda q: q & 3) for fields in FIELDS[2]]
+    elif bits == 1:
+        shared = [plane(fields, lambda q: q) for fields in FIELDS[1]]
+    else:
+        planes = [plane(fields, lambda q: q) for fields in FIELDS[bits]]
+    meta = tile_scale(weight_scale, padded // group_size)
+    meta = meta.unflatten(1, (-1, 2, TILE_COLUMNS // group_size)).contiguous()
+    meta = meta.view(torch.uint8).flatten(3)  # [N/64, steps, 2 tiles, bytes]
+    parts = [p.flatten(2) for p in shared]
+    for tile in range(2):
+        parts.append(meta[:, :, tile])
+        per_tile = len(planes) // 2
+        parts += [p.flatten(2) for p in planes[tile * per_tile : (tile + 1) * per_tile]]
+    return torch.cat(parts, dim=2)
+
+
+def untile_codes(
+    records: torch.Tensor, bits: int, columns: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of `tile_codes`: codes uint8 [N, K], scale and zero float32 [N, K/G]."""
+    head, size = shared_bytes(bits), tile_bytes(bits, group_size)
+    row_tiles, steps = records.shape[:2]
+    tiles = records[:, :, head:].unflatten(2, (2, size))
+    meta = tiles[..., : meta_bytes(group_size)].contiguous().view(torch.int32)
+    meta = meta.unflatten(-1, (-1, TILE_ROWS)).flatten(1, 3).transpose(1, 2).flatten(0, 1)
+    meta = meta[:, : columns // group_size].contiguous()
+    planes = tiles[..., meta_bytes(group_size) :]
+    planes = planes.unflatten(-1, (-1, TILE_ROWS, BLOCK_COLUMNS)).flatten(2, 3)
+    shared = records[:, :, :head].unflatten(2, (-1, TILE_ROWS, BLOCK_COLUMNS))
+    block = records.new_empty(row_tiles, steps, 2, 4, TILE_ROWS, BLOCK_COLUMNS)
+    low = FIELDS[2 if bits == 3 else bits]
+    source, mask = (shared if bits == 1 else planes), (1 << (2 if bits == 3 else bits)) - 1
+    for i, fields in enumerate(low):
+        for tile, b, shift in fields:
+            block[:, :, tile, b] = (source[:, :, i] >> shift) & mask
+    if bits == 3:
+        for tile in range(2):
+            for b in range(4):
+                block[:, :, tile, b] |= ((shared[:, :, 0] >> HIGH_BITS[tile][b]) & 1) << 2
+    block = block.unflatten(-1, (BLOCK_COLUMNS // 2, 2)).permute(0, 4, 1, 2, 3, 6, 5)
+    codes = block.reshape(row_tiles * TILE_ROWS, -1)[:, :columns].contiguous()
+    return codes, (meta & -65536).view(torch.float32), (meta << 16).view(torch.float32)
+
+
+def tile_scale(weight_scale: torch.Tensor, groups: int) -> torch.Tensor:
+    """The stored float16 [N, 2*K/G] to int32 [N/64, groups, 64], zeros behind the last group."""
+    scale, zero = (
+        part.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32)
+        for part in split_scale(weight_scale)
+    )
+    word = (scale << 16) | (zero & 0xFFFF)
+    word = torch.nn.functional.pad(word, (0, groups - word.shape[1]))
+    return word.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
+
+
+def dequantize_slot(matrices: TiledMatrices, slot: int) -> torch.Tensor:
+    """The float32 [rows, columns] matrix of a slot, rows as tiled: exact."""
+    rows, columns, bits = matrices.rows, matrices.columns, matrices.bits[slot]
+    group_size = matrices.group_size
+    start = int(matrices.table[slot]) // 8 * 256
+    flat = matrices.records[start : start + matrix_bytes(rows, columns, bits, group_size)]
+    records = flat.view(torch.uint8).view(num_steps(columns), rows // TILE_ROWS, -1)
+    codes, scale, zero = untile_codes(records.transpose(0, 1), bits, columns, group_size)
+    q = codes.unflatten(1, (-1, group_size)).float()
+    return ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)

@@ -1,0 +1,159 @@
+"""Which kernel and which cut for a layer and a number of tokens: measured tables, nearest match.
+
+`configs/<device>.json` holds what `benchmarks/kernels/tune.py` measured on that device:
+
+    {"device": ..., "shapes": [{"num_experts": E, "top_k": k, "hidden_size": H,
+     "intermediate_size": I, "tokens": {"1": {"kernel": "decode", ...}, "8": ...}}]}
+
+A device without a file takes that of another of its compute capability, else `default.json`,
+whose programs fit the shared memory of every GPU from compute capability 8.0 on. A shape that is
+not listed takes the nearest listed one: the fewest factors of two between the sizes.
+"""
+
+import functools
+import json
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcmoe_kernels.tiles import TILE_ROWS
+
+logger = logging.getLogger("mcmoe_kernels")
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = "default"
+# Files whose measurements serve every device of a compute capability.
+BY_CAPABILITY = {(9, 0): "NVIDIA_H100_80GB_HBM3"}
+BLOCKS_N = (256, 128, 64)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """`experts_decode`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
+    splits: programs that share the columns of a row of w2."""
+
+    block_m: int = 4
+    block_n13: int = 128
+    block_n2: int = 128
+    warps13: int = 2
+    warps2: int = 2
+    stages13: int = 4
+    stages2: int = 4
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """`experts_prefill`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
+    group_n: row blocks that follow each other for every block of pairs, so that both stay in the
+    L2 cache. registers: the most a thread may take, 0 for no limit; fewer let more programs share
+    a multiprocessor."""
+
+    block_m: int = 64
+    block_n13: int = 128
+    block_n2: int = 128
+    warps: int = 4
+    stages: int = 2
+    group_n: int = 16
+    registers: int = 0
+
+
+Config = DecodeConfig | PrefillConfig
+KERNELS: dict[str, type[DecodeConfig] | type[PrefillConfig]] = {
+    "decode": DecodeConfig,
+    "prefill": PrefillConfig,
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+    def distance(self, other: "LayerShape") -> float:
+        """Factors of two between two shapes, summed over the sizes."""
+        pairs = zip(
+            (self.num_experts, self.top_k, self.hidden_size, self.intermediate_size),
+            (other.num_experts, other.top_k, other.hidden_size, other.intermediate_size),
+            strict=True,
+        )
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+
+Table = dict[LayerShape, dict[int, Config]]
+
+
+@functools.lru_cache
+def read_table(name: str) -> Table:
+    """The table of a device. Raises ValueError naming the file and what is wrong in it."""
+    path = CONFIGS / f"{name}.json"
+    try:
+        shapes = json.loads(path.read_text())["shapes"]
+        return {
+            LayerShape(*(s[key] for key in LayerShape.__dataclass_fields__)): {
+                int(tokens): parse_config(entry) for tokens, entry in s["tokens"].items()
+            }
+            for s in shapes
+        }
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is no table of kernel configurations: {e!r}") from e
+
+
+def parse_config(entry: dict[str, Any]) -> Config:
+    return KERNELS[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    name = next(name for name, kind in KERNELS.items() if isinstance(config, kind))
+    return {"kernel": name, **config.__dict__}
+
+
+def table_name(device: torch.device) -> str:
+    """The file for a device: its own, that of its compute capability, or the default."""
+    if device.type != "cuda":
+        return DEFAULT
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    if (CONFIGS / f"{name}.json").exists():
+        return name
+    return BY_CAPABILITY.get(torch.cuda.get_device_capability(device), DEFAULT)
+
+
+@functools.lru_cache
+def configs_for(name: str, shape: LayerShape) -> dict[int, Config]:
+    """Tokens -> configuration, of the nearest shape in a table; logged once if it is another."""
+    table = read_table(name)
+    nearest = min(table, key=shape.distance)
+    if nearest != shape:
+        logger.info(
+            "no kernel configurations for %s in %s, using those of %s", shape, name, nearest
+        )
+    return {tokens: fit(config, shape) for tokens, config in table[nearest].items()}
+
+
+def choose_config(device: torch.device, shape: LayerShape, tokens: int) -> Config:
+    """The configuration for a batch: that of the nearest listed number of tokens, by factor."""
+    configs = configs_for(table_name(device), shape)
+    return configs[min(configs, key=lambda listed: abs(math.log2(listed / max(1, tokens))))]
+
+
+def fit(config: Config, shape: LayerShape) -> Config:
+    """Cut the row blocks down to sizes that divide the rows."""
+    rows13, rows2 = 2 * shape.intermediate_size, shape.hidden_size
+    return replace(
+        config,
+        block_n13=largest_block(rows13, config.block_n13),
+        block_n2=largest_block(rows2, config.block_n2),
+    )
+
+
+def largest_block(rows: int, at_most: int) -> int:
+    """The largest block of rows up to `at_most` that divides `rows`, a multiple of 64."""
+    fitting = [b for b in BLOCKS_N if b <= at_most and rows % b == 0]
+    assert fitting, f"{rows} rows are no multiple of {TILE_ROWS}"
+    return fitting[0]

@@ -1,0 +1,118 @@
+"""Compile kernels for GPUs that are not here and print what ptxas says of them, as JSON lines.
+
+`python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [--all]`: one configuration of each kind
+of a table (`tuning`) or, with --all, every one. A process of its own: kernels that the interpreter
+has taken over cannot be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from mcmoe_kernels import experts_decode, experts_prefill
+from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, read_table
+
+WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
+TYPES = {
+    "digits": "*i8", "h_digits": "*i8", "records": "*i8", "x_meta": "*fp32", "h_meta": "*fp32",
+    "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
+    "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
+    "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
+    "topk_weights": "*fp32",
+}  # fmt: skip
+
+
+def variants(shape: LayerShape, config, capability: int):
+    """(name, kernel, constants, options) of each launch of a configuration."""
+    hidden, inter = shape.hidden_size, shape.intermediate_size
+    sizes = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": config.block_m, "INLINE": True}
+    quantized = {"GROUP_SIZE": 128, "WIDTHS": WIDTHS}
+    first = {"TOP_K": shape.top_k, "ACTIVATION": "silu", "BLOCK_N": config.block_n13}
+    second = {"BLOCK_N": config.block_n2}
+    if isinstance(config, PrefillConfig):
+        common = {**sizes, **quantized, "GROUP_N": config.group_n, "STAGES": config.stages}
+        options = {"num_warps": config.warps}
+        if config.registers:
+            options["maxnreg"] = config.registers
+        yield "gate_up_prefill", experts_prefill.gate_up_prefill_kernel, common | first, options
+        yield "down_prefill", experts_prefill.down_prefill_kernel, common | second, options
+        return
+    pdl = {"PDL": capability >= 90}
+    h_block = min(128, config.block_n13 // 2)
+    yield "gate_up", experts_decode.gate_up_kernel, {
+        **sizes, **quantized, **first, **pdl, "X_BLOCK": 128, "DTYPE": tl.bfloat16,
+        "H_BLOCK": h_block, "STAGES": config.stages13,
+    }, {"num_warps": config.warps13}  # fmt: skip
+    yield "down", experts_decode.down_kernel, {
+        **sizes, **quantized, **second, **pdl, "X_BLOCK": h_block, "SPLITS": config.splits,
+        "STAGES": config.stages2,
+    }, {"num_warps": config.warps2}  # fmt: skip
+    yield "prepare", experts_decode.prepare_kernel, {
+        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "NUM_SLOTS": shape.num_experts,
+        "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
+        "SINGLE": False, **pdl,
+    }, {"num_warps": 4}  # fmt: skip
+    yield "combine", experts_decode.combine_kernel, {
+        "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,
+    }, {"num_warps": 2}  # fmt: skip
+
+
+def build(name, kernel, constants, options, capability):
+    """Compile one kernel; what ptxas -v says of registers and spills, and its shared memory."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else TYPES[n] for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    values = {(names.index(n),): v for n, v in constants.items() if n in names}
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    suffix = "a" if capability == 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        ptxas = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}"]
+        command = [*ptxas, ptx, "-o", ptx.with_suffix("")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    return {
+        "kernel": name,
+        "capability": capability,
+        "config": {k: v for k, v in constants.items() if isinstance(v, int | str)},
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spilled_bytes": sum(spills),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def build_all(capability, shape, config):
+    return [build(*v, capability) for v in variants(shape, config, capability)]
+
+
+def main() -> None:
+    device, capabilities = sys.argv[1], [int(c) for c in sys.argv[2].split(",")]
+    table = read_table(device)
+    jobs = [(s, c) for s, configs in table.items() for c in dict.fromkeys(configs.values())]
+    if "--all" not in sys.argv:
+        shape, configs = next(iter(table.items()))
+        kinds = (DecodeConfig, PrefillConfig)
+        jobs = [(shape, next(c for c in configs.values() if isinstance(c, k))) for k in kinds]
+    with ProcessPoolExecutor(2) as pool:
+        futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]
+        for future in futures:
+            for row in future.result():
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

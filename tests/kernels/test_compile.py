@@ -1,0 +1,58 @@
+"""Without a GPU: what ships compiles for each chip, fits its shared memory and spills nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Shared memory of a program, bytes; CUDA C++ Programming Guide, table of technical specifications.
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+def compile_variants(device: str, capabilities: tuple[int, ...], *options: str) -> list[dict]:
+    command = [sys.executable, str(Path(__file__).parent / "compile_variants.py"), device]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kernels = str(Path(__file__).parents[2] / "kernels")
+    environment["PYTHONPATH"] = os.pathsep.join([kernels, environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [*command, ",".join(map(str, capabilities)), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check(rows: list[dict]) -> None:
+    bad = [
+        row
+        for row in rows
+        if row["spilled_bytes"] or row["shared_bytes"] > SHARED_BYTES[row["capability"]]
+    ]
+    assert not bad, "\n".join(map(str, bad))
+
+
+@pytest.mark.slow
+def test_one_of_each_kind_for_every_chip():
+    rows = compile_variants("default", (80, 86, 89, 90))
+    kinds = {"gate_up", "down", "prepare", "combine", "gate_up_prefill", "down_prefill"}
+    assert {(r["kernel"], r["capability"]) for r in rows} == {
+        (k, c) for k in kinds for c in SHARED_BYTES
+    }
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MCMOE_COMPILE_ALL" not in os.environ, reason="`make test-compile` runs it")
+@pytest.mark.parametrize(
+    ("device", "capabilities"),
+    [("default", (80, 86, 89, 90)), ("NVIDIA_H100_80GB_HBM3", (90,))],
+)
+def test_everything_that_ships(device, capabilities):
+    check(compile_variants(device, capabilities, "--all"))

@@ -1,0 +1,205 @@
+"""The Triton kernels of whole layers against float64 and against plain bfloat16."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mcmoe_kernels.experts import fused_experts_torch
+from mcmoe_kernels.experts_gpu import fused_experts, warm_up
+from mcmoe_kernels.packing import pack
+from mcmoe_kernels.tiles import tile_layer
+from mcmoe_kernels.tuning import DecodeConfig, PrefillConfig
+from tests.expert_layers import (
+    experts_float64,
+    experts_rounded,
+    random_input,
+    random_layer,
+    random_routing,
+    relative_error,
+    to_device,
+)
+
+MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)  # odd, one dropped
+CONFIGS = {
+    "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
+    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1),
+    "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
+    "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
+}
+# The interpreter rounds float32 to bfloat16 by cutting off, and multiplies no bfloat16.
+DTYPES = {"cpu": [torch.float16], "cuda": [torch.float16, torch.bfloat16]}
+
+
+def run(x, layer, weights, ids, config, device):
+    """On the device, behind memory that holds NaN: what was not written shows."""
+    poison = [torch.full((1 << 16,), float("nan"), device=device) for _ in range(4)]
+    del poison
+    out = fused_experts(x.to(device), layer, weights.to(device), ids.to(device), config)
+    return out.cpu()
+
+
+def check(layer, tokens, top_k, config, device, ids=None, seed=0):
+    tiled = tile_layer(to_device(layer, device))
+    weights, routed = random_routing(tokens, layer.num_experts, top_k, seed)
+    ids = routed if ids is None else ids
+    for dtype in DTYPES[device]:
+        x = random_input(tokens, layer.hidden_size, dtype, seed)
+        reference = experts_float64(x, layer, weights, ids)
+        granted = relative_error(experts_rounded(x, layer, weights, ids), reference)
+        out = run(x, tiled, weights, ids, config, device)
+        assert out.dtype == dtype
+        assert relative_error(out, reference) <= 1.1 * granted, dtype
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("tokens", "top_k"),
+    [(1, 2), (3, 7), (9, 1), (17, 3)],
+)
+def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
+    check(random_layer(MIXED13, MIXED2), tokens, top_k, config, device)
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "group_size"),
+    [
+        (128, 128, 128),  # half a step
+        (384, 192, 64),  # an odd number of tiles, half a tile
+        (192, 96, 32),
+    ],
+)
+def test_shapes_that_fill_no_step(config, hidden, intermediate, group_size, device):
+    layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
+    check(layer, 6, 2, config, device)
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_integers_come_out_exact(bits, config, device):
+    """One-hot tokens, a gate of 32 (whose silu is 32 in float32) and integer weights: every
+    number on the way is an integer that all the formats hold, so one wrong bit shows."""
+    layer = random_layer((bits,), None, 256, 128)
+    unit = 2 if bits == 1 else 1  # 1 bit: the zero is 0.5
+    layer.w13.scale[0][:, ::2] = unit
+    layer.w2.scale[0][:, ::2] = unit * 2.0**-6  # so that float16 holds the sums
+    layer.w13.packed[0][:128] = pack(torch.ones(128, 256, dtype=torch.uint8), bits)
+    layer.w13.scale[0][:128] = torch.tensor([16.0, 0.0]).repeat(2)
+    x = torch.zeros(16, 256, dtype=torch.float16)
+    x[torch.arange(16), torch.randperm(256)[:16]] = 2.0
+    ids, weights = torch.zeros(16, 1, dtype=torch.int32), torch.ones(16, 1)
+    out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
+    assert torch.equal(out, fused_experts_torch(x, layer, weights, ids))
+    assert len(out.unique()) > 20
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+def test_skipped_pairs_and_padding_rows(config, device):
+    layer = random_layer(MIXED13, MIXED2)
+    x, (weights, ids) = random_input(8, 256, torch.float16), random_routing(8, 7, 2)
+    ids[0], x[0], weights[0] = -1, float("nan"), float("nan")  # padding, whatever it holds
+    ids[1, 0], weights[1, 0] = -1, float("nan")  # pruned
+    ids[2] = 4  # dropped alone
+    ids[3] = 5  # twice the same
+    out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
+    assert torch.equal(out[[0, 2]], torch.zeros(2, 256, dtype=x.dtype))
+    reference = experts_float64(x.nan_to_num(), layer, weights.nan_to_num(), ids)
+    assert relative_error(out, reference) < 1e-3
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_nothing_to_compute_gives_zeros(config, tokens, device):
+    tiled = tile_layer(to_device(random_layer((2, 3)), device))
+    ids = torch.full((tokens, 2), -1, dtype=torch.int32)
+    out = run(random_input(tokens, 256), tiled, torch.rand(tokens, 2), ids, config, device)
+    assert torch.equal(out, torch.zeros(tokens, 256, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("routing", ["one expert", "skewed"])
+def test_uneven_routing(config, routing, device):
+    ids = torch.full((19, 2), 3, dtype=torch.int32)
+    if routing == "skewed":
+        ids[:, 1] = (torch.arange(19) % 9 == 0).int()
+    check(random_layer(MIXED13, MIXED2), 19, 2, config, device, ids)
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_other_activations(config, activation, device):
+    layer = random_layer((2, 3), activation=activation)
+    x, (weights, ids) = random_input(5, 256, torch.float16), random_routing(5, 2, 2)
+    out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
+    assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
+
+
+@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+def test_infinities_are_not_hidden(config, device):
+    layer = random_layer((2, 3))
+    x, (weights, ids) = random_input(3, 256, torch.float16), random_routing(3, 2, 2)
+    x[1, 5] = float("inf")
+    out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
+    assert bool(out[[0, 2]].isfinite().all()) and not bool(out[1].isfinite().all())
+
+
+def test_wrong_input_is_refused_all_at_once(device):
+    tiled = tile_layer(to_device(random_layer((2, 3)), device))
+    x = torch.zeros(3, 128, device=device)
+    ids = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError) as e:
+        fused_experts(x, tiled, torch.zeros(2, 2, device=device), ids)
+    for part in ("float32", "[3, 128]", "256", "[2, 2]"):
+        assert part in str(e.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGpu:
+    @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+    def test_many_shapes(self, config):
+        generator = torch.Generator().manual_seed(0)
+        for seed, tokens in enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257)):
+            experts = int(torch.randint(1, 12, (1,), generator=generator))
+            bits = torch.randint(1, 5, (2, experts), generator=generator).tolist()
+            top_k = min(experts, 1 + seed % 8)
+            layer = random_layer(bits[0], bits[1], 512, 384, seed=seed)
+            check(layer, tokens, top_k, config, "cuda", seed=seed)
+
+    @pytest.mark.parametrize("config", [*CONFIGS.values(), None])
+    @pytest.mark.parametrize("tokens", [1, 40])
+    def test_a_graph_follows_the_routing_and_repeats_itself(self, config, tokens):
+        layer = random_layer(MIXED13, MIXED2)
+        tiled = tile_layer(to_device(layer, "cuda"))
+        x = random_input(tokens, 256).cuda()
+        weights, ids = (t.cuda() for t in random_routing(tokens, 7, 3))
+        fused_experts(x, tiled, weights, ids, config)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused_experts(x, tiled, weights, ids, config)
+        for seed in range(3):
+            new_weights, new_ids = random_routing(tokens, 7, 3, seed + 1)
+            new_ids[torch.rand(new_ids.shape) < 0.2] = -1
+            weights.copy_(new_weights), ids.copy_(new_ids)
+            results = []
+            for _ in range(20):
+                out.fill_(float("nan"))
+                graph.replay()
+                results.append(out.clone())
+            reference = experts_float64(x.cpu(), layer, new_weights, new_ids)
+            assert relative_error(results[0].cpu(), reference) < 0.01
+            assert all(torch.equal(r, results[0]) for r in results)
+
+    def test_nothing_waits_for_the_device(self):
+        tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), "cuda"))
+        warm_up(tiled, 3, torch.bfloat16)
+        x, (weights, ids) = random_input(40, 256).cuda(), random_routing(40, 7, 3)
+        weights, ids = weights.cuda(), ids.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for tokens in (1, 2, 40):
+                fused_experts(x[:tokens], tiled, weights[:tokens], ids[:tokens])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

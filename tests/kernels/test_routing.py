@@ -1,0 +1,81 @@
+"""The table of blocks against its definition, by pair and by order."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mcmoe_kernels.experts_decode import prepare_kernel
+from mcmoe_kernels.routing import max_blocks, route_pairs, route_torch
+from mcmoe_kernels.tiles import tile_layer
+from tests.expert_layers import random_layer, random_routing, to_device
+
+BITS = (1, 3, 0, 2, 3, 2, 1)
+
+
+def blocks_of(block_info, block_pair):
+    """(slot, entries, pairs) of each block in use, pairs sorted: their order is free."""
+    rows = zip(block_info[:, :3].tolist(), block_pair.tolist(), strict=True)
+    return [(*info, sorted(p for p in pairs if p >= 0)) for info, pairs in rows if info[0] >= 0]
+
+
+def route_in_prepare(ids, layer, block_m):
+    """The table as the decode path makes it."""
+    pairs = ids.numel()
+    blocks = max_blocks(pairs, layer.num_slots, block_m)
+    new = ids.new_empty
+    block_info, block_pair = new((blocks, 4)), new((blocks, block_m))
+    x = torch.zeros(len(ids), 128, dtype=torch.float16, device=ids.device)
+    digits = torch.empty(len(ids), 2, 128, dtype=torch.int8, device=ids.device)
+    meta = torch.empty(len(ids), 1, 2, device=ids.device)
+    prepare_kernel[(1 + len(ids),)](
+        x, digits, meta, ids, layer.slot_of, layer.w13.table, layer.w2.table, new(16 + pairs),
+        block_info, block_pair, pairs, blocks,
+        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, NUM_SLOTS=layer.num_slots, SLOTS=8,
+        BLOCK_M=block_m, SINGLE=False, PDL=False,
+    )  # fmt: skip
+    return block_info, block_pair
+
+
+@pytest.mark.parametrize("route", [route_pairs, route_in_prepare])
+@pytest.mark.parametrize("block_m", [4, 32])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "change"),
+    [
+        (2, 3, "none"),
+        (33, 3, "none"),
+        (300, 2, "none"),  # more than one program's share
+        (33, 3, "one expert"),
+        (9, 3, "all pruned"),
+        (65, 3, "half pruned"),
+    ],
+)
+def test_every_pair_is_in_one_block_of_its_slot(route, block_m, tokens, top_k, change, device):
+    layer = tile_layer(
+        to_device(random_layer(BITS, hidden=128, intermediate=64, group_size=64), device)
+    )
+    _, ids = random_routing(tokens, len(BITS), top_k)
+    if change == "one expert":
+        ids[:] = 3
+    elif change == "all pruned":
+        ids[:] = -1
+    elif change == "half pruned":
+        ids[torch.rand(ids.shape) < 0.5] = -1
+    ids = ids.to(device)
+    expected, table = route_torch(ids, layer, block_m), route(ids, layer, block_m)
+    if block_m >= ids.numel():
+        assert blocks_of(*table) == blocks_of(*expected)
+    for block in blocks_of(*table):  # equal as a set of (slot, pair), blocks full but the last
+        assert 0 < len(block[3]) <= block_m
+    flat = lambda t: sorted((b[0], b[1], b[2], p) for b in blocks_of(*t) for p in b[3])  # noqa: E731
+    assert flat(table) == flat(expected)
+    assert [b[0] for b in blocks_of(*table)] == [b[0] for b in blocks_of(*expected)]
+
+
+@pytest.mark.parametrize("block_m", [1, 4, 16])
+def test_no_routing_needs_more_blocks(block_m):
+    for pairs, slots in ((1, 8), (7, 3), (64, 8), (65, 64)):
+        most = max_blocks(pairs, slots, block_m)
+        worst = [1] * min(pairs, slots)
+        worst[0] += pairs - len(worst)  # all the rest on one expert
+        assert sum(-(-c // block_m) for c in worst) <= most <= pairs

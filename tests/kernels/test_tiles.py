@@ -1,0 +1,94 @@
+"""The GPU layout: every code, scale and zero comes back, whatever the width and shape."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mcmoe_kernels import tiles
+from mcmoe_kernels.experts import ExpertMatrices
+from mcmoe_kernels.packing import BIT_WIDTHS
+from mcmoe_kernels.tiles import (
+    column_permutation,
+    dequantize_slot,
+    gate_up_rows,
+    matrix_bytes,
+    tile_codes,
+    tile_layer,
+    tile_matrices,
+    untile_codes,
+)
+from tests.expert_layers import random_layer, random_matrices
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize(
+    ("columns", "group_size"),
+    [
+        (256, 128),
+        (128, 128),  # half a step
+        (1408, 128),  # eleven groups
+        (192, 64),  # half a tile
+        (160, 32),  # a quarter of a tile
+    ],
+)
+def test_tiling_loses_nothing(bits, columns, group_size):
+    codes = torch.randint(0, 1 << bits, (128, columns), dtype=torch.uint8)
+    scale = torch.rand(128, 2 * columns // group_size).bfloat16().half()
+    records = tile_codes(codes, scale, bits)
+    assert records.numel() == matrix_bytes(128, columns, bits, group_size)
+    back, s, z = untile_codes(records, bits, columns, group_size)
+    assert torch.equal(back, codes)
+    assert torch.equal(s, scale[:, ::2].float()) and torch.equal(z, scale[:, 1::2].float())
+
+
+def test_a_code_lies_where_the_layout_says():
+    """Column 37 of 256: tile 0, block 1, its sixth column: byte 10, bits 2 and 3 (2-bit codes)."""
+    codes = torch.zeros(64, 256, dtype=torch.uint8)
+    codes[3, 37] = 2
+    record = tile_codes(codes, torch.zeros(64, 4, dtype=torch.float16), 2).flatten()
+    assert record.nonzero().flatten().tolist() == [256 + 3 * 32 + 10]
+    assert int(record[256 + 3 * 32 + 10]) == 2 << 2
+    assert column_permutation(32).tolist()[10] == 5
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+def test_a_layer_is_the_same_in_slots(monkeypatch, at_once):
+    monkeypatch.setattr(tiles, "CODES_AT_ONCE", at_once)  # a row tile at a time, or all
+    layer = random_layer((1, 3, 0, 4, 2), (2, 1, 0, 3, 4), 192, 96, 32)
+    tiled = tile_layer(layer)
+    assert tiled.slot_of.tolist() == [3, 2, -1, 0, 1]  # widest first, the dropped one nowhere
+    for expert, slot in enumerate(tiled.slot_of.tolist()):
+        if slot < 0:
+            continue
+        rows = gate_up_rows(96, "cpu")
+        assert torch.equal(dequantize_slot(tiled.w13, slot), layer.w13.dequantize(expert)[rows])
+        assert torch.equal(dequantize_slot(tiled.w2, slot), layer.w2.dequantize(expert))
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_a_slice_of_columns_is_a_slice_of_the_matrix(bits):
+    """As tensor parallelism cuts w2: whole groups, here 3 of 6."""
+    whole = random_matrices((bits,), 64, 768, 128, seed=bits)
+    packed, scale = whole.packed[0][:, 384 * bits // 8 :], whole.scale[0][:, 6:]
+    part = ExpertMatrices((bits,), (packed.contiguous(),), (scale.contiguous(),))
+    tiled = tile_matrices(part, [0])
+    assert torch.equal(dequantize_slot(tiled, 0), whole.dequantize(0)[:, 384:])
+
+
+def test_remote_experts_have_no_slot():
+    layer = random_layer((2, 3))
+    expert_map = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
+    assert tile_layer(replace(layer, expert_map=expert_map)).slot_of.tolist() == [-1, 0, -1, 1]
+
+
+def test_what_does_not_fit_is_refused_all_at_once():
+    layer = random_layer((2, 3), hidden=96, intermediate=48, group_size=32)
+    layer.w2.scale[1][0, 0] = 1.0001
+    layer.w2.scale[1][0, 0] += 0.001  # needs more than bfloat16's 8 bits
+    with pytest.raises(ValueError) as e:
+        tile_layer(layer)
+    for part in ("hidden_size", "got 96", "intermediate_size", "got 48", "w2 of expert 1"):
+        assert part in str(e.value)
+    with pytest.raises(ValueError, match="no expert"):
+        tile_layer(random_layer((0, 0)))
