@@ -29,39 +29,61 @@ from mcmoe_kernels.tuning import PrefillConfig
 
 
 @triton.jit
+def multiply_tile(acc, record, offsets, x, valid, shared, columns_left,
+                  TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                  BITS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """acc [N, M] += the weights of one tile of a step times x [128, M]."""
+    w0, w1 = load_tile(record.to(tl.pointer_type(tl.int16)), offsets, TILE, GROUP_SIZE, BITS, 2)
+    w0 = shared if BITS == 1 else w0
+    metas = ()
+    for block in tl.static_range(4):
+        metas += (
+            load_meta(
+                record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128 + block * 32,
+                GROUP_SIZE, BITS,
+            ),
+        )  # fmt: skip
+    weights = tile_words(w0, w1, shared, metas, TILE, BITS, x.dtype.element_ty, INLINE)
+    if COLUMNS % 128 != 0:
+        valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
+    return tl.dot(weights, tl.load(x + TILE * 128, mask=valid, other=0.0), acc)
+
+
+@triton.jit
 def dot_weights(x, rows, record, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
                 INLINE: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M]; row -1 gives zeros."""
     STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
-    k = tl.arange(0, 128)
+    # Half a step at the end is done apart: its missing tile would be multiplied in vain.
+    HALF: tl.constexpr = COLUMNS % 256 > 0 and COLUMNS % 256 <= 128
+    STEPS: tl.constexpr = COLUMNS // 256 if HALF else (COLUMNS + 255) // 256
     offsets = plane_offsets(BLOCK_N, GROUP_SIZE, BITS, 2)
     # 64 bits: pairs times columns may pass 2^31.
-    x += tl.where(rows >= 0, rows, 0).to(tl.int64)[None, :] * COLUMNS + k[:, None]
+    x += tl.where(rows >= 0, rows, 0).to(tl.int64)[None, :] * COLUMNS
+    x += tl.arange(0, 128)[:, None]
     valid = (rows >= 0)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(0, (COLUMNS + 255) // 256, num_stages=STAGES):
-        words = record.to(tl.pointer_type(tl.int16))
-        shared = tl.load(words + offsets) if BITS % 2 == 1 else 0
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        shared = 0
+        if BITS % 2 == 1:
+            shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
         for tile in tl.static_range(2):
-            w0, w1 = load_tile(words, offsets, tile, GROUP_SIZE, BITS, 2)
-            w0 = shared if BITS == 1 else w0
-            metas = ()
-            for block in tl.static_range(4):
-                metas += (
-                    load_meta(
-                        record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + block * 32,
-                        GROUP_SIZE, BITS,
-                    ),
-                )  # fmt: skip
-            weights = tile_words(w0, w1, shared, metas, tile, BITS, x.dtype.element_ty, INLINE)
-            here = valid
-            if COLUMNS % 256 != 0:
-                here = valid & (step * 256 + tile * 128 + k < COLUMNS)[:, None]
-            acc = tl.dot(weights, tl.load(x + tile * 128, mask=here, other=0.0), acc)
+            acc = multiply_tile(
+                acc, record, offsets, x, valid, shared, COLUMNS - step * 256, tile, COLUMNS,
+                GROUP_SIZE, BITS, INLINE,
+            )  # fmt: skip
         record += STRIDE
         x += 256
+    if HALF:
+        shared = 0
+        if BITS % 2 == 1:
+            shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
+        acc = multiply_tile(
+            acc, record, offsets, x, valid, shared, COLUMNS - STEPS * 256, 0, COLUMNS,
+            GROUP_SIZE, BITS, INLINE,
+        )  # fmt: skip
     return acc
 
 

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Time one MoE layer in mcmoe's kernels and in its peers', in one run: `python bench.py`.
+
+From given routes to the reduced output, CUDA graph, cold L2 cache, the same 64 routes for every
+kernel. Needs a GPU and, for the peers, vLLM with humming-kernels; a peer that cannot run stops the
+run unless --kernels leaves it out. Appends a row a measurement to --output. --sweep instead times
+mcmoe alone: every width, 1 to 8192 tokens, and what one kernel for all widths costs a uniform one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
+
+from layers import (  # noqa: E402
+    SHAPES,
+    MixedMatrices,
+    Route,
+    active_slots,
+    random_layer,
+    random_routes,
+    touched_bits,
+    touched_bytes,
+)
+from peers import PEERS, use_tuned_files  # noqa: E402
+from timing import copy_bandwidth, matrix_peak, time_call  # noqa: E402
+
+from mcmoe_kernels.experts_gpu import fused_experts, shape_of  # noqa: E402
+from mcmoe_kernels.tiles import TiledLayer, TiledMatrices  # noqa: E402
+from mcmoe_kernels.tuning import Config, choose_config, dump_config  # noqa: E402
+
+TOKENS = (1, 8, 64, 4096)
+SWEEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+OURS = "mcmoe"
+PACKAGES = ("torch", "triton", "vllm", "humming-kernels")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    head = about(arguments)
+    if arguments.sweep:
+        rows = sweep(arguments, head)
+    else:
+        head["tuned_files"] = use_tuned_files([(SHAPES[s][0], SHAPES[s][3]) for s in SHAPES])
+        rows = compare(arguments, head)
+    with arguments.output.open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{len(rows)} rows appended to {arguments.output}", file=sys.stderr)
+
+
+def compare(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str, Any]]:
+    precompile([(s, m, None, TiledMatrices) for s in arguments.shapes for m in arguments.tokens])
+    rows = []
+    for shape in arguments.shapes:
+        layer = random_layer(shape)
+        routes = {m: random_routes(shape, m, arguments.routes, layer) for m in arguments.tokens}
+        for kernel in arguments.kernels:
+            bits, call = 2.5, None
+            if kernel != OURS:
+                experts, _, hidden, intermediate = SHAPES[shape]
+                bits, prepare = PEERS[kernel]
+                call = prepare(experts, hidden, intermediate)
+            for tokens in arguments.tokens:
+                timed = measure(layer, routes[tokens], arguments, call)
+                rows.append({**head, "shape": shape, "tokens": tokens, "kernel": kernel} | timed)
+                rows[-1]["bits"] = bits
+                show(rows[-1])
+            call = None
+            torch.cuda.empty_cache()
+    return rows
+
+
+def sweep(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str, Any]]:
+    bandwidth, peak = copy_bandwidth(), matrix_peak()
+    head |= {"copy_bytes_per_second": bandwidth, "matrix_flops": peak}
+    widths = [(b, kind) for b in (1, 2, 3, 4) for kind in (TiledMatrices, MixedMatrices)]
+    widths = [w for w in widths if w != (4, MixedMatrices)] + [(None, TiledMatrices)]
+    jobs = [
+        (s, m, b, kind) for s in arguments.shapes for m in arguments.tokens for b, kind in widths
+    ]
+    precompile(jobs)
+    rows = []
+    for shape in arguments.shapes:
+        _, top_k, hidden, intermediate = SHAPES[shape]
+        for bits, kind in widths:
+            layer = random_layer(shape, bits, kind)
+            for tokens in arguments.tokens:
+                routes = random_routes(shape, tokens, arguments.routes, layer)
+                timed = measure(layer, routes, arguments, None)
+                bytes_ = sum(touched_bytes(layer, r) for r in routes) / len(routes)
+                flops = 6 * tokens * top_k * hidden * intermediate
+                seconds = timed["median_us"] / 1e6
+                rows.append(
+                    {**head, "shape": shape, "tokens": tokens, "kernel": OURS, **timed}
+                    | {"bits": bits or 2.5, "compiled_for_all_widths": kind is MixedMatrices}
+                    | {"bandwidth_fraction": bytes_ / seconds / bandwidth}
+                    | {"matrix_fraction": flops / seconds / peak}
+                )
+                show(rows[-1])
+    return rows
+
+
+def measure(
+    layer: TiledLayer, routes: list[Route], arguments: argparse.Namespace, call: Any
+) -> dict[str, Any]:
+    """Time a peer's call or, with None, ours."""
+    tokens = routes[0].topk_ids.shape[0]
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    x = torch.randn(
+        tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator
+    )
+    weights, ids = routes[0].topk_weights.clone(), routes[0].topk_ids.clone()
+
+    def load(route: Route) -> None:
+        weights.copy_(route.topk_weights)
+        ids.copy_(route.topk_ids)
+
+    config = {}
+    if call is None:
+        chosen = choose_config(x.device, shape_of(layer, ids.shape[1]), tokens)
+        config = {"config": dump_config(chosen)}
+        run = lambda: fused_experts(x, layer, weights, ids)  # noqa: E731
+    else:
+        run = lambda: call(x, weights, ids)  # noqa: E731
+    repeats = arguments.repeats if tokens <= 512 else max(3, arguments.repeats // 3)
+    timing = time_call(run, routes, load, repeats, arguments.flush)
+    return {
+        "active_experts": sum(len(active_slots(layer, r)) for r in routes) / len(routes),
+        "touched_bits": sum(touched_bits(layer, r) for r in routes) / len(routes),
+        "median_us": timing.median,
+        "p20_us": timing.p20,
+        "p80_us": timing.p80,
+        "routes": len(routes),
+        "flush": arguments.flush,
+        **config,
+    }
+
+
+def precompile(jobs: list[tuple[str, int, int | None, type]]) -> None:
+    """Compile in parallel processes what the jobs will use; Triton keeps it in its cache."""
+    begin = time.time()
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), get_context("spawn")) as pool:
+        list(pool.map(compile_one, dict.fromkeys(jobs)))
+    print(f"compiled for {len(jobs)} cases in {time.time() - begin:.0f} s", file=sys.stderr)
+
+
+def compile_one(job: tuple[str, int, int | None, type], config: Config | None = None) -> None:
+    shape, tokens, bits, kind = job
+    experts, top_k, hidden, intermediate = SHAPES[shape]
+    widths = (bits,) if bits else (3, 2, 1)
+    empty = torch.zeros(1 << 12, dtype=torch.int8, device="cuda")
+    table = torch.zeros(len(widths), dtype=torch.int32, device="cuda")
+    # No pair has a slot, so nothing is read and nothing but the number of slots must be right.
+    padded = widths + widths[-1:] * (experts - len(widths))
+    matrices = [kind(n, k, 128, padded, empty, table)
+                for n, k in ((2 * intermediate, hidden), (hidden, intermediate))]  # fmt: skip
+    slot_of = torch.full((experts,), -1, dtype=torch.int32, device="cuda")
+    layer = TiledLayer(hidden, intermediate, *matrices, slot_of)
+    x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device="cuda")
+    fused_experts(x, layer, torch.zeros(ids.shape, device="cuda"), ids, config)
+    torch.cuda.synchronize()
+
+
+def show(row: dict[str, Any]) -> None:
+    fractions = "".join(f" {k} {row[k]:.2f}" for k in row if k.endswith("_fraction"))
+    print(
+        f"{row['shape']:17} {row['tokens']:5} {row['kernel']:17} {row['bits']:4} bits "
+        f"{row['median_us']:9.1f} us{fractions}"
+        + (" (all widths)" if row.get("compiled_for_all_widths") else ""),
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "date": now,
+        "run": f"{now} {'sweep' if arguments.sweep else 'peers'}",
+        "commit": arguments.commit or read("git", "describe", "--always", "--dirty"),
+        "device": torch.cuda.get_device_name(),
+        "gpu_clock": read("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader"),
+        "versions": {name: installed(name) for name in PACKAGES},
+        "command": " ".join(sys.argv),
+    }  # fmt: skip
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--kernels", nargs="+", default=[*PEERS, OURS], choices=[*PEERS, OURS])
+    parser.add_argument("--routes", type=int)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--flush", choices=("read", "write"), default="read")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--commit", help="recorded if the checkout has no git folder")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.jsonl"
+    )
+    arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or list(SWEEP_TOKENS if arguments.sweep else TOKENS)
+    arguments.routes = arguments.routes or (4 if arguments.sweep else 64)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Measure which configuration is fastest for each shape and number of tokens: `python tune.py`.
+
+Writes kernels/mcmoe_kernels/configs/<device>.json, or --output. Needs a GPU; a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
+
+from bench import SWEEP_TOKENS, compile_one  # noqa: E402
+from layers import SHAPES, Route, random_layer, random_routes  # noqa: E402
+from timing import time_call  # noqa: E402
+
+from mcmoe_kernels.experts_gpu import fused_experts, shape_of  # noqa: E402
+from mcmoe_kernels.tiles import TiledMatrices  # noqa: E402
+from mcmoe_kernels.tuning import (  # noqa: E402
+    Config,
+    DecodeConfig,
+    LayerShape,
+    PrefillConfig,
+    dump_config,
+    fit,
+)
+
+# block_m, block_n, warps, stages; and for prefill also group_n and registers
+DECODE = [(4, 128, 2, 4), (4, 128, 2, 2), (4, 64, 2, 3), (4, 64, 4, 3), (4, 256, 4, 4),
+          (8, 128, 4, 3), (8, 128, 4, 2), (8, 64, 4, 3), (16, 64, 4, 3),
+          (16, 128, 4, 3)]  # fmt: skip
+PREFILL = [(16, 128, 4, 3, 64, 0), (16, 128, 4, 3, 64, 168), (16, 128, 4, 3, 64, 128),
+           (32, 64, 4, 3, 64, 0), (32, 128, 4, 3, 64, 0), (32, 128, 4, 3, 64, 168),
+           (32, 128, 4, 2, 64, 168), (32, 256, 8, 3, 64, 128), (64, 128, 4, 2, 16, 168),
+           (64, 256, 8, 2, 4, 128), (64, 256, 8, 2, 16, 128), (64, 256, 8, 2, 64, 128),
+           (128, 256, 8, 2, 16, 0)]  # fmt: skip
+
+
+def candidates(shape: str, tokens: int) -> list[Config]:
+    experts, top_k, hidden, intermediate = SHAPES[shape]
+    per_expert = tokens * top_k / min(experts, tokens * top_k)
+    splits = (1, 2, 4, 7) if intermediate > 4096 else (1, 2)
+    found: list[Config] = []
+    if per_expert <= 32:
+        found += [
+            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split)
+            for m, n, w, s in DECODE
+            for split in splits
+            if m <= max(4, 2 * per_expert)
+        ]
+    if per_expert >= 4:
+        found += [
+            PrefillConfig(m, n, n, w, s, g, r)
+            for m, n, w, s, g, r in PREFILL
+            if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
+        ]
+    layer = LayerShape(experts, top_k, hidden, intermediate)
+    return list(dict.fromkeys(fit(config, layer) for config in found))
+
+
+def compile_candidate(job: tuple[str, bool, Config]) -> str | None:
+    shape, single, config = job
+    try:
+        compile_one((shape, 1 if single else 2, None, TiledMatrices), config)
+    except Exception as e:  # a configuration that does not fit the chip is no candidate
+        return f"{shape} {config}: {e!r}"[:300]
+    return None
+
+
+def tune(shapes: list[str], tokens: list[int], routes: int) -> list[dict]:
+    cases = [(s, m, c) for s in shapes for m in tokens for c in candidates(s, m)]
+    jobs = list(dict.fromkeys((s, m == 1, c) for s, m, c in cases))
+    begin = time.time()
+    with ProcessPoolExecutor(min(15, os.cpu_count() or 1), get_context("spawn")) as pool:
+        failed = {
+            job: e for job, e in zip(jobs, pool.map(compile_candidate, jobs), strict=True) if e
+        }
+    print(f"{len(jobs)} compiled in {time.time() - begin:.0f} s", *failed.values(), sep="\n",
+          file=sys.stderr)  # fmt: skip
+    out = []
+    for shape in shapes:
+        layer, best = random_layer(shape), {}
+        for m in tokens:
+            drawn = random_routes(shape, m, routes, layer)
+            timed = sorted(
+                (measure(layer, drawn, m, c), i, c)
+                for i, c in enumerate(candidates(shape, m))
+                if (shape, m == 1, c) not in failed
+            )
+            best[m] = timed[0][2]
+            line = "  ".join(f"{t:.1f} {tuple(c.__dict__.values())}" for t, _, c in timed[:3])
+            print(f"{shape} {m}: {line}", file=sys.stderr, flush=True)
+        entry = shape_of(layer, SHAPES[shape][1]).__dict__
+        out.append({**entry, "tokens": {str(m): dump_config(c) for m, c in best.items()}})
+        del layer
+        torch.cuda.empty_cache()
+    return out
+
+
+def measure(layer, routes: list[Route], tokens: int, config: Config) -> float:
+    x = torch.randn(tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16)
+    weights, ids = routes[0].topk_weights.clone(), routes[0].topk_ids.clone()
+
+    def load(route: Route) -> None:
+        weights.copy_(route.topk_weights)
+        ids.copy_(route.topk_ids)
+
+    run = lambda: fused_experts(x, layer, weights, ids, config)  # noqa: E731
+    return time_call(run, routes, load, 5 if tokens <= 512 else 3).median
+
+
+def main() -> None:
+    name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(SWEEP_TOKENS))
+    parser.add_argument("--routes", type=int, default=8)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / f"kernels/mcmoe_kernels/configs/{name}.json"
+    )
+    arguments = parser.parse_args()
+    shapes = tune(arguments.shapes, arguments.tokens, arguments.routes)
+    arguments.output.write_text(json.dumps({"device": name, "shapes": shapes}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
