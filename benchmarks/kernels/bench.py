@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -58,14 +59,14 @@ def main() -> None:
     else:
         head["tuned_files"] = use_tuned_files([(SHAPES[s][0], SHAPES[s][3]) for s in SHAPES])
         rows = compare(arguments, head)
-    with arguments.output.open("a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{len(rows)} rows appended to {arguments.output}", file=sys.stderr)
+    for row in rows:  # each is written as soon as it is measured
+        show(row)
+        with arguments.output.open("a") as f:
+            f.write(json.dumps(row) + "\n")
 
 
-def compare(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(arguments: argparse.Namespace, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
     precompile([(s, m, None, TiledMatrices) for s in arguments.shapes for m in arguments.tokens])
-    rows = []
     for shape in arguments.shapes:
         layer = random_layer(shape)
         routes = {m: random_routes(shape, m, arguments.routes, layer) for m in arguments.tokens}
@@ -77,15 +78,13 @@ def compare(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[st
                 call = prepare(experts, hidden, intermediate)
             for tokens in arguments.tokens:
                 timed = measure(layer, routes[tokens], arguments, call)
-                rows.append({**head, "shape": shape, "tokens": tokens, "kernel": kernel} | timed)
-                rows[-1]["bits"] = bits
-                show(rows[-1])
+                where = {"shape": shape, "tokens": tokens, "kernel": kernel, "bits": bits}
+                yield {**head, **where, **timed}
             call = None
             torch.cuda.empty_cache()
-    return rows
 
 
-def sweep(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str, Any]]:
+def sweep(arguments: argparse.Namespace, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
     bandwidth, peak = copy_bandwidth(), matrix_peak()
     head |= {"copy_bytes_per_second": bandwidth, "matrix_flops": peak}
     widths = [(b, kind) for b in (1, 2, 3, 4) for kind in (TiledMatrices, MixedMatrices)]
@@ -94,7 +93,6 @@ def sweep(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str,
         (s, m, b, kind) for s in arguments.shapes for m in arguments.tokens for b, kind in widths
     ]
     precompile(jobs)
-    rows = []
     for shape in arguments.shapes:
         _, top_k, hidden, intermediate = SHAPES[shape]
         for bits, kind in widths:
@@ -105,14 +103,17 @@ def sweep(arguments: argparse.Namespace, head: dict[str, Any]) -> list[dict[str,
                 bytes_ = sum(touched_bytes(layer, r) for r in routes) / len(routes)
                 flops = 6 * tokens * top_k * hidden * intermediate
                 seconds = timed["median_us"] / 1e6
-                rows.append(
-                    {**head, "shape": shape, "tokens": tokens, "kernel": OURS, **timed}
-                    | {"bits": bits or 2.5, "compiled_for_all_widths": kind is MixedMatrices}
-                    | {"bandwidth_fraction": bytes_ / seconds / bandwidth}
-                    | {"matrix_fraction": flops / seconds / peak}
-                )
-                show(rows[-1])
-    return rows
+                yield {
+                    **head,
+                    "shape": shape,
+                    "tokens": tokens,
+                    "kernel": OURS,
+                    "bits": bits or 2.5,
+                    **timed,
+                    "compiled_for_all_widths": kind is MixedMatrices,
+                    "bandwidth_fraction": bytes_ / seconds / bandwidth,
+                    "matrix_fraction": flops / seconds / peak,
+                }
 
 
 def measure(

@@ -190,7 +190,7 @@ def wait_for_previous(PDL: tl.constexpr):
 def prepare_kernel(x, digits, x_meta, ids, slot_of, table13, table2, scratch, block_info,
                    block_pair, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
-                   NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                   SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                    SINGLE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
     wait_for_previous(PDL)
@@ -203,7 +203,7 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, table13, table2, scratch, bl
         else:
             route(
                 ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
-                NUM_SLOTS, SLOTS, BLOCK_M, 256,
+                SLOTS, BLOCK_M, 256,
             )  # fmt: skip
         return
     split_rows(
@@ -211,9 +211,9 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, table13, table2, scratch, bl
     )
 
 
-@triton.jit
-def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta,
-                   TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+@triton.jit(do_not_specialize=["top_k"])
+def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
+                   HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
@@ -226,7 +226,7 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
     pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
     if slot < 0:
         return
-    rows = tl.where(pairs >= 0, pairs // TOP_K, -1)
+    rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = dot_any_width(
         digits, x_meta, rows, records, entry, first_row,
         tl.zeros((), tl.int32), (HIDDEN + 255) // 256,
@@ -356,13 +356,13 @@ def fused_experts_decode(
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
         x, digits, x_meta, topk_ids, layer.slot_of, w13.table, w2.table, scratch, block_info,
         block_pair, pairs, blocks,
-        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, NUM_SLOTS=layer.num_slots,
-        SLOTS=slots, BLOCK_M=block_m, SINGLE=single, num_warps=4, **common,
+        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, SLOTS=slots, BLOCK_M=block_m,
+        SINGLE=single, num_warps=4, **common,
     )  # fmt: skip
     shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
     gate_up_kernel[(2 * inter // config.block_n13, blocks)](
-        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta,
-        TOP_K=top_k, GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
+        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
+        GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
         ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
         H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
         num_warps=config.warps13, **shape, **common,

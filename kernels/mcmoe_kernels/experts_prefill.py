@@ -115,9 +115,9 @@ def place_of_program(blocks, N_BLOCKS: tl.constexpr, GROUP_N: tl.constexpr):
     return within // size, group * GROUP_N + within % size
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks,
-                           TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+@triton.jit(do_not_specialize=["blocks", "top_k"])
+def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks, top_k,
+                           HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                            GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
                            ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
@@ -128,7 +128,7 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks,
     if slot < 0:
         return
     pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    rows = tl.where(pairs >= 0, pairs // TOP_K, -1)
+    rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = weights_any_width(
         x, rows, records, entry, n_block * BLOCK_N,
         2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
@@ -193,8 +193,8 @@ def fused_experts_prefill(
     if config.registers:
         common["maxnreg"] = config.registers
     gate_up_prefill_kernel[(2 * inter // config.block_n13 * blocks,)](
-        x, w13.records, block_info, block_pair, h, blocks,
-        TOP_K=top_k, GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
+        x, w13.records, block_info, block_pair, h, blocks, top_k,
+        GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
         BLOCK_N=config.block_n13, **common,
     )  # fmt: skip
     down_prefill_kernel[(hidden // config.block_n2 * blocks,)](

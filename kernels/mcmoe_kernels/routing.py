@@ -103,11 +103,11 @@ def route_single(ids, slot_of, table13, table2, block_info, block_pair, pairs,
 
 @triton.jit
 def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-                pairs, begin, stride, NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
-                BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                pairs, begin, stride, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
     """Write each pair into its block. first_block: scratch int32 [SLOTS] of this program."""
     slots = tl.arange(0, SLOTS)
-    blocks = (tl.load(count + slots, mask=slots < NUM_SLOTS, other=0) + BLOCK_M - 1) // BLOCK_M
+    blocks = (tl.load(count + slots) + BLOCK_M - 1) // BLOCK_M
     tl.store(first_block + slots, tl.cumsum(blocks, 0) - blocks)
     tl.debug_barrier()
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
@@ -121,8 +121,7 @@ def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_i
 
 @triton.jit
 def route(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
-          NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-          CHUNK: tl.constexpr):  # fmt: skip
+          SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """The whole table in one program. scratch: int32 [2 * SLOTS + pairs]."""
     count, first_block, rank = scratch, scratch + SLOTS, scratch + 2 * SLOTS
     tl.store(count + tl.arange(0, SLOTS), 0)
@@ -132,7 +131,7 @@ def route(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs,
     tl.debug_barrier()
     place_pairs(
         ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-        pairs, 0, 1, NUM_SLOTS, SLOTS, BLOCK_M, CHUNK,
+        pairs, 0, 1, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
@@ -155,12 +154,12 @@ def count_kernel(ids, slot_of, count, rank, pairs, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs"])
 def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-                 pairs, NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                 pairs, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     place_pairs(
         ids, slot_of, table13, table2, count, rank, first_block + tl.program_id(0) * SLOTS,
         block_info, block_pair, pairs, tl.program_id(0), tl.num_programs(0),
-        NUM_SLOTS, SLOTS, BLOCK_M, CHUNK,
+        SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
@@ -183,6 +182,6 @@ def route_pairs(
     place_kernel[(programs,)](
         topk_ids, layer.slot_of, layer.w13.table, layer.w2.table, count, rank, first_block,
         block_info, block_pair, pairs,
-        NUM_SLOTS=num_slots, SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE,
+        SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE,
     )  # fmt: skip
     return block_info, block_pair

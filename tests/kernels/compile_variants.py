@@ -28,7 +28,7 @@ TYPES = {
     "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
     "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
     "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
-    "topk_weights": "*fp32",
+    "topk_weights": "*fp32", "top_k": "i32",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def variants(shape: LayerShape, config, capability: int):
     hidden, inter = shape.hidden_size, shape.intermediate_size
     sizes = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": config.block_m, "INLINE": True}
     quantized = {"GROUP_SIZE": 128, "WIDTHS": WIDTHS}
-    first = {"TOP_K": shape.top_k, "ACTIVATION": "silu", "BLOCK_N": config.block_n13}
+    first = {"ACTIVATION": "silu", "BLOCK_N": config.block_n13}
     second = {"BLOCK_N": config.block_n2}
     if isinstance(config, PrefillConfig):
         common = {**sizes, **quantized, "GROUP_N": config.group_n, "STAGES": config.stages}
@@ -58,7 +58,7 @@ def variants(shape: LayerShape, config, capability: int):
         "STAGES": config.stages2,
     }, {"num_warps": config.warps2}  # fmt: skip
     yield "prepare", experts_decode.prepare_kernel, {
-        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "NUM_SLOTS": shape.num_experts,
+        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8,
         "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
         "SINGLE": False, **pdl,
     }, {"num_warps": 4}  # fmt: skip

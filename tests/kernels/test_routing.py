@@ -31,7 +31,7 @@ def route_in_prepare(ids, layer, block_m):
     prepare_kernel[(1 + len(ids),)](
         x, digits, meta, ids, layer.slot_of, layer.w13.table, layer.w2.table, new(16 + pairs),
         block_info, block_pair, pairs, blocks,
-        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, NUM_SLOTS=layer.num_slots, SLOTS=8,
+        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, SLOTS=8,
         BLOCK_M=block_m, SINGLE=False, PDL=False,
     )  # fmt: skip
     return block_info, block_pair

@@ -1,0 +1,124 @@
+"""Inline PTX and plain shifts say the same of every 16-bit word, and both what `tiles` defines."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from mcmoe_kernels.dequantization import (  # noqa: E402
+    blocks_bytes,
+    merge_planes,
+    merge_words,
+    weights_of,
+)
+from mcmoe_kernels.tiles import HIGH_BITS  # noqa: E402
+
+EVERY_WORD = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(-1, 16)
+BITS = [1, 2, 3, 4]
+
+
+@triton.jit
+def weights_kernel(words, scale, zero, out, BITS: tl.constexpr, TILE: tl.constexpr,
+                   BLOCK: tl.constexpr, HALF: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * 64 + tl.arange(0, 64)
+    at = row[:, None] * 16 + tl.arange(0, 16)[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = weights_of(
+        tl.load(words + at), tl.load(scale + row), tl.load(zero + row), BITS, TILE, BLOCK, HALF,
+        dtype, INLINE,
+    )  # fmt: skip
+    tl.store(out + at, result)
+
+
+@triton.jit
+def bytes_kernel(first, second, out, size, BITS: tl.constexpr, TILE: tl.constexpr,
+                 INLINE: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    low, high = tl.load(first + at), tl.load(second + at)
+    b0, b1, b2, b3 = blocks_bytes(low, high, high, TILE, BITS, INLINE)
+    tl.store(out + at, b0)
+    tl.store(out + size + at, b1)
+    tl.store(out + 2 * size + at, b2)
+    tl.store(out + 3 * size + at, b3)
+
+
+@triton.jit
+def merge_kernel(low, high, as_bytes, as_words, LOW: tl.constexpr, HIGH: tl.constexpr,
+                 INLINE: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0) * 1024 + tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    words = merge_words(tl.load(low + at), tl.load(high + at), LOW, HIGH, INLINE)
+    tl.store(as_words + at, words)
+    at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    low8, high8 = low.to(tl.pointer_type(tl.int8)), high.to(tl.pointer_type(tl.int8))
+    tl.store(
+        as_bytes + at, merge_planes(tl.load(low8 + at), tl.load(high8 + at), LOW, HIGH, INLINE)
+    )
+
+
+def ways(device):
+    return (False, True) if device == "cuda" else (False,)  # the interpreter has no PTX
+
+
+def offset_of(bits, tile, block, half):
+    """First bit of a code in its word: a code of a nibble plane for 3 and 4 bits."""
+    return {1: 4 * tile + block, 2: 2 * block}.get(bits, 4 * (block // 2)) + 8 * half
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tile", [0, 1])
+def test_weights_of_every_word(bits, tile, device):
+    words = EVERY_WORD.to(device)
+    rows = torch.arange(len(words), device=device)
+    scale = ((rows % 37 + 1) / 256).bfloat16().float()
+    zero = torch.full_like(scale, 0.5) if bits == 1 else (rows % (1 << bits)).float()
+    dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16]
+    for dtype in dtypes:
+        for block, half in ((b, h) for b in range(4) for h in range(2)):
+            codes = (words.int() >> offset_of(bits, tile, block, half)) & ((1 << bits) - 1)
+            expected = ((codes - zero[:, None]) * scale[:, None]).to(dtype)
+            for inline in ways(device):
+                out = torch.full(words.shape, torch.nan, dtype=dtype, device=device)
+                weights_kernel[(len(words) // 64,)](
+                    words, scale, zero, out, BITS=bits, TILE=tile, BLOCK=block, HALF=half,
+                    INLINE=inline,
+                )  # fmt: skip
+                assert torch.equal(out, expected), (dtype, block, half, inline)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tile", [0, 1])
+def test_bytes_of_every_word(bits, tile, device):
+    low = EVERY_WORD.contiguous().view(torch.int8).to(device)
+    high = low.flatten()[torch.randperm(low.numel())].view_as(low).contiguous()
+    expected = []
+    for block in range(4):
+        if bits == 3:
+            two = (low.int() >> 2 * block) & 3
+            expected.append(two | (((high.int() >> HIGH_BITS[tile][block]) & 1) << 2))
+        elif bits == 4:
+            expected.append(((high if block % 2 else low).int() >> 4 * (block // 2)) & 15)
+        else:
+            expected.append((low.int() >> offset_of(bits, tile, block, 0)) & ((1 << bits) - 1))
+    for inline in ways(device):
+        out = torch.full((4, *low.shape), -1, dtype=torch.int8, device=device)
+        bytes_kernel[(low.numel() // 2048,)](
+            low, high, out, low.numel(), BITS=bits, TILE=tile, INLINE=inline
+        )
+        assert torch.equal(out.int(), torch.stack(expected)), inline
+
+
+@pytest.mark.parametrize(("low_shift", "high_shift"), [(0, 0), (2, 1), (0, -2), (2, -1)])
+def test_merging_words_is_merging_their_bytes(low_shift, high_shift, device):
+    low = EVERY_WORD.to(device)
+    high = low.flatten()[torch.randperm(low.numel())].view_as(low).contiguous()
+    results = []
+    for inline in ways(device):
+        as_words, as_bytes = torch.empty_like(low), torch.empty_like(low)
+        merge_kernel[(low.numel() // 1024,)](
+            low, high, as_bytes.view(torch.int8), as_words, LOW=low_shift, HIGH=high_shift,
+            INLINE=inline,
+        )  # fmt: skip
+        results += [as_words, as_bytes]
+    assert all(torch.equal(r, results[0]) for r in results)

@@ -1,0 +1,61 @@
+"""The shipped tables parse, fit every shape, and answer with the nearest that was measured."""
+
+import logging
+
+import pytest
+import torch
+
+from mcmoe_kernels import tuning
+from mcmoe_kernels.tuning import (
+    CONFIGS,
+    DecodeConfig,
+    LayerShape,
+    PrefillConfig,
+    choose_config,
+    configs_for,
+    dump_config,
+    parse_config,
+    read_table,
+)
+
+MIXTRAL = LayerShape(8, 2, 4096, 14336)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.json")))
+def test_shipped_tables(name):
+    table = read_table(name)
+    assert MIXTRAL in table
+    for shape, configs in table.items():
+        assert min(configs) == 1 and max(configs) >= 4096
+        for config in configs.values():
+            assert parse_config(dump_config(config)) == config
+            assert (2 * shape.intermediate_size) % config.block_n13 == 0
+            assert shape.hidden_size % config.block_n2 == 0
+
+
+def test_another_shape_takes_the_nearest_and_says_so(caplog):
+    configs_for.cache_clear()
+    other = LayerShape(8, 2, 4096, 14336 // 2 + 32)
+    with caplog.at_level(logging.INFO, logger="mcmoe_kernels"):
+        configs = configs_for("default", other)
+    assert "4096" in caplog.text and "default" in caplog.text
+    for config in configs.values():  # rows of 2 * 7200: blocks of 64 alone divide them
+        assert config.block_n13 == 64
+    fine = LayerShape(64, 6, 2048, 1408)
+    nearest = min(read_table("default"), key=fine.distance)
+    assert nearest.num_experts == 128
+
+
+def test_the_nearest_number_of_tokens_by_factor():
+    one, many = choose_config(CPU, MIXTRAL, 1), choose_config(CPU, MIXTRAL, 10**6)
+    assert isinstance(one, DecodeConfig) and isinstance(many, PrefillConfig)
+    listed = configs_for("default", MIXTRAL)
+    assert choose_config(CPU, MIXTRAL, 7) == listed[8]
+
+
+def test_a_broken_table_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    (tmp_path / "broken.json").write_text('{"shapes": [{"num_experts": 8}]}')
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        read_table("broken")
