@@ -35,10 +35,11 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     fit,
 )
 
-# block_m, block_n, warps, stages; and for prefill also group_n and registers
-DECODE = [(4, 128, 2, 4), (4, 128, 2, 2), (4, 64, 2, 3), (4, 64, 4, 3), (4, 256, 4, 4),
-          (8, 128, 4, 3), (8, 128, 4, 2), (8, 64, 4, 3), (16, 64, 4, 3),
-          (16, 128, 4, 3)]  # fmt: skip
+# block_m, block_n, warps, stages; then registers of gate_up, and for prefill group_n and registers
+DECODE = [(4, 128, 2, 4, 0), (4, 128, 2, 2, 0), (4, 64, 2, 3, 0), (4, 64, 4, 3, 0),
+          (4, 256, 4, 4, 0), (8, 128, 4, 3, 0), (8, 128, 4, 3, 128), (8, 128, 4, 2, 0),
+          (8, 64, 4, 3, 0), (16, 64, 4, 3, 0), (16, 64, 4, 3, 128), (16, 128, 4, 3, 0),
+          (16, 128, 8, 3, 128)]  # fmt: skip
 PREFILL = [(16, 128, 4, 3, 64, 0), (16, 128, 4, 3, 64, 168), (16, 128, 4, 3, 64, 128),
            (32, 64, 4, 3, 64, 0), (32, 128, 4, 3, 64, 0), (32, 128, 4, 3, 64, 168),
            (32, 128, 4, 2, 64, 168), (32, 256, 8, 3, 64, 128), (64, 128, 4, 2, 16, 168),
@@ -53,8 +54,8 @@ def candidates(shape: str, tokens: int) -> list[Config]:
     found: list[Config] = []
     if per_expert <= 32:
         found += [
-            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split)
-            for m, n, w, s in DECODE
+            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split, r)
+            for m, n, w, s, r in DECODE
             for split in splits
             if m <= max(4, 2 * per_expert)
         ]

@@ -20,6 +20,8 @@ from mcmoe_kernels.routing import max_blocks, route, route_single
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import DecodeConfig
 
+COMBINE_WIDE = 32  # tokens from which `combine` takes 1024 columns a program
+
 
 @triton.jit
 def activate(gate, ACTIVATION: tl.constexpr):
@@ -360,20 +362,23 @@ def fused_experts_decode(
         SINGLE=single, num_warps=4, **common,
     )  # fmt: skip
     shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
+    limit13, limit2 = (
+        {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
+    )
     gate_up_kernel[(2 * inter // config.block_n13, blocks)](
         digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
         GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
         ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
         H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
-        num_warps=config.warps13, **shape, **common,
+        num_warps=config.warps13, **limit13, **shape, **common,
     )  # fmt: skip
     down_kernel[(hidden // config.block_n2 * config.splits, blocks)](
         h_digits, h_meta, w2.records, block_info, block_pair, parts, pairs,
         GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
         BLOCK_N=config.block_n2, STAGES=config.stages2, num_warps=config.warps2,
-        **shape, **common,
+        **limit2, **shape, **common,
     )  # fmt: skip
-    width = 256 if tokens < 32 else 1024
+    width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
         parts, topk_weights, topk_ids, layer.slot_of, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=config.splits, BLOCK=width,

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from mcmoe_kernels.experts_decode import fused_experts_decode
+from mcmoe_kernels.experts_decode import COMBINE_WIDE, fused_experts_decode
 from mcmoe_kernels.experts_prefill import fused_experts_prefill
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import (
@@ -18,6 +18,8 @@ from mcmoe_kernels.tuning import (
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+# One token routes itself, and from COMBINE_WIDE tokens on rows are summed in wider pieces.
+COMPILED_APART = (1, 2, COMBINE_WIDE)
 
 
 def fused_experts(
@@ -54,12 +56,8 @@ def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype) -> None:
     """Compile every kernel that the layer may use, so that no capture of a graph has to."""
     device = layer.slot_of.device
     configs = configs_for(table_name(device), shape_of(layer, top_k))
-    tokens_of: dict[Config, set[int]] = {}
-    for tokens, config in configs.items():
-        tokens_of.setdefault(config, set()).update({min(tokens, 2), tokens if tokens == 1 else 2})
-    tokens_of.setdefault(configs[min(configs)], set()).add(1)
-    for config, counts in tokens_of.items():
-        for tokens in counts:
+    for config in dict.fromkeys(configs.values()):
+        for tokens in COMPILED_APART:
             x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
             ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
             fused_experts(x, layer, torch.zeros(ids.shape, device=device), ids, config)

@@ -34,7 +34,8 @@ BLOCKS_N = (256, 128, 64)
 @dataclass(frozen=True)
 class DecodeConfig:
     """`experts_decode`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
-    splits: programs that share the columns of a row of w2."""
+    splits: programs that share the columns of a row of w2. registers13,
+    registers2: as `PrefillConfig.registers`."""
 
     block_m: int = 4
     block_n13: int = 128
@@ -44,6 +45,8 @@ class DecodeConfig:
     stages13: int = 4
     stages2: int = 4
     splits: int = 1
+    registers13: int = 0
+    registers2: int = 0
 
 
 @dataclass(frozen=True)

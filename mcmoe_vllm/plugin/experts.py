@@ -49,6 +49,7 @@ PROJECTIONS = ("w1", "w3", "w2")
 KINDS = ("weight_packed", "weight_scale")
 DTYPES = {"weight_packed": torch.uint8, "weight_scale": torch.float16}
 SHOWN_GAPS = 8
+DUMMY_SCALE = 2.0**-7
 
 
 class McmoeExpertsMethod(FusedMoEMethodBase):
@@ -110,7 +111,6 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             rows, columns = self._shape(group)
             size = packed_offsets(self.bits[group], rows, columns)[-1]
             scale = (present, rows, 2 * columns // self.group_size[group])
-            # Zeros, not garbage: --load-format dummy serves these.
             self._register(layer, f"{group}_weight_packed", torch.zeros(size, dtype=torch.uint8))
             self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.float16))
 
@@ -150,7 +150,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         vllm_config = get_current_vllm_config()
-        if vllm_config.load_config.load_format != "dummy":
+        if vllm_config.load_config.load_format == "dummy":
+            self._fill_dummy(layer)
+        else:
             self._refuse_gaps()
         expert_map = layer.expert_map
         experts = ExpertLayer(
@@ -273,6 +275,15 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             f"(group size {self.group_size[group]}) needs {_describe(expected, dtype)}. The folder "
             f"mixes two checkpoints: compress again, or restore its config.json."
         )
+
+    def _fill_dummy(self, layer: Any) -> None:
+        """Weights for --load-format dummy that the kernels treat like real ones: random codes,
+        and scales and zeros that every 16-bit format holds. vLLM itself fills neither so."""
+        for group in ("w13", "w2"):
+            packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
+            packed.random_(0, 256)
+            scale[..., 0::2] = DUMMY_SCALE
+            scale[..., 1::2] = 1
 
     def _refuse_gaps(self) -> None:
         missing = [

@@ -48,15 +48,18 @@ def variants(shape: LayerShape, config, capability: int):
         yield "down_prefill", experts_prefill.down_prefill_kernel, common | second, options
         return
     pdl = {"PDL": capability >= 90}
+    limit13, limit2 = (
+        {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
+    )
     h_block = min(128, config.block_n13 // 2)
     yield "gate_up", experts_decode.gate_up_kernel, {
         **sizes, **quantized, **first, **pdl, "X_BLOCK": 128, "DTYPE": tl.bfloat16,
         "H_BLOCK": h_block, "STAGES": config.stages13,
-    }, {"num_warps": config.warps13}  # fmt: skip
+    }, {"num_warps": config.warps13, **limit13}  # fmt: skip
     yield "down", experts_decode.down_kernel, {
         **sizes, **quantized, **second, **pdl, "X_BLOCK": h_block, "SPLITS": config.splits,
         "STAGES": config.stages2,
-    }, {"num_warps": config.warps2}  # fmt: skip
+    }, {"num_warps": config.warps2, **limit2}  # fmt: skip
     yield "prepare", experts_decode.prepare_kernel, {
         "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8,
         "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,

@@ -129,3 +129,15 @@ def test_the_cache_is_shared_until_it_is_spent():
 def test_a_wrong_cache_size_is_refused(value):
     with pytest.raises(UserError, match="cpu_weight_cache_gib is .*, needs a number of GiB from 0"):
         CacheBudget.from_additional_config({"cpu_weight_cache_gib": value})
+
+
+def test_where_triton_cannot_run_plain_torch_does_and_says_why(monkeypatch):
+    said = []
+    monkeypatch.setattr(ops.logger, "warning_once", lambda text, *values: said.append(values))
+    layer = random_layer(MIXED13, MIXED2)
+    prepared = ops.prepare_on_gpu(layer, torch.float32, 2)  # held by a CPU
+    assert "torch" in prepared.path and prepared.keeps_packed
+    assert "no CUDA device" in str(said) and "float32" in str(said)
+    x, (weights, ids) = random_input(5, 256, torch.float32), random_routing(5, 6, 2)
+    out = prepared.compute(x, weights, ids)
+    assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-6
