@@ -68,6 +68,11 @@ class TiledMatrices:
     table: torch.Tensor
 
     @property
+    def num_records(self) -> int:
+        """Records of one slot."""
+        return self.rows // TILE_ROWS * num_steps(self.columns)
+
+    @property
     def widths(self) -> int:
         """The set of widths as a bit mask: 1 << bits for each."""
         return sum(1 << b for b in set(self.bits))

@@ -35,7 +35,8 @@ BLOCKS_N = (256, 128, 64)
 class DecodeConfig:
     """`experts_decode`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
     splits: programs that share the columns of a row of w2. registers13,
-    registers2: as `PrefillConfig.registers`."""
+    registers2: as `PrefillConfig.registers`. prefetch: programs that fetch each pair's weights into
+    the L2 cache while x is prepared; pays where all of them fit there."""
 
     block_m: int = 4
     block_n13: int = 128
@@ -47,6 +48,7 @@ class DecodeConfig:
     splits: int = 1
     registers13: int = 0
     registers2: int = 0
+    prefetch: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tests.expert_layers import (
 MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)  # odd, one dropped
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
-    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1),
+    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128, 3),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
 }
