@@ -7,6 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # The kernels run in Triton's interpreter. Read when Triton and a kernel are first imported,
+    # hence before any test module; engines in processes of their own do without (tests/e2e).
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"

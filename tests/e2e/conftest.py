@@ -27,7 +27,8 @@ ENGINE_SECONDS = 600
 
 def engine_environment(**settings: str) -> dict[str, str]:
     values = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    return {**os.environ, **values, **settings}
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**inherited, **values, **settings}
 
 
 @dataclass

@@ -1,15 +1,9 @@
 """The Triton kernels run on a GPU if there is one and in Triton's interpreter otherwise."""
 
-import os
-
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Read when a kernel is defined, hence before any test module imports one.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="runs on the GPU instead")),
     pytest.param(
