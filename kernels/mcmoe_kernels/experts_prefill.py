@@ -29,7 +29,7 @@ from mcmoe_kernels.tuning import PrefillConfig
 
 
 @triton.jit
-def multiply_tile(acc, record, offsets, x, valid, shared, columns_left,
+def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_left,
                   TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
                   BITS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """acc [N, M] += the weights of one tile of a step times x [128, M]."""
@@ -46,23 +46,28 @@ def multiply_tile(acc, record, offsets, x, valid, shared, columns_left,
     weights = tile_words(w0, w1, shared, metas, TILE, BITS, x.dtype.element_ty, INLINE)
     if COLUMNS % 128 != 0:
         valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
-    return tl.dot(weights, tl.load(x + TILE * 128, mask=valid, other=0.0), acc)
+    tokens = tl.load((x + TILE * 128) + x_offsets, mask=valid, other=0.0)
+    return tl.dot(weights, tokens, acc)
 
 
 @triton.jit
 def dot_weights(x, rows, record, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-                INLINE: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M]; row -1 gives zeros."""
+                WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M]; row -1 gives zeros.
+
+    WIDE: offsets within x need 64 bits, and their registers.
+    """
     STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
     # Half a step at the end is done apart: its missing tile would be multiplied in vain.
     HALF: tl.constexpr = COLUMNS % 256 > 0 and COLUMNS % 256 <= 128
     STEPS: tl.constexpr = COLUMNS // 256 if HALF else (COLUMNS + 255) // 256
     offsets = plane_offsets(BLOCK_N, GROUP_SIZE, BITS, 2)
-    # 64 bits: pairs times columns may pass 2^31.
-    x += tl.where(rows >= 0, rows, 0).to(tl.int64)[None, :] * COLUMNS
-    x += tl.arange(0, 128)[:, None]
+    x_rows = tl.where(rows >= 0, rows, 0)
+    if WIDE:
+        x_rows = x_rows.to(tl.int64)
+    x_offsets = x_rows[None, :] * COLUMNS + tl.arange(0, 128)[:, None]
     valid = (rows >= 0)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -71,8 +76,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
             shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
         for tile in tl.static_range(2):
             acc = multiply_tile(
-                acc, record, offsets, x, valid, shared, COLUMNS - step * 256, tile, COLUMNS,
-                GROUP_SIZE, BITS, INLINE,
+                acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - step * 256, tile,
+                COLUMNS, GROUP_SIZE, BITS, INLINE,
             )  # fmt: skip
         record += STRIDE
         x += 256
@@ -81,7 +86,7 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
         if BITS % 2 == 1:
             shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
         acc = multiply_tile(
-            acc, record, offsets, x, valid, shared, COLUMNS - STEPS * 256, 0, COLUMNS,
+            acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - STEPS * 256, 0, COLUMNS,
             GROUP_SIZE, BITS, INLINE,
         )  # fmt: skip
     return acc
@@ -91,7 +96,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
 def weights_any_width(x, rows, records, entry, first_row,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
                       WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                      STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                      STAGES: tl.constexpr, WIDE: tl.constexpr,
+                      INLINE: tl.constexpr):  # fmt: skip
     """`dot_weights` by the width of the slot; only the widths in WIDTHS are compiled."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for bits in tl.static_range(1, 5):
@@ -100,7 +106,7 @@ def weights_any_width(x, rows, records, entry, first_row,
                 start = first_record(records, entry, first_row, GROUP_SIZE, bits)
                 acc = dot_weights(
                     x, rows, start, ROWS, COLUMNS, GROUP_SIZE, bits, BLOCK_N, BLOCK_M, STAGES,
-                    INLINE,
+                    WIDE, INLINE,
                 )  # fmt: skip
     return acc
 
@@ -121,7 +127,7 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks, top_k,
                            GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
                            ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                           INLINE: tl.constexpr):  # fmt: skip
+                           WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     block, n_block = place_of_program(blocks, 2 * INTERMEDIATE // BLOCK_N, GROUP_N)
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 1)
@@ -131,7 +137,8 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks, top_k,
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = weights_any_width(
         x, rows, records, entry, n_block * BLOCK_N,
-        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE,
+        INLINE,
     )  # fmt: skip
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
@@ -146,7 +153,7 @@ def down_prefill_kernel(h, records, block_info, block_pair, y, blocks,
                         HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                         GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                        INLINE: tl.constexpr):  # fmt: skip
+                        WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     block, n_block = place_of_program(blocks, HIDDEN // BLOCK_N, GROUP_N)
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 2)
@@ -155,7 +162,8 @@ def down_prefill_kernel(h, records, block_info, block_pair, y, blocks,
     pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
     acc = weights_any_width(
         h, pairs, records, entry, n_block * BLOCK_N,
-        HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+        HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE,
+        INLINE,
     )  # fmt: skip
     row = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
@@ -187,6 +195,7 @@ def fused_experts_prefill(
         "BLOCK_M": config.block_m,
         "GROUP_N": config.group_n,
         "STAGES": config.stages,
+        "WIDE": max(tokens * hidden, pairs * inter) >= 1 << 31,
         "INLINE": inline,
         "num_warps": config.warps,
     }

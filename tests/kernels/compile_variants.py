@@ -42,7 +42,13 @@ def variants(shape: LayerShape, config, capability: int):
     first = {"ACTIVATION": "silu", "BLOCK_N": config.block_n13}
     second = {"BLOCK_N": config.block_n2}
     if isinstance(config, PrefillConfig):
-        common = {**sizes, **quantized, "GROUP_N": config.group_n, "STAGES": config.stages}
+        common = {
+            **sizes,
+            **quantized,
+            "GROUP_N": config.group_n,
+            "STAGES": config.stages,
+            "WIDE": False,
+        }
         options = {"num_warps": config.warps}
         if config.registers:
             options["maxnreg"] = config.registers
