@@ -306,7 +306,7 @@ def _with_dense_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 
 _VLLM_PROGRAM = """
-import json, sys
+import json, os, sys
 job = json.load(open(sys.argv[1]))
 from vllm import LLM, SamplingParams
 llm = LLM(model=job["model"], max_model_len=job["length"] + 1, enforce_eager=True,
@@ -318,7 +318,9 @@ losses = []
 for window, output in zip(job["windows"], outputs):
     rows = output.prompt_logprobs[1:]
     losses.append(-sum(r[t].logprob for r, t in zip(rows, window[1:])) / len(rows))
-json.dump(losses, open(sys.argv[2], "w"))
+with open(sys.argv[2] + ".part", "w") as f:
+    json.dump(losses, f)
+os.rename(sys.argv[2] + ".part", sys.argv[2])
 """
 
 
@@ -353,7 +355,9 @@ def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) 
             stderr=subprocess.PIPE,
             text=True,
         )
-        if process.returncode or not result.exists():
+        # The result is renamed into place when it is whole. What an engine's threads do after
+        # that, while the process ends, is not asked: some abort.
+        if not result.exists():
             tail = "\n".join(process.stderr.strip().splitlines()[-15:])
             raise UserError(f"vLLM could not score {path}:\n{tail}")
         return torch.tensor(json.loads(result.read_text()), dtype=torch.float64)
