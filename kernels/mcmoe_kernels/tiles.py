@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
-from mcmoe_kernels.packing import split_scale, unpack
+from mcmoe_kernels.packing import dequantize_codes, split_scale, unpack
 
 TILE_ROWS = 64
 TILE_COLUMNS = 128
@@ -300,5 +300,4 @@ def dequantize_slot(matrices: TiledMatrices, slot: int) -> torch.Tensor:
     flat = matrices.records[start : start + matrix_bytes(rows, columns, bits, group_size)]
     records = flat.view(torch.uint8).view(num_steps(columns), rows // TILE_ROWS, -1)
     codes, scale, zero = untile_codes(records.transpose(0, 1), bits, columns, group_size)
-    q = codes.unflatten(1, (-1, group_size)).float()
-    return ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
+    return dequantize_codes(codes, scale, zero)

@@ -119,6 +119,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     return {"kernel": name, **config.__dict__}
 
 
+@functools.lru_cache  # asked for every layer of every step, and answered from the disk
 def table_name(device: torch.device) -> str:
     """The file for a device: its own, that of its compute capability, or the default."""
     if device.type != "cuda":
