@@ -31,11 +31,12 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     DecodeConfig,
     LayerShape,
     PrefillConfig,
+    WarpgroupConfig,
     dump_config,
     fit,
 )
 
-# block_m, block_n, warps, stages; then registers of gate_up, and for prefill group_n and registers
+# block_m, block_n, warps, stages, then registers of gate_up; for prefill group_n and registers
 DECODE = [(4, 128, 2, 4, 0), (4, 128, 2, 2, 0), (4, 64, 2, 3, 0), (4, 64, 4, 3, 0),
           (4, 256, 4, 4, 0), (8, 128, 4, 3, 0), (8, 128, 4, 3, 128), (8, 128, 4, 2, 0),
           (8, 64, 4, 3, 0), (16, 64, 4, 3, 0), (16, 64, 4, 3, 128), (16, 128, 4, 3, 0),
@@ -45,6 +46,13 @@ PREFILL = [(16, 128, 4, 3, 64, 0), (16, 128, 4, 3, 64, 168), (16, 128, 4, 3, 64,
            (32, 128, 4, 2, 64, 168), (32, 256, 8, 3, 64, 128), (64, 128, 4, 2, 16, 168),
            (64, 256, 8, 2, 4, 128), (64, 256, 8, 2, 16, 128), (64, 256, 8, 2, 64, 128),
            (128, 256, 8, 2, 16, 0)]  # fmt: skip
+# block_m, block_n, warps, stages, part, group_n, registers
+WARPGROUP = [(16, 128, 4, 4, 64, 64, 128), (16, 256, 8, 4, 64, 64, 128), (16, 64, 4, 6, 64, 64, 0),
+             (32, 64, 4, 4, 64, 64, 0), (32, 128, 4, 4, 64, 64, 168), (32, 128, 4, 4, 32, 64, 128),
+             (32, 256, 8, 4, 32, 64, 128), (64, 128, 4, 4, 32, 64, 168),
+             (64, 128, 8, 4, 64, 16, 128), (64, 256, 8, 4, 64, 16, 0), (128, 128, 8, 4, 64, 16, 0),
+             (128, 256, 8, 4, 64, 4, 0), (128, 256, 8, 4, 64, 16, 0), (128, 256, 8, 4, 64, 64, 0),
+             (128, 256, 8, 4, 32, 16, 0)]  # fmt: skip
 
 
 def candidates(shape: str, tokens: int) -> list[Config]:
@@ -66,6 +74,12 @@ def candidates(shape: str, tokens: int) -> list[Config]:
             for m, n, w, s, g, r in PREFILL
             if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
         ]
+        if torch.cuda.get_device_capability() == (9, 0):
+            found += [
+                WarpgroupConfig(m, n, n, w, s, part, g, r)
+                for m, n, w, s, part, g, r in WARPGROUP
+                if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
+            ]
     layer = LayerShape(experts, top_k, hidden, intermediate)
     return list(dict.fromkeys(fit(config, layer) for config in found))
 

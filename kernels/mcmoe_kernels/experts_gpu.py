@@ -6,11 +6,13 @@ import torch
 
 from mcmoe_kernels.experts_decode import COMBINE_WIDE, fused_experts_decode
 from mcmoe_kernels.experts_prefill import fused_experts_prefill
+from mcmoe_kernels.experts_warpgroup import fused_experts_warpgroup
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import (
     Config,
     DecodeConfig,
     LayerShape,
+    WarpgroupConfig,
     choose_config,
     configs_for,
     table_name,
@@ -45,6 +47,8 @@ def fused_experts(
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
     if isinstance(config, DecodeConfig):
         return fused_experts_decode(*inputs, config, inline=inline(), pdl=supports_pdl(x.device))
+    if isinstance(config, WarpgroupConfig):
+        return fused_experts_warpgroup(*inputs, config)
     return fused_experts_prefill(*inputs, config, inline=inline())
 
 

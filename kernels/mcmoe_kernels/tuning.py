@@ -29,6 +29,7 @@ DEFAULT = "default"
 # Files whose measurements serve every device of a compute capability.
 BY_CAPABILITY = {(9, 0): "NVIDIA_H100_80GB_HBM3"}
 BLOCKS_N = (256, 128, 64)
+WARPGROUP_COLUMNS = 64  # `experts_warpgroup` has no masks within as many columns
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,26 @@ class PrefillConfig:
     registers: int = 0
 
 
-Config = DecodeConfig | PrefillConfig
-KERNELS: dict[str, type[DecodeConfig] | type[PrefillConfig]] = {
+@dataclass(frozen=True)
+class WarpgroupConfig:
+    """`experts_warpgroup`, compute capability 9.0. part: columns of a product, 32 or 64; others as
+    in `PrefillConfig`. stages: even, at least 4."""
+
+    block_m: int = 128
+    block_n13: int = 256
+    block_n2: int = 256
+    warps: int = 8
+    stages: int = 4
+    part: int = 64
+    group_n: int = 16
+    registers: int = 0
+
+
+Config = DecodeConfig | PrefillConfig | WarpgroupConfig
+KERNELS: dict[str, type[DecodeConfig] | type[PrefillConfig] | type[WarpgroupConfig]] = {
     "decode": DecodeConfig,
     "prefill": PrefillConfig,
+    "warpgroup": WarpgroupConfig,
 }
 
 
@@ -149,13 +166,16 @@ def choose_config(device: torch.device, shape: LayerShape, tokens: int) -> Confi
 
 
 def fit(config: Config, shape: LayerShape) -> Config:
-    """Cut the row blocks down to sizes that divide the rows."""
+    """Cut the row blocks down to sizes that divide the rows; the plain kernel where K asks it."""
     rows13, rows2 = 2 * shape.intermediate_size, shape.hidden_size
-    return replace(
-        config,
-        block_n13=largest_block(rows13, config.block_n13),
-        block_n2=largest_block(rows2, config.block_n2),
-    )
+    block_n13 = largest_block(rows13, config.block_n13)
+    block_n2 = largest_block(rows2, config.block_n2)
+    if isinstance(config, WarpgroupConfig):
+        if shape.intermediate_size % WARPGROUP_COLUMNS:
+            block_m = min(config.block_m, PrefillConfig.block_m)
+            return fit(PrefillConfig(block_m=block_m, group_n=config.group_n), shape)
+        config = replace(config, warps=min(config.warps, min(block_n13, block_n2) // 16))
+    return replace(config, block_n13=block_n13, block_n2=block_n2)
 
 
 def largest_block(rows: int, at_most: int) -> int:

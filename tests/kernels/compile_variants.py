@@ -18,10 +18,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from mcmoe_kernels import experts_decode, experts_prefill
+from mcmoe_kernels import experts_decode, experts_prefill, experts_warpgroup
 from mcmoe_kernels.tiles import num_steps
-from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, read_table
+from mcmoe_kernels.tuning import LayerShape, PrefillConfig, WarpgroupConfig, read_table
 
 WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
 TYPES = {
@@ -41,7 +42,7 @@ def variants(shape: LayerShape, config, capability: int):
     quantized = {"GROUP_SIZE": 128, "WIDTHS": WIDTHS}
     first = {"ACTIVATION": "silu", "BLOCK_N": config.block_n13}
     second = {"BLOCK_N": config.block_n2}
-    if isinstance(config, PrefillConfig):
+    if isinstance(config, PrefillConfig | WarpgroupConfig):
         common = {
             **sizes,
             **quantized,
@@ -52,8 +53,19 @@ def variants(shape: LayerShape, config, capability: int):
         options = {"num_warps": config.warps}
         if config.registers:
             options["maxnreg"] = config.registers
-        yield "gate_up_prefill", experts_prefill.gate_up_prefill_kernel, common | first, options
-        yield "down_prefill", experts_prefill.down_prefill_kernel, common | second, options
+        if isinstance(config, PrefillConfig):
+            gate_up, down = (
+                experts_prefill.gate_up_prefill_kernel,
+                experts_prefill.down_prefill_kernel,
+            )
+        else:
+            common["PART"] = config.part
+            gate_up, down = (
+                experts_warpgroup.gate_up_warpgroup_kernel,
+                experts_warpgroup.down_warpgroup_kernel,
+            )
+        yield gate_up.__name__.removesuffix("_kernel"), gate_up, common | first, options
+        yield down.__name__.removesuffix("_kernel"), down, common | second, options
         return
     pdl = {"PDL": capability >= 90}
     limit13, limit2 = (
@@ -88,7 +100,8 @@ def build(name, kernel, constants, options, capability):
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
     values = {(names.index(n),): v for n, v in constants.items() if n in names}
-    source = ASTSource(kernel, signature, values, attributes)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     suffix = "a" if capability == 90 else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +131,7 @@ def main() -> None:
     jobs = [(s, c) for s, configs in table.items() for c in dict.fromkeys(configs.values())]
     if "--all" not in sys.argv:
         shape, configs = next(iter(table.items()))
-        kinds = (DecodeConfig, PrefillConfig)
+        kinds = dict.fromkeys(type(c) for c in configs.values())
         jobs = [(shape, next(c for c in configs.values() if isinstance(c, k))) for k in kinds]
     with ProcessPoolExecutor(2) as pool:
         futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]

@@ -9,7 +9,7 @@ from mcmoe_kernels.experts import fused_experts_torch
 from mcmoe_kernels.experts_gpu import fused_experts, warm_up
 from mcmoe_kernels.packing import pack
 from mcmoe_kernels.tiles import tile_layer
-from mcmoe_kernels.tuning import DecodeConfig, PrefillConfig
+from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, WarpgroupConfig, fit
 from tests.expert_layers import (
     experts_float64,
     experts_rounded,
@@ -21,12 +21,27 @@ from tests.expert_layers import (
 )
 
 MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)  # odd, one dropped
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
-    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128, 3),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
+    "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 3),
+    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128, 3),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
+    "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 2),
 }
+EACH = [
+    pytest.param(
+        config,
+        id=name,
+        marks=pytest.mark.skipif(
+            isinstance(config, WarpgroupConfig) and not HOPPER,
+            reason="needs a GPU of compute capability 9.0",
+        ),
+    )
+    for name, config in CONFIGS.items()
+]
+PLAIN = EACH[:3]
 # The interpreter rounds float32 to bfloat16 by cutting off, and multiplies no bfloat16.
 DTYPES = {"cpu": [torch.float16], "cuda": [torch.float16, torch.bfloat16]}
 
@@ -52,7 +67,7 @@ def check(layer, tokens, top_k, config, device, ids=None, seed=0):
         assert relative_error(out, reference) <= 1.1 * granted, dtype
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", EACH)
 @pytest.mark.parametrize(
     ("tokens", "top_k"),
     [(1, 2), (3, 7), (9, 1), (17, 3)],
@@ -61,7 +76,7 @@ def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
     check(random_layer(MIXED13, MIXED2), tokens, top_k, config, device)
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "group_size"),
     [
@@ -72,10 +87,10 @@ def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
 )
 def test_shapes_that_fill_no_step(config, hidden, intermediate, group_size, device):
     layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
-    check(layer, 6, 2, config, device)
+    check(layer, 6, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_integers_come_out_exact(bits, config, device):
     """One-hot tokens, a gate of 32 (whose silu is 32 in float32) and integer weights: every
@@ -94,7 +109,7 @@ def test_integers_come_out_exact(bits, config, device):
     assert len(out.unique()) > 20
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 def test_skipped_pairs_and_padding_rows(config, device):
     layer = random_layer(MIXED13, MIXED2)
     x, (weights, ids) = random_input(8, 256, torch.float16), random_routing(8, 7, 2)
@@ -108,7 +123,7 @@ def test_skipped_pairs_and_padding_rows(config, device):
     assert relative_error(out, reference) < 1e-3
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_nothing_to_compute_gives_zeros(config, tokens, device):
     tiled = tile_layer(to_device(random_layer((2, 3)), device))
@@ -117,7 +132,7 @@ def test_nothing_to_compute_gives_zeros(config, tokens, device):
     assert torch.equal(out, torch.zeros(tokens, 256, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("routing", ["one expert", "skewed"])
 def test_uneven_routing(config, routing, device):
     ids = torch.full((19, 2), 3, dtype=torch.int32)
@@ -126,7 +141,7 @@ def test_uneven_routing(config, routing, device):
     check(random_layer(MIXED13, MIXED2), 19, 2, config, device, ids)
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_other_activations(config, activation, device):
     layer = random_layer((2, 3), activation=activation)
@@ -135,7 +150,7 @@ def test_other_activations(config, activation, device):
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[::2], ids=list(CONFIGS)[::2])
+@pytest.mark.parametrize("config", PLAIN)
 def test_infinities_are_not_hidden(config, device):
     layer = random_layer((2, 3))
     x, (weights, ids) = random_input(3, 256, torch.float16), random_routing(3, 2, 2)
@@ -157,7 +172,7 @@ def test_wrong_input_is_refused_all_at_once(device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGpu:
-    @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+    @pytest.mark.parametrize("config", EACH)
     def test_many_shapes(self, config):
         generator = torch.Generator().manual_seed(0)
         for seed, tokens in enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257)):
@@ -167,7 +182,7 @@ class TestOnAGpu:
             layer = random_layer(widths[:experts], widths[experts:], 512, 384, seed=seed)
             check(layer, tokens, top_k, config, "cuda", seed=seed)
 
-    @pytest.mark.parametrize("config", [*CONFIGS.values(), None])
+    @pytest.mark.parametrize("config", [*EACH, None])
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_a_graph_follows_the_routing_and_repeats_itself(self, config, tokens):
         layer = random_layer(MIXED13, MIXED2)
