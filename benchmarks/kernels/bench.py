@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +66,11 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    precompile([(s, m, None, TiledMatrices) for s in arguments.shapes for m in arguments.tokens])
+    cases = [(s, m) for s in arguments.shapes for m in arguments.tokens]
+    precompile(
+        [(*case, None, TiledMatrices) for case in cases],
+        [(*case, kernel) for kernel in arguments.kernels if kernel != OURS for case in cases],
+    )
     for shape in arguments.shapes:
         layer = random_layer(shape)
         routes = {m: random_routes(shape, m, arguments.routes, layer) for m in arguments.tokens}
@@ -152,12 +156,29 @@ def measure(
     }
 
 
-def precompile(jobs: list[tuple[str, int, int | None, type]]) -> None:
-    """Compile in parallel processes what the jobs will use; Triton keeps it in its cache."""
+def precompile(
+    jobs: list[tuple[str, int, int | None, type]], peers: Sequence[tuple[str, int, str]] = ()
+) -> None:
+    """Compile in parallel processes what will be timed; everyone keeps it in a cache on disk."""
     begin = time.time()
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), get_context("spawn")) as pool:
+        others = [pool.submit(compile_peer, *peer) for peer in reversed(peers)]
         list(pool.map(compile_one, dict.fromkeys(jobs)))
-    print(f"compiled for {len(jobs)} cases in {time.time() - begin:.0f} s", file=sys.stderr)
+        for done in others:
+            done.result()
+    cases = len(jobs) + len(peers)
+    print(f"compiled for {cases} cases in {time.time() - begin:.0f} s", file=sys.stderr)
+
+
+def compile_peer(shape: str, tokens: int, kernel: str) -> None:
+    experts, top_k, hidden, intermediate = SHAPES[shape]
+    call = PEERS[kernel][1](experts, hidden, intermediate)
+    x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    ids = torch.rand(tokens, experts, device="cuda").topk(top_k)[1].int()
+    call(x, torch.ones(ids.shape, device="cuda"), ids)
+    torch.cuda.synchronize()
+    del call
+    torch.cuda.empty_cache()
 
 
 def compile_one(job: tuple[str, int, int | None, type], config: Config | None = None) -> None:

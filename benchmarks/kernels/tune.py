@@ -46,13 +46,12 @@ PREFILL = [(16, 128, 4, 3, 64, 0), (16, 128, 4, 3, 64, 168), (16, 128, 4, 3, 64,
            (32, 128, 4, 2, 64, 168), (32, 256, 8, 3, 64, 128), (64, 128, 4, 2, 16, 168),
            (64, 256, 8, 2, 4, 128), (64, 256, 8, 2, 16, 128), (64, 256, 8, 2, 64, 128),
            (128, 256, 8, 2, 16, 0)]  # fmt: skip
-# block_m, block_n, warps, stages, part, group_n, registers
-WARPGROUP = [(16, 128, 4, 4, 64, 64, 128), (16, 256, 8, 4, 64, 64, 128), (16, 64, 4, 6, 64, 64, 0),
-             (32, 64, 4, 4, 64, 64, 0), (32, 128, 4, 4, 64, 64, 168), (32, 128, 4, 4, 32, 64, 128),
-             (32, 256, 8, 4, 32, 64, 128), (64, 128, 4, 4, 32, 64, 168),
-             (64, 128, 8, 4, 64, 16, 128), (64, 256, 8, 4, 64, 16, 0), (128, 128, 8, 4, 64, 16, 0),
-             (128, 256, 8, 4, 64, 4, 0), (128, 256, 8, 4, 64, 16, 0), (128, 256, 8, 4, 64, 64, 0),
-             (128, 256, 8, 4, 32, 16, 0)]  # fmt: skip
+# block_m, block_n, warps, stages, part13, part2, group_n, registers
+WARPGROUP = [(16, 128, 4, 4, 64, 64, 64, 128), (16, 256, 8, 4, 64, 64, 64, 128),
+             (32, 128, 4, 4, 64, 64, 64, 0), (32, 128, 4, 6, 64, 64, 64, 0),
+             (32, 256, 8, 4, 32, 32, 64, 128), (64, 256, 8, 4, 64, 64, 16, 0),
+             (128, 128, 8, 4, 64, 64, 16, 0), (128, 256, 8, 4, 64, 64, 16, 0),
+             (128, 256, 8, 4, 64, 64, 64, 0), (128, 256, 8, 4, 64, 32, 16, 0)]  # fmt: skip
 
 
 def candidates(shape: str, tokens: int) -> list[Config]:
@@ -76,8 +75,8 @@ def candidates(shape: str, tokens: int) -> list[Config]:
         ]
         if torch.cuda.get_device_capability() == (9, 0):
             found += [
-                WarpgroupConfig(m, n, n, w, s, part, g, r)
-                for m, n, w, s, part, g, r in WARPGROUP
+                WarpgroupConfig(m, n, n, w, s, part13, part2, g, r)
+                for m, n, w, s, part13, part2, g, r in WARPGROUP
                 if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
             ]
     layer = LayerShape(experts, top_k, hidden, intermediate)

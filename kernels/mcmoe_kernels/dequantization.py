@@ -154,11 +154,22 @@ def blocks_bytes(w0, w1, high, TILE: tl.constexpr, BITS: tl.constexpr, INLINE: t
 
 
 @triton.jit
+def split_meta(word, DTYPE: tl.constexpr):
+    """Scale and zero out of the int32 words of `tiles`, as DTYPE."""
+    if tl.bfloat16 == DTYPE:  # as they are: no instruction but the broadcast to a pair
+        scale = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return scale, word.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        scale = (word & -65536).to(tl.float32, bitcast=True).to(DTYPE)
+        return scale, (word << 16).to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
 def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
                HALF: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """(q - zero) * scale, rounded once to DTYPE: word int16 [N, 16] -> [N, 16].
 
-    scale, zero: float32 [N], both exact in DTYPE.
+    scale, zero: DTYPE [N].
     """
     BFLOAT16: tl.constexpr = tl.bfloat16 == DTYPE
     SHIFT: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[0]
@@ -166,8 +177,8 @@ def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK:
     MASK: tl.constexpr = (1 << BITS) - 1
     OFFSET: tl.constexpr = _magic(BFLOAT16)[1] / (1 << POSITION)
     if INLINE:
-        addend = tl.broadcast_to((-OFFSET - zero).to(DTYPE)[:, None], word.shape)
-        factor = tl.broadcast_to(scale.to(DTYPE)[:, None], word.shape)
+        addend = tl.broadcast_to((-OFFSET - zero)[:, None], word.shape)
+        factor = tl.broadcast_to(scale[:, None], word.shape)
         if BFLOAT16:
             return tl.inline_asm_elementwise(
                 _weights_asm(SHIFT, POSITION, MASK, True), "=r,r,r,r", [word, addend, factor],
@@ -181,6 +192,7 @@ def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK:
     else:
         shifted = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
         codes = ((shifted >> POSITION) & MASK).to(tl.float32)
+        zero, scale = zero.to(tl.float32), scale.to(tl.float32)
         return ((codes - zero[:, None]) * scale[:, None]).to(DTYPE)
 
 
@@ -189,7 +201,7 @@ def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, DTYP
                INLINE: tl.constexpr):  # fmt: skip
     """The weights [N, 128] of one tile of a step; planes as in `blocks_bytes`, but int16 [N, 16].
 
-    metas: scale and zero, float32 [N], of each of the four blocks.
+    metas: scale and zero, DTYPE [N], of each of the four blocks.
     """
     if BITS == 3:
         w1 = merge_words(w0, high, 2, 1 - 2 * TILE, INLINE)

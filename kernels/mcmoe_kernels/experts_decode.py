@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.dequantization import blocks_bytes, concatenate
+from mcmoe_kernels.dequantization import blocks_bytes, concatenate, split_meta
 from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
 from mcmoe_kernels.routing import max_blocks, route, route_single
 from mcmoe_kernels.tiles import TiledLayer
@@ -85,13 +85,14 @@ def load_tile(record, offsets, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, BIT
 
 @triton.jit
 def load_meta(record, BLOCK_N: tl.constexpr, AT: tl.constexpr, GROUP_SIZE: tl.constexpr,
-              BITS: tl.constexpr):  # fmt: skip
-    """Scale and zero [N] of the group that holds the step's column AT. record: int32 pointer."""
+              BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Scale and zero DTYPE [N] of the group that holds the step's column AT. record: int32
+    pointer."""
     TILE: tl.constexpr = 2048 * (BITS % 2) + AT // 128 * tile_bytes_of(BITS, GROUP_SIZE)
     n = tl.arange(0, BLOCK_N)
     offsets = n // 64 * (record_bytes_of(BITS, GROUP_SIZE) // 4) + n % 64
     word = tl.load(record + (TILE // 4 + AT % 128 // GROUP_SIZE * 64) + offsets)
-    return (word & -65536).to(tl.float32, bitcast=True), (word << 16).to(tl.float32, bitcast=True)
+    return split_meta(word, DTYPE)
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexp
                     codes = b0 if part == 0 else (b1 if part == 1 else (b2 if part == 2 else b3))
                 scale, zero = load_meta(
                     record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + part * X_BLOCK,
-                    GROUP_SIZE, BITS,
+                    GROUP_SIZE, BITS, tl.float32,
                 )  # fmt: skip
                 acc = multiply_part(
                     acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, valid, step,

@@ -40,7 +40,7 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
         metas += (
             load_meta(
                 record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128 + block * 32,
-                GROUP_SIZE, BITS,
+                GROUP_SIZE, BITS, x.dtype.element_ty,
             ),
         )  # fmt: skip
     weights = tile_words(w0, w1, shared, metas, TILE, BITS, x.dtype.element_ty, INLINE)
@@ -111,24 +111,16 @@ def weights_any_width(x, rows, records, entry, first_row,
     return acc
 
 
-@triton.jit
-def place_of_program(blocks, N_BLOCKS: tl.constexpr, GROUP_N: tl.constexpr):
-    """Block of pairs and block of rows: GROUP_N row blocks for each pair block in turn."""
-    program = tl.program_id(0)
-    group = program // (GROUP_N * blocks)
-    size = tl.minimum(N_BLOCKS - group * GROUP_N, GROUP_N)
-    within = program % (GROUP_N * blocks)
-    return within // size, group * GROUP_N + within % size
-
-
-@triton.jit(do_not_specialize=["blocks", "top_k"])
-def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks, top_k,
+@triton.jit(do_not_specialize=["top_k"])
+def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
                            HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                            GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
                            ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
                            WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    block, n_block = place_of_program(blocks, 2 * INTERMEDIATE // BLOCK_N, GROUP_N)
+    block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
+    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
+        return
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 1)
     if slot < 0:
@@ -148,13 +140,15 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, blocks, top_k,
     tl.store(h + at, value.trans(1, 0), mask=(pairs >= 0)[:, None] & (column >= 0)[None, :])
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def down_prefill_kernel(h, records, block_info, block_pair, y, blocks,
+@triton.jit
+def down_prefill_kernel(h, records, block_info, block_pair, y,
                         HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                         GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
                         WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    block, n_block = place_of_program(blocks, HIDDEN // BLOCK_N, GROUP_N)
+    block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
+    if n_block >= HIDDEN // BLOCK_N:
+        return
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 2)
     if slot < 0:
@@ -169,6 +163,12 @@ def down_prefill_kernel(h, records, block_info, block_pair, y, blocks,
     at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
     value = acc.to(y.dtype.element_ty).trans(1, 0)
     tl.store(y + at, value, mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+
+
+def prefill_grid(n_blocks: int, blocks: int, group_n: int) -> tuple[int, int, int]:
+    """Programs in the order in which they start: group_n row blocks for every block of pairs in
+    turn, then the next ones, so that weights and x are both met again in the L2 cache."""
+    return (min(group_n, n_blocks), blocks, triton.cdiv(n_blocks, group_n))
 
 
 def fused_experts_prefill(
@@ -201,13 +201,13 @@ def fused_experts_prefill(
     }
     if config.registers:
         common["maxnreg"] = config.registers
-    gate_up_prefill_kernel[(2 * inter // config.block_n13 * blocks,)](
-        x, w13.records, block_info, block_pair, h, blocks, top_k,
+    gate_up_prefill_kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
+        x, w13.records, block_info, block_pair, h, top_k,
         GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
         BLOCK_N=config.block_n13, **common,
     )  # fmt: skip
-    down_prefill_kernel[(hidden // config.block_n2 * blocks,)](
-        h, w2.records, block_info, block_pair, y, blocks,
+    down_prefill_kernel[prefill_grid(hidden // config.block_n2, blocks, config.group_n)](
+        h, w2.records, block_info, block_pair, y,
         GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **common,
     )  # fmt: skip
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](

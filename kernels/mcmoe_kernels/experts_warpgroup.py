@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mcmoe_kernels.dequantization import concatenate, merge_words, weights_of
+from mcmoe_kernels.dequantization import concatenate, merge_words, split_meta, weights_of
 from mcmoe_kernels.experts_decode import (
     activate,
     combine_kernel,
@@ -29,7 +29,7 @@ from mcmoe_kernels.experts_decode import (
     record_bytes_of,
     tile_bytes_of,
 )
-from mcmoe_kernels.experts_prefill import place_of_program
+from mcmoe_kernels.experts_prefill import prefill_grid
 from mcmoe_kernels.routing import route_pairs
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import WarpgroupConfig
@@ -40,9 +40,9 @@ async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_s
 
 @gluon.jit
 def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_ring, x, x_offsets,
-              TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
-              BITS: gl.constexpr, BLOCK_N: gl.constexpr, PART: gl.constexpr,
-              STAGES: gl.constexpr):  # fmt: skip
+              valid, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
+              BITS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+              PART: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Start the copies of one tile, TILE = tile % 2, of step `step`: planes, scales and x."""
     STEP_BYTES: gl.constexpr = record_bytes_of(BITS, GROUP_SIZE)
     GROUPS: gl.constexpr = 128 // GROUP_SIZE
@@ -72,7 +72,7 @@ def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_r
         column = tile * 128 + part * PART
         async_load(
             x_ring.index(slot * (128 // PART) + part), (x + column) + x_offsets,
-            mask=column < COLUMNS,
+            mask=valid[:, None] & (column < COLUMNS) if BLOCK_M <= 32 else column < COLUMNS,
         )  # fmt: skip
 
 
@@ -103,9 +103,7 @@ def weights_of_block(w0, w1, meta_ring, slot, BLOCK: gl.constexpr, TILE: gl.cons
     """The weights [N, 32] of one block of a tile."""
     word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
     at = slot * (128 // GROUP_SIZE) + BLOCK * 32 // GROUP_SIZE
-    packed = meta_ring.index(at).load(gl.SliceLayout(1, WEIGHT))
-    scale = (packed & -65536).to(gl.float32, bitcast=True)
-    zero = (packed << 16).to(gl.float32, bitcast=True)
+    scale, zero = split_meta(meta_ring.index(at).load(gl.SliceLayout(1, WEIGHT)), DTYPE)
     first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, DTYPE, True)
     second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, DTYPE, True)
     return concatenate(first, second)
@@ -143,7 +141,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
                 WIDE: gl.constexpr, ACC: gl.constexpr, X_TILE: gl.constexpr):  # fmt: skip
     """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M] in layout ACC.
 
-    rows: int32 [M], any row that exists for places without a pair; their results mean nothing.
+    rows: int32 [M] in the layout of X_TILE's rows; the results of -1 mean nothing.
     record: `first_record`. WIDE: offsets within x need 64 bits.
     """
     STRIDE: gl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
@@ -166,14 +164,16 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
         gl.int32, [STAGES * (128 // GROUP_SIZE), BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     x_ring = gl.allocate_shared_memory(DTYPE, [STAGES * (128 // PART), BLOCK_M, PART], X_SHARED)
+    valid = rows >= 0
+    x_rows = gl.maximum(rows, 0)
     if WIDE:
-        rows = rows.to(gl.int64)
-    x_offsets = rows[:, None] * COLUMNS + gl.arange(0, PART, gl.SliceLayout(0, X_TILE))[None, :]
+        x_rows = x_rows.to(gl.int64)
+    x_offsets = x_rows[:, None] * COLUMNS + gl.arange(0, PART, gl.SliceLayout(0, X_TILE))[None, :]
     for early in gl.static_range(AHEAD):
         copy_tile(
             early, early // 2, TILES, record + early // 2 * STRIDE, shared_ring, plane_ring,
-            meta_ring, x_ring, x, x_offsets, early % 2, COLUMNS, GROUP_SIZE, BITS, BLOCK_N, PART,
-            STAGES,
+            meta_ring, x_ring, x, x_offsets, valid, early % 2, COLUMNS, GROUP_SIZE, BITS,
+            BLOCK_N, BLOCK_M, PART, STAGES,
         )  # fmt: skip
         async_copy.commit_group()
     record += AHEAD // 2 * STRIDE
@@ -188,8 +188,8 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
             )  # fmt: skip
             copy_tile(
                 step * 2 + half + AHEAD, step + AHEAD // 2, TILES, record, shared_ring,
-                plane_ring, meta_ring, x_ring, x, x_offsets, half, COLUMNS, GROUP_SIZE, BITS,
-                BLOCK_N, PART, STAGES,
+                plane_ring, meta_ring, x_ring, x, x_offsets, valid, half, COLUMNS, GROUP_SIZE, BITS,
+                BLOCK_N, BLOCK_M, PART, STAGES,
             )  # fmt: skip
             async_copy.commit_group()
         record += STRIDE
@@ -227,8 +227,18 @@ def weights_any_width(x, rows, records, entry, first_row,
     return acc
 
 
-@gluon.jit(do_not_specialize=["blocks", "top_k"])
-def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, blocks, top_k,
+@gluon.jit
+def store_rows(y, value, places, first_row, ROWS: gl.constexpr, OUT: gl.constexpr):
+    """y[pair, first_row + n] = value[n, m], rounded, for the pairs that are at `places`."""
+    value = gl.convert_layout(value.to(y.dtype.element_ty), OUT)
+    pairs = gl.load(places + gl.arange(0, value.shape[1], gl.SliceLayout(0, OUT)))
+    row = first_row + gl.arange(0, value.shape[0], gl.SliceLayout(1, OUT))
+    at = pairs.to(gl.int64)[None, :] * ROWS + row[:, None]
+    gl.store(y + at, value, mask=(pairs >= 0)[None, :] & (row >= 0)[:, None])
+
+
+@gluon.jit(do_not_specialize=["top_k"])
+def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
                              HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
                              GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr,
                              ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -238,30 +248,28 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, blocks, top_
         [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
     )
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
-    block, n_block = place_of_program(blocks, 2 * INTERMEDIATE // BLOCK_N, GROUP_N)
+    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
+    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
+        return
     slot = gl.load(block_info + block * 4)
     entry = gl.load(block_info + block * 4 + 1)
     if slot < 0:
         return
     places = block_pair + block * BLOCK_M
     rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
-    rows = gl.where(rows >= 0, rows // top_k, 0)
+    rows = gl.where(rows >= 0, rows // top_k, -1)
     acc = weights_any_width(
         x, rows, records, entry, n_block * BLOCK_N, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS,
         BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
     )  # fmt: skip
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    value = (activate(gate, ACTIVATION) * up).to(h.dtype.element_ty)
-    value = gl.convert_layout(value, OUT)
-    pairs = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)))
-    column = n_block * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, gl.SliceLayout(1, OUT))
-    at = pairs.to(gl.int64)[None, :] * INTERMEDIATE + column[:, None]
-    gl.store(h + at, value, mask=(pairs >= 0)[None, :] & (column >= 0)[:, None])
+    value = activate(gate, ACTIVATION) * up
+    store_rows(h, value, places, n_block * (BLOCK_N // 2), INTERMEDIATE, OUT)
 
 
-@gluon.jit(do_not_specialize=["blocks"])
-def down_warpgroup_kernel(h, records, block_info, block_pair, y, blocks,
+@gluon.jit
+def down_warpgroup_kernel(h, records, block_info, block_pair, y,
                           HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
                           GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr,
                           BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
@@ -269,8 +277,10 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y, blocks,
     X_TILE: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
     )
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
-    block, n_block = place_of_program(blocks, HIDDEN // BLOCK_N, GROUP_N)
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
+    if n_block >= HIDDEN // BLOCK_N:
+        return
     slot = gl.load(block_info + block * 4)
     entry = gl.load(block_info + block * 4 + 2)
     if slot < 0:
@@ -278,14 +288,15 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y, blocks,
     places = block_pair + block * BLOCK_M
     rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
     acc = weights_any_width(
-        h, gl.maximum(rows, 0), records, entry, n_block * BLOCK_N, HIDDEN, INTERMEDIATE,
+        h, rows, records, entry, n_block * BLOCK_N, HIDDEN, INTERMEDIATE,
         GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
     )  # fmt: skip
-    value = gl.convert_layout(acc.to(y.dtype.element_ty), OUT)
-    pairs = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)))
-    row = n_block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
-    at = pairs.to(gl.int64)[None, :] * HIDDEN + row[:, None]
-    gl.store(y + at, value, mask=(pairs >= 0)[None, :] & (row >= 0)[:, None])
+    if 32 * gl.num_warps() > BLOCK_N:
+        store_rows(y, acc, places, n_block * BLOCK_N, HIDDEN, OUT)
+    else:  # in halves, whose addresses take fewer registers
+        first, second = acc.reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0).split()
+        store_rows(y, first, places, n_block * BLOCK_N, HIDDEN, OUT)
+        store_rows(y, second, places, n_block * BLOCK_N + BLOCK_N // 2, HIDDEN, OUT)
 
 
 def fused_experts_warpgroup(
@@ -306,7 +317,6 @@ def fused_experts_warpgroup(
         "HIDDEN": hidden,
         "INTERMEDIATE": inter,
         "BLOCK_M": config.block_m,
-        "PART": config.part,
         "GROUP_N": config.group_n,
         "STAGES": config.stages,
         "WIDE": max(tokens * hidden, pairs * inter) >= 1 << 31,
@@ -314,14 +324,15 @@ def fused_experts_warpgroup(
     }
     if config.registers:
         common["maxnreg"] = config.registers
-    gate_up_warpgroup_kernel[(2 * inter // config.block_n13 * blocks,)](
-        x, w13.records, block_info, block_pair, h, blocks, top_k,
+    gate_up_warpgroup_kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
+        x, w13.records, block_info, block_pair, h, top_k,
         GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
-        BLOCK_N=config.block_n13, **common,
+        BLOCK_N=config.block_n13, PART=config.part13, **common,
     )  # fmt: skip
-    down_warpgroup_kernel[(hidden // config.block_n2 * blocks,)](
-        h, w2.records, block_info, block_pair, y, blocks,
-        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **common,
+    down_warpgroup_kernel[prefill_grid(hidden // config.block_n2, blocks, config.group_n)](
+        h, w2.records, block_info, block_pair, y,
+        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2,
+        PART=config.part2, **common,
     )  # fmt: skip
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
         y, topk_weights, topk_ids, layer.slot_of, out, pairs,

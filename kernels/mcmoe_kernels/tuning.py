@@ -70,15 +70,16 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class WarpgroupConfig:
-    """`experts_warpgroup`, compute capability 9.0. part: columns of a product, 32 or 64; others as
-    in `PrefillConfig`. stages: even, at least 4."""
+    """`experts_warpgroup`, compute capability 9.0. part13, part2: columns of a product, 32 or
+    64. stages: even, at least 4. Others as in `PrefillConfig`."""
 
     block_m: int = 128
     block_n13: int = 256
     block_n2: int = 256
     warps: int = 8
     stages: int = 4
-    part: int = 64
+    part13: int = 64
+    part2: int = 64
     group_n: int = 16
     registers: int = 0
 

@@ -59,7 +59,7 @@ def variants(shape: LayerShape, config, capability: int):
                 experts_prefill.down_prefill_kernel,
             )
         else:
-            common["PART"] = config.part
+            first["PART"], second["PART"] = config.part13, config.part2
             gate_up, down = (
                 experts_warpgroup.gate_up_warpgroup_kernel,
                 experts_warpgroup.down_warpgroup_kernel,

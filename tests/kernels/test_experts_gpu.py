@@ -25,10 +25,10 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
-    "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 3),
+    "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 64, 3),
     "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128, 3),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
-    "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 2),
+    "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 32, 2),
 }
 EACH = [
     pytest.param(
