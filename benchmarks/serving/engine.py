@@ -9,8 +9,8 @@ routers would send every token the same way. One process a method makes all its 
     throughput    requests of 512 tokens in, 128 out, all at once
     prefill       one request of 4096 tokens, time to its first token
 
-Rows go to benchmarks/results/serving.jsonl. `gpu_ms` is the sum of the kernels' own times for an
-output token: where it is well below the wall clock's, the host is what is measured.
+Rows go to benchmarks/results/serving.jsonl. `gpu_ms` is how long the GPU is busy for an output
+token of one request: well below the wall clock's `tpot_ms`, the host is what is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def measure(arguments: argparse.Namespace) -> None:
     first = median(lambda: run(engine, 1, PROMPT, 1), 5)
     whole = median(lambda: run(engine, 1, PROMPT, OUTPUT + 1), 3)
     run(engine, 1, LONG_PROMPT, 1)
+    busy, kernels = decoding_on_the_gpu(engine)
     row: dict[str, Any] = {
         "model": "mixtral-8x7b (shape, dummy weights)",
         "method": method,
@@ -137,7 +139,8 @@ def measure(arguments: argparse.Namespace) -> None:
         "routing": "uniform_random",
         "start_seconds": started,
         "tpot_ms": (whole - first) / OUTPUT * 1e3,
-        "gpu_ms": kernel_milliseconds(engine) / OUTPUT,
+        "gpu_ms": busy,
+        "kernels_ms": kernels,
         "ttft_4096_ms": median(lambda: run(engine, 1, LONG_PROMPT, 1), 5) * 1e3,
         "output_tokens_per_second": {},
         "distinct_experts_per_step": {1: float(TOP_K)},
@@ -174,16 +177,33 @@ def median(call: Any, repeats: int) -> float:
     return statistics.median(call() for _ in range(repeats))
 
 
-def kernel_milliseconds(engine: Any) -> float:
-    """The kernels' own times in decoding OUTPUT tokens of one request."""
-    import torch
+def decoding_on_the_gpu(engine: Any) -> tuple[float, dict[str, float]]:
+    """Milliseconds that the GPU is busy for an output token of one request, and those of the
+    kernels that take most of it."""
+    (whole, kernels), (prefill, others) = (profile(engine, n) for n in (OUTPUT + 1, 1))
+    kernels.subtract(others)
+    return (whole - prefill) / OUTPUT, {k: v / OUTPUT for k, v in kernels.most_common(12)}
 
-    def profiled(output: int) -> float:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run(engine, 1, PROMPT, output)
-        return sum(e.self_device_time_total for e in profile.key_averages()) / 1e3
 
-    return profiled(OUTPUT + 1) - profiled(1)
+def profile(engine: Any, output: int) -> tuple[float, Counter]:
+    """Milliseconds in which a kernel runs while a request is served, and each kernel's own."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        run(engine, 1, PROMPT, output)
+    events = sorted(
+        (e.time_range.start / 1e3, e.time_range.end / 1e3, e.name[:80])
+        for e in recorded.events()
+        if e.device_type == DeviceType.CUDA
+    )
+    busy, last, kernels = 0.0, 0.0, Counter()
+    for start, end, name in events:  # a kernel may start before the one before it ends
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+        kernels[name] += end - start
+    return busy, kernels
 
 
 if __name__ == "__main__":

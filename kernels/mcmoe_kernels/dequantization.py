@@ -44,8 +44,9 @@ def _inverse_power(position, is_bfloat16):
 
 
 @triton.constexpr_function
-def _weights_asm(shift, position, mask, is_bfloat16):
-    """Of two words: fma(magic + q * 2^position, 2^-position, $2) * $3; 0xEA is (a & b) | c."""
+def _weights_asm(shift, position, mask, is_bfloat16, scaled):
+    """Of two words: fma(magic + q * 2^position, 2^-position, $2) and, if scaled, times $3; 0xEA is
+    (a & b) | c."""
     suffix = "bf16x2" if is_bfloat16 else "f16x2"
     minus_zero = 0x80008000
     return (
@@ -54,7 +55,8 @@ def _weights_asm(shift, position, mask, is_bfloat16):
         + f"mov.b32 m, {_magic(is_bfloat16)[0] * 0x00010001}; "
         + f"lop3.b32 t, t, {(mask << position) * 0x00010001}, m, 0xEA; "
         + f"mov.b32 k, {_inverse_power(position, is_bfloat16)}; mov.b32 o, {minus_zero}; "
-        + f"fma.rn.{suffix} t, t, k, $2; fma.rn.{suffix} $0, t, $3, o; }}"
+        + f"fma.rn.{suffix} t, t, k, $2; "
+        + (f"fma.rn.{suffix} $0, t, $3, o; }}" if scaled else "mov.b32 $0, t; }")
     )
 
 
@@ -166,10 +168,11 @@ def split_meta(word, DTYPE: tl.constexpr):
 
 @triton.jit
 def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-               HALF: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """(q - zero) * scale, rounded once to DTYPE: word int16 [N, 16] -> [N, 16].
+               HALF: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
+               INLINE: tl.constexpr):  # fmt: skip
+    """q - zero, exact, or (q - zero) * scale, rounded once: word int16 [N, 16] -> DTYPE [N, 16].
 
-    scale, zero: DTYPE [N].
+    scale, zero: [N], exact in DTYPE. SCALED: whether to multiply by scale.
     """
     BFLOAT16: tl.constexpr = tl.bfloat16 == DTYPE
     SHIFT: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[0]
@@ -177,31 +180,30 @@ def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK:
     MASK: tl.constexpr = (1 << BITS) - 1
     OFFSET: tl.constexpr = _magic(BFLOAT16)[1] / (1 << POSITION)
     if INLINE:
-        addend = tl.broadcast_to((-OFFSET - zero)[:, None], word.shape)
-        factor = tl.broadcast_to(scale[:, None], word.shape)
+        addend = tl.broadcast_to((-OFFSET - zero).to(DTYPE)[:, None], word.shape)
+        factor = tl.broadcast_to(scale.to(DTYPE)[:, None], word.shape)
         if BFLOAT16:
             return tl.inline_asm_elementwise(
-                _weights_asm(SHIFT, POSITION, MASK, True), "=r,r,r,r", [word, addend, factor],
-                dtype=tl.bfloat16, is_pure=True, pack=2,
+                _weights_asm(SHIFT, POSITION, MASK, True, SCALED), "=r,r,r,r",
+                [word, addend, factor], dtype=tl.bfloat16, is_pure=True, pack=2,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                _weights_asm(SHIFT, POSITION, MASK, False), "=r,r,r,r", [word, addend, factor],
-                dtype=tl.float16, is_pure=True, pack=2,
+                _weights_asm(SHIFT, POSITION, MASK, False, SCALED), "=r,r,r,r",
+                [word, addend, factor], dtype=tl.float16, is_pure=True, pack=2,
             )  # fmt: skip
     else:
         shifted = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
-        codes = ((shifted >> POSITION) & MASK).to(tl.float32)
-        zero, scale = zero.to(tl.float32), scale.to(tl.float32)
-        return ((codes - zero[:, None]) * scale[:, None]).to(DTYPE)
+        codes = ((shifted >> POSITION) & MASK).to(tl.float32) - zero.to(tl.float32)[:, None]
+        return (codes * scale.to(tl.float32)[:, None] if SCALED else codes).to(DTYPE)
 
 
 @triton.jit
-def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-               INLINE: tl.constexpr):  # fmt: skip
+def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr,
+               DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """The weights [N, 128] of one tile of a step; planes as in `blocks_bytes`, but int16 [N, 16].
 
-    metas: scale and zero, DTYPE [N], of each of the four blocks.
+    metas: scale and zero [N] of each of the four blocks. SCALED: as in `weights_of`.
     """
     if BITS == 3:
         w1 = merge_words(w0, high, 2, 1 - 2 * TILE, INLINE)
@@ -210,8 +212,8 @@ def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, DTYP
     for block in tl.static_range(4):
         word = w1 if BITS >= 3 and block % 2 == 1 else w0
         scale, zero = metas[block]
-        first = weights_of(word, scale, zero, BITS, TILE, block, 0, DTYPE, INLINE)
-        second = weights_of(word, scale, zero, BITS, TILE, block, 1, DTYPE, INLINE)
+        first = weights_of(word, scale, zero, BITS, TILE, block, 0, SCALED, DTYPE, INLINE)
+        second = weights_of(word, scale, zero, BITS, TILE, block, 1, SCALED, DTYPE, INLINE)
         parts += (concatenate(first, second),)
     return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
 

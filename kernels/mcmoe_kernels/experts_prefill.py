@@ -35,19 +35,30 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
     """acc [N, M] += the weights of one tile of a step times x [128, M]."""
     w0, w1 = load_tile(record.to(tl.pointer_type(tl.int16)), offsets, TILE, GROUP_SIZE, BITS, 2)
     w0 = shared if BITS == 1 else w0
+    # Few pairs: a scale for each result costs less than one for each weight. Many: registers are
+    # short, and scales kept as pairs of 16 bits would take more of them.
+    SCALED: tl.constexpr = acc.shape[1] > 32 or GROUP_SIZE < 128
+    META: tl.constexpr = tl.float32 if SCALED else x.dtype.element_ty
     metas = ()
     for block in tl.static_range(4):
         metas += (
             load_meta(
                 record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128 + block * 32,
-                GROUP_SIZE, BITS, x.dtype.element_ty,
+                GROUP_SIZE, BITS, META,
             ),
         )  # fmt: skip
-    weights = tile_words(w0, w1, shared, metas, TILE, BITS, x.dtype.element_ty, INLINE)
+    weights = tile_words(w0, w1, shared, metas, TILE, BITS, SCALED, x.dtype.element_ty, INLINE)
     if COLUMNS % 128 != 0:
         valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
     tokens = tl.load((x + TILE * 128) + x_offsets, mask=valid, other=0.0)
-    return tl.dot(weights, tokens, acc)
+    if SCALED:
+        return tl.dot(weights, tokens, acc)
+    else:
+        scale, zero = load_meta(
+            record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128, GROUP_SIZE, BITS,
+            tl.float32,
+        )  # fmt: skip
+        return acc + tl.dot(weights, tokens) * scale[:, None]
 
 
 @triton.jit

@@ -104,8 +104,8 @@ def weights_of_block(w0, w1, meta_ring, slot, BLOCK: gl.constexpr, TILE: gl.cons
     word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
     at = slot * (128 // GROUP_SIZE) + BLOCK * 32 // GROUP_SIZE
     scale, zero = split_meta(meta_ring.index(at).load(gl.SliceLayout(1, WEIGHT)), DTYPE)
-    first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, DTYPE, True)
-    second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, DTYPE, True)
+    first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, True, DTYPE, True)
+    second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, True, DTYPE, True)
     return concatenate(first, second)
 
 

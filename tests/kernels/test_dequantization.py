@@ -21,13 +21,14 @@ BITS = [1, 2, 3, 4]
 
 @triton.jit
 def weights_kernel(words, scale, zero, out, BITS: tl.constexpr, TILE: tl.constexpr,
-                   BLOCK: tl.constexpr, HALF: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                   BLOCK: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr,
+                   INLINE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * 64 + tl.arange(0, 64)
     at = row[:, None] * 16 + tl.arange(0, 16)[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     result = weights_of(
-        tl.load(words + at), tl.load(scale + row), tl.load(zero + row), BITS, TILE, BLOCK, HALF,
-        dtype, INLINE,
+        tl.load(words + at), tl.load(scale + row).to(dtype), tl.load(zero + row).to(dtype),
+        BITS, TILE, BLOCK, HALF, SCALED, dtype, INLINE,
     )  # fmt: skip
     tl.store(out + at, result)
 
@@ -68,7 +69,8 @@ def offset_of(bits, tile, block, half):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tile", [0, 1])
-def test_weights_of_every_word(bits, tile, device):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_weights_of_every_word(bits, tile, scaled, device):
     words = EVERY_WORD.to(device)
     rows = torch.arange(len(words), device=device)
     scale = ((rows % 37 + 1) / 256).bfloat16().float()
@@ -77,12 +79,13 @@ def test_weights_of_every_word(bits, tile, device):
     for dtype in dtypes:
         for block, half in ((b, h) for b in range(4) for h in range(2)):
             codes = (words.int() >> offset_of(bits, tile, block, half)) & ((1 << bits) - 1)
-            expected = ((codes - zero[:, None]) * scale[:, None]).to(dtype)
+            centered = codes - zero[:, None]
+            expected = (centered * scale[:, None] if scaled else centered).to(dtype)
             for inline in ways(device):
                 out = torch.full(words.shape, torch.nan, dtype=dtype, device=device)
                 weights_kernel[(len(words) // 64,)](
                     words, scale, zero, out, BITS=bits, TILE=tile, BLOCK=block, HALF=half,
-                    INLINE=inline,
+                    SCALED=scaled, INLINE=inline,
                 )  # fmt: skip
                 assert torch.equal(out, expected), (dtype, block, half, inline)
 

@@ -1,0 +1,52 @@
+"""Draw the kernels' times beside their peers' from benchmarks/results/kernels.jsonl.
+
+python benchmarks/kernels/plot.py        writes docs/kernels.png
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {
+    "vllm-bf16": "#999999", "vllm-marlin-int4": "#E69F00", "humming-uint3": "#56B4E9",
+    "humming-uint2": "#0072B2",
+}  # fmt: skip
+
+
+def main() -> None:
+    lines = (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["run"].endswith("peers")]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(shapes), 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    for axes, shape in zip(panels, shapes, strict=True):
+        last_run = [row for row in rows if row["shape"] == shape][-1]["run"]
+        draw(axes, [r for r in rows if r["shape"] == shape and r["run"] == last_run])
+        axes.set_title(shape)
+    panels[0].set_ylabel("time of one layer, mcmoe = 1")
+    panels[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(ROOT / "docs/kernels.png", metadata={"Software": "mcmoe-vllm"})
+
+
+def draw(axes, rows: list[dict]) -> None:
+    tokens = sorted({row["tokens"] for row in rows})
+    times = {(row["kernel"], row["tokens"]): row["median_us"] for row in rows}
+    width = 0.8 / len(COLOURS)
+    for i, (kernel, colour) in enumerate(COLOURS.items()):
+        left = [j - 0.4 + (i + 0.5) * width for j in range(len(tokens))]
+        heights = [times[kernel, m] / times["mcmoe", m] for m in tokens]
+        axes.bar(left, heights, width, color=colour, label=kernel)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_xticks(range(len(tokens)), [str(m) for m in tokens])
+    axes.set_xlabel("tokens")
+    axes.grid(alpha=0.3, axis="y")
+
+
+if __name__ == "__main__":
+    main()
