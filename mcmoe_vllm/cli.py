@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_plan(commands)
     _add_allocate(commands)
+    _add_calibrate_pruning(commands)
     _add_inspect(commands)
     _add_eval(commands)
     _add_doctor(commands)
@@ -148,6 +149,7 @@ def _options(parsed: argparse.Namespace, plan: str | None):  # type: ignore[no-u
         gamma=parsed.gamma,
         pins=tuple(parsed.pin),
         plan=plan,
+        target_drop=getattr(parsed, "target_drop", None),
         device=parsed.device,
         seed=parsed.seed,
         work_dir=parsed.work_dir,
@@ -168,6 +170,13 @@ def _add_quantize(commands) -> None:  # type: ignore[no-untyped-def]
     _add_measuring_flags(parser)
     parser.add_argument("-o", "--output", required=True, help="folder to write; absent or empty")
     parser.add_argument("--plan", help="use the widths of this plan.json; nothing is measured")
+    parser.add_argument(
+        "--target-drop",
+        type=float,
+        metavar="SHARE",
+        help="also calibrate online pruning: this share of expert activations is dropped when "
+        "serving (default: no pruning; `mcmoe calibrate-pruning` adds it later)",
+    )
     parser.add_argument("--json", action="store_true", help="print report.json to stdout")
 
 
@@ -236,6 +245,52 @@ def _run_allocate(parsed: argparse.Namespace) -> None:
     print(f"objective {result.objective:.6g}, {result.seconds:.2f} s", file=sys.stderr)
 
 
+def _add_calibrate_pruning(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = _command(
+        commands,
+        "calibrate-pruning",
+        _run_calibrate_pruning,
+        "Calibrate online pruning of a compressed checkpoint; serving then prunes by default.",
+        "mcmoe calibrate-pruning mixtral-2.5bit --text calibration.jsonl --target-drop 0.15",
+    )
+    parser.add_argument("model", metavar="DIR", help="a folder made by `mcmoe quantize`")
+    parser.add_argument("--text", required=True, metavar="FILE", help="calibration text")
+    parser.add_argument(
+        "--target-drop",
+        type=float,
+        default=0.15,
+        help="share of expert activations to drop, up to 0.5 (default 0.15)",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("sensitivity", "median"),
+        default="sensitivity",
+        help="least measured KL (default), or the paper's median of every layer",
+    )
+    parser.add_argument("--samples", type=int, default=64, help="windows of text (default 64)")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def _run_calibrate_pruning(parsed: argparse.Namespace) -> None:
+    from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
+
+    table = calibrate_checkpoint(
+        parsed.model,
+        parsed.text,
+        target_drop=parsed.target_drop,
+        rule=parsed.rule,
+        samples=parsed.samples,
+        sequence_length=parsed.sequence_length,
+        device=parsed.device,
+        trust_remote_code=parsed.trust_remote_code,
+    )
+    print("layer  drop below this share of a token's largest weight")
+    for layer, ratio in table.layer_ratios().items():
+        print(f"{layer:5d}  {ratio:.4f}")
+
+
 def _add_inspect(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         commands,
@@ -282,6 +337,12 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--windows", type=int, default=256, help="windows to score (default 256)")
     parser.add_argument("--sequence-length", type=int)
+    parser.add_argument(
+        "--pruning",
+        type=_switch,
+        metavar="on|off|SHARE",
+        help="online pruning (default: on if the checkpoint is calibrated, as in serving)",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
@@ -298,6 +359,7 @@ def _run_eval(parsed: argparse.Namespace) -> None:
         engine=parsed.engine,
         windows=parsed.windows,
         sequence_length=parsed.sequence_length,
+        pruning=parsed.pruning,
         device=parsed.device,
         trust_remote_code=parsed.trust_remote_code,
     )
@@ -322,6 +384,13 @@ def _run_doctor(parsed: argparse.Namespace) -> int:
     findings = run_doctor()
     print_findings(findings)
     return int(has_errors(findings))
+
+
+def _switch(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.streaming import StreamedModel, choose_device, experts_output
+from mcmoe_vllm.pruning import Pruning, parse_switch, read_table
+from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import load_tokenizer, strided_windows
 
 WINDOWS = 256
@@ -42,6 +43,7 @@ ENGINES = ("transformers", "vllm")
 class Evaluation:
     """loss: mean negative log-likelihood per token (nats); stderr: of loss, over windows.
 
+    dropped_fraction: expert activations that online pruning dropped (transformers engine).
     Against a base: kl: mean KL(base || model) per token; loss_difference = loss - base loss and
     its paired standard error. All None without one.
     """
@@ -54,6 +56,7 @@ class Evaluation:
     loss: float
     perplexity: float
     stderr: float
+    dropped_fraction: float = 0.0
     base: str | None = None
     base_perplexity: float | None = None
     loss_difference: float | None = None
@@ -81,12 +84,14 @@ def evaluate(
     engine: str = "transformers",
     windows: int = WINDOWS,
     sequence_length: int | None = None,
+    pruning: str | float | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Score a model (16-bit or mcmoe; folder or Hub name) on a text file.
 
     engine: "transformers" (dequantized weights, layer by layer) or "vllm" (perplexity alone).
+    pruning: as `parse_switch`; None prunes what is calibrated, as serving does.
     Raises UserError for unusable models or text, and for a base with another vocabulary.
     """
     if engine not in ENGINES:
@@ -101,8 +106,12 @@ def evaluate(
     if not 2 <= length <= longest:
         raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
     tokens = strided_windows(text, tokenizer, windows, length)
+    settings = checkpoint.config.get("quantization_config")
+    table = read_table(QuantizationConfig.from_dict(settings)) if settings else None
+    ratios = parse_switch(pruning, table)
+    active = Pruning(ratios, table.renormalize) if table and ratios else None
     if engine == "vllm":
-        scores = _Scores(_score_with_vllm(path, tokens, trust_remote_code), None)
+        scores = _Scores(_score_with_vllm(path, tokens, trust_remote_code, pruning), None)
         base_scores = (
             _Scores(_score_with_vllm(resolve_model(against), tokens, trust_remote_code), None)
             if against
@@ -120,13 +129,14 @@ def evaluate(
                     "only models with the same tokens can be compared"
                 )
             base_model = load_streamed(base_checkpoint, device)
-        scores, base_scores = _score_streamed(scored, base_model, tokens)
+        scores, base_scores = _score_streamed(scored, base_model, tokens, active)
     return Evaluation(
         model=model,
         engine=engine,
         text=text,
         windows=tokens.shape[0],
         sequence_length=length,
+        dropped_fraction=active.dropped_fraction if active else 0.0,
         base=against,
         **_figures(scores, base_scores),
     )
@@ -209,7 +219,9 @@ def load_streamed(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
     return LoadedModel(model, architecture, quantization, num_experts)
 
 
-def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+def final_hidden(
+    loaded: LoadedModel, tokens: torch.Tensor, pruning: Pruning | None = None
+) -> list[torch.Tensor]:
     """Token windows [S, L] through all decoder layers; blocks [B, L, H] in main memory."""
     model = loaded.model
     activation = model.activation()
@@ -222,13 +234,40 @@ def final_hidden(loaded: LoadedModel, tokens: torch.Tensor) -> list[torch.Tensor
             if routing is not None:
                 if not experts:
                     experts = {e: loaded.expert(index, e) for e in range(loaded.num_experts)}
-                routed = experts_output(
-                    routing, experts.__getitem__, loaded.num_experts, activation
-                )
-                output = output + routed.view_as(output).to(output.dtype)
+                output = add_experts(output, routing, experts, activation, index, pruning)
             blocks[position] = output.cpu()
         model.release_layer(index)
     return blocks
+
+
+def add_experts(
+    output: torch.Tensor,
+    routing: Routing,
+    experts: Mapping[int, tuple[torch.Tensor, torch.Tensor] | None],
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    layer: int,
+    pruning: Pruning | None,
+) -> torch.Tensor:
+    """A layer's output [B, L, H] with its routed experts'."""
+    if pruning is not None:
+        weights, ids = pruning(layer, routing.weights, routing.ids)
+        routing = Routing(routing.hidden, ids, weights)
+    routed = experts_output(routing, experts.__getitem__, len(experts), activation)
+    return output + routed.view_as(output).to(output.dtype)
+
+
+@torch.no_grad()
+def mean_divergence(
+    loaded: LoadedModel, hidden: list[torch.Tensor], base_hidden: list[torch.Tensor]
+) -> float:
+    """Mean KL(base || other) per token of two `final_hidden` of one model, in nats."""
+    divergences = [
+        (base.softmax(-1) * (base.log_softmax(-1) - other.log_softmax(-1))).sum(-1).mean()
+        for base, other in zip(
+            loaded.model.logits(base_hidden), loaded.model.logits(hidden), strict=True
+        )
+    ]
+    return float(torch.stack(divergences).double().mean())
 
 
 def compare(
@@ -243,10 +282,13 @@ def compare(
 
 
 def _score_streamed(
-    scored: LoadedModel, base: LoadedModel | None, tokens: torch.Tensor
+    scored: LoadedModel,
+    base: LoadedModel | None,
+    tokens: torch.Tensor,
+    pruning: Pruning | None,
 ) -> tuple[_Scores, _Scores | None]:
     base_hidden = None if base is None else final_hidden(base, tokens)
-    return _score(scored, final_hidden(scored, tokens), base, base_hidden, tokens)
+    return _score(scored, final_hidden(scored, tokens, pruning), base, base_hidden, tokens)
 
 
 def _score(
@@ -311,7 +353,7 @@ job = json.load(open(sys.argv[1]))
 from vllm import LLM, SamplingParams
 llm = LLM(model=job["model"], max_model_len=job["length"] + 1, enforce_eager=True,
           trust_remote_code=job["trust_remote_code"], enable_prefix_caching=False,
-          dtype="auto")
+          dtype="auto", additional_config=job["additional_config"])
 params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
 outputs = llm.generate([{"prompt_token_ids": w} for w in job["windows"]], params)
 losses = []
@@ -324,7 +366,12 @@ os.rename(sys.argv[2] + ".part", sys.argv[2])
 """
 
 
-def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+def _score_with_vllm(
+    path: Path,
+    tokens: torch.Tensor,
+    trust_remote_code: bool,
+    pruning: str | float | None = None,
+) -> torch.Tensor:
     """Mean loss of each window from vLLM's prompt logprobs; in a process of its own, which gives
     the engine's memory back."""
     from importlib.util import find_spec
@@ -340,6 +387,9 @@ def _score_with_vllm(path: Path, tokens: torch.Tensor, trust_remote_code: bool) 
                     "length": tokens.shape[1],
                     "windows": tokens.tolist(),
                     "trust_remote_code": trust_remote_code,
+                    "additional_config": (
+                        {} if pruning is None else {"mcmoe": {"pruning": pruning}}
+                    ),
                 }
             )
         )

@@ -34,6 +34,7 @@ from mcmoe_vllm.checkpoint import (
 from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig, read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
+from mcmoe_vllm.pruning import read_table
 
 DENSE_WIDTH = 4
 ROUTER = "gate.weight"  # of every supported architecture, in the MoE block
@@ -202,7 +203,7 @@ def print_inspection(inspection: Inspection) -> None:
     dense = "int4" if i.config.dense_bits == DENSE_WIDTH else "16 bits"
     nominal = i.config.average_bits.get("nominal")
     target = "" if nominal is None else f" (asked for {nominal:g})"
-    lines = (
+    lines = [
         f"{i.path}",
         f"{i.architecture}: {len(i.layers)} layers x {i.num_experts} experts, "
         f"{i.parameters:,} parameters, format version {i.config.format_version}",
@@ -213,7 +214,14 @@ def print_inspection(inspection: Inspection) -> None:
         f"the rest in 16 bits {report.size(i.other_bytes)}",
         f"group size: {', '.join(f'{k} {v}' for k, v in i.config.group_size.items())}; "
         f"attention and shared experts: {dense}",
-    )
+    ]
+    pruning = read_table(i.config)
+    ratios = {} if pruning is None else pruning.layer_ratios()
+    if pruning is not None:
+        lines.append(
+            f"online pruning: {pruning.target_drop:.1%} of expert activations, rule "
+            f"{pruning.rule}; calibrated up to {max(pruning.ratios):.1%}"
+        )
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
     def heatmap(widths: tuple[int, ...]) -> Text:
@@ -233,6 +241,8 @@ def print_inspection(inspection: Inspection) -> None:
     for b in used:
         table.add_column(f"{b}-bit", justify="right")
     table.add_column("average", justify="right")
+    if pruning is not None:
+        table.add_column("drop below", justify="right")
     for layer, (w13, w2) in i.bits.items():
         counts = Counter(w13) + Counter(w2)  # half an expert each
         table.add_row(
@@ -240,6 +250,7 @@ def print_inspection(inspection: Inspection) -> None:
             *(heatmap(widths) for widths in ((w13, w2) if differ else (w13,))),
             *(f"{counts[b] / 2:g}" for b in used),
             f"{(2 * sum(w13) + sum(w2)) / (3 * len(w13)):.3f}",
+            *([f"{ratios.get(layer, 0.0):.3f}"] if pruning is not None else []),
         )
     console.print(table)
 

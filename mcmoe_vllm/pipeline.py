@@ -46,8 +46,11 @@ from mcmoe_vllm.config import (
     write_json,
 )
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluation import load_streamed
 from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
+from mcmoe_vllm.pruning import MAX_DROP
+from mcmoe_vllm.pruning_calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
 from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
@@ -68,7 +71,8 @@ class QuantizeOptions:
 
     model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to
     write; bits: average width over expert weights; pins: "layers.0.*=3"; plan: a plan.json to use
-    instead of measuring; sequence_length: None = min(2048, the model's maximum).
+    instead of measuring; target_drop: share of expert activations for online pruning, None =
+    not calibrated; sequence_length: None = min(2048, the model's maximum).
     Raises UserError listing every value out of range.
     """
 
@@ -88,6 +92,7 @@ class QuantizeOptions:
     gamma: float = 1.0
     pins: tuple[str, ...] = ()
     plan: str | None = None
+    target_drop: float | None = None
     device: str = "auto"
     seed: int = 0
     work_dir: str | None = None
@@ -104,6 +109,8 @@ class QuantizeOptions:
             ("method", self.method, METHODS),
         )
         wrong += [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+        if self.target_drop is not None and not 0 < self.target_drop <= MAX_DROP:
+            wrong.append(f"target_drop is {self.target_drop}, allowed are shares up to {MAX_DROP}")
         if self.samples < 1:
             wrong.append(f"samples is {self.samples}, needs at least 1")
         if self.sequence_length is not None and self.sequence_length < 2:
@@ -206,6 +213,12 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         _require_free_space(work, sizes.total_bytes)
         layers = _quantize_layers(job, work, chosen)
         result = _publish(job, work, chosen, sizes, layers, started)
+        if options.target_drop is not None:
+            progress.say("calibrating online pruning on the compressed model")
+            compressed = open_checkpoint(work.checkpoint)
+            loaded = load_streamed(compressed, options.device)
+            windows = job.windows[:PRUNING_WINDOWS]
+            store_table(compressed, calibrate_pruning(loaded, windows, options.target_drop))
     _move(work.checkpoint, output)
     work.remove()
     report.print_plan(chosen, sizes)

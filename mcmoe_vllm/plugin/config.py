@@ -16,6 +16,7 @@ import mcmoe_vllm
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.cache import CacheBudget
+from mcmoe_vllm.pruning import Pruning, parse_switch, read_table, switch_of
 
 logger = init_logger("vllm.mcmoe")
 
@@ -59,6 +60,7 @@ class McmoeConfig(VllmQuantizationConfig):
         self._expected = 0
         self._ready = 0
         self._cache: CacheBudget | None = None
+        self._pruning: Pruning | None = None
 
     def get_name(self) -> str:
         return "mcmoe"
@@ -122,11 +124,14 @@ class McmoeConfig(VllmQuantizationConfig):
         if self._ready != self._expected or not announce:
             return
         logger.info(
-            "mcmoe %s: %d MoE layers, %.2f true bits/weight (experts), compute path = %s",
+            "mcmoe %s: %d MoE layers, %.2f true bits/weight (experts), compute path = %s%s",
             mcmoe_vllm.__version__,
             self._ready,
             true_bits(self.config),
             compute_path,
+            f", pruning in {len(self._pruning.ratios)} layers"
+            if self._pruning and self._pruning.ratios
+            else "",
         )
 
     def weight_cache(self, additional_config: object) -> CacheBudget:
@@ -134,6 +139,14 @@ class McmoeConfig(VllmQuantizationConfig):
         if self._cache is None:
             self._cache = CacheBudget.from_additional_config(additional_config)
         return self._cache
+
+    def pruning(self, additional_config: object) -> Pruning:
+        """What the launch prunes; without ratios where it prunes nothing."""
+        if self._pruning is None:
+            table = read_table(self.config)
+            ratios = parse_switch(switch_of(additional_config), table)
+            self._pruning = Pruning(ratios, table is not None and table.renormalize)
+        return self._pruning
 
     def _layer_index(self, prefix: str) -> int | None:
         """Index of the main model's decoder layer that a name belongs to."""

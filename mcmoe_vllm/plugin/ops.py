@@ -26,6 +26,7 @@ from mcmoe_kernels.experts_cpu import (
 )
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.cache import CacheBudget
+from mcmoe_vllm.pruning import prune
 
 logger = init_logger("vllm.mcmoe")
 
@@ -103,6 +104,22 @@ def prepare_experts(
             mode
         ]
     return PreparedExperts(path, _bind(experts), keeps_packed=mode != "dense")
+
+
+def add_pruning(prepared: PreparedExperts, ratio: float, renormalize: bool) -> PreparedExperts:
+    """The same experts behind the pruning rule; `prepared` itself where nothing is pruned."""
+    if ratio <= 0:
+        return prepared
+    compute = prepared.compute
+
+    def pruned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if ids.is_cuda and not renormalize:
+            from mcmoe_kernels.pruning import prune_ids
+
+            return compute(x, weights, prune_ids(weights, ids, ratio))
+        return compute(x, *prune(weights, ids, ratio, renormalize))
+
+    return PreparedExperts(prepared.path, pruned, prepared.keeps_packed)
 
 
 def prepare_on_gpu(layer: ExpertLayer, dtype: torch.dtype, top_k: int) -> PreparedExperts:

@@ -1,0 +1,222 @@
+"""Choose each layer's pruning ratio: the same share of experts dropped at the least damage.
+
+One pass over the decoder layers of the (compressed) model. Beside the unpruned hidden states,
+which give every layer's routing weights, one copy of a few windows is carried along for each layer
+passed, pruned there and nowhere else: at the end its KL divergence to the unpruned model is what
+pruning that layer alone costs at the probed share. A layer's cost at other shares is scaled by the
+squares of the weights that are dropped, and shares are bought where the next one costs least.
+
+The paper's rule instead takes the median of the weights' ratio in every layer, whatever it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mcmoe_vllm.checkpoint import Checkpoint, explain_os_errors, open_checkpoint
+from mcmoe_vllm.config import QuantizationConfig, write_json
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluation import (
+    MAX_SEQUENCE_LENGTH,
+    LoadedModel,
+    add_experts,
+    load_streamed,
+    mean_divergence,
+)
+from mcmoe_vllm.pruning import MAX_DROP, Pruning, PruningTable
+from mcmoe_vllm.streaming import Routing
+from mcmoe_vllm.text import load_tokenizer, sample_windows
+
+PROBE_DROP = 0.15
+PROBE_TOKENS = 8192
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+PRUNING_WINDOWS = 64  # of the calibration text
+STEPS = 64  # of the pairs that may be dropped, in which shares are bought
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """What a layer's router did to the calibration tokens.
+
+    ratios: float32, ascending: each pair's weight over its token's largest, the largest left out.
+    damage: float64, of the same pairs: the square of the weight, summed up to each.
+    activations: pairs in all. kl: nats a token that dropping PROBE_DROP of them costs.
+    """
+
+    ratios: torch.Tensor
+    damage: torch.Tensor
+    activations: int
+    kl: float = 0.0
+
+    def ratio_for(self, share: float) -> float:
+        """The ratio below which lies a share of all activations."""
+        count = min(round(share * self.activations), len(self.ratios) - 1)
+        return float(self.ratios[count]) if count > 0 else 0.0
+
+    def cost(self, share: float) -> float:
+        """Estimated nats a token at a share: `kl` scaled by the damage."""
+        return self.kl * self._damage_of(share) / max(self._damage_of(PROBE_DROP), 1e-30)
+
+    def _damage_of(self, share: float) -> float:
+        count = min(round(share * self.activations), len(self.damage))
+        return float(self.damage[count - 1]) if count > 0 else 0.0
+
+
+def summarize_routing(weights: torch.Tensor) -> LayerRouting:
+    """topk_weights [T, k] -> their ratios and damage."""
+    weights = weights.float()
+    largest, place = weights.max(dim=1, keepdim=True)
+    others = torch.ones_like(weights, dtype=torch.bool).scatter_(1, place, False)
+    ratios, order = (weights / largest.clamp(min=1e-30))[others].sort()
+    damage = weights[others][order].double().square().cumsum(0)
+    return LayerRouting(ratios, damage, weights.numel())
+
+
+def choose_shares(layers: Sequence[LayerRouting], target: float) -> list[float]:
+    """A share for each layer whose mean is `target`, bought step by step where it costs least."""
+    limits = [len(layer.ratios) / layer.activations for layer in layers]
+    shares = [0.0] * len(layers)
+    while sum(shares) < target * len(layers) - 1e-9:
+        options = [
+            (layer.cost(share + limit / STEPS) - layer.cost(share), i)
+            for i, (layer, share, limit) in enumerate(zip(layers, shares, limits, strict=True))
+            if share + limit / STEPS <= limit + 1e-9
+        ]
+        if not options:
+            break
+        _, cheapest = min(options)
+        missing = target * len(layers) - sum(shares)
+        shares[cheapest] += min(limits[cheapest] / STEPS, missing)
+    return shares
+
+
+def calibrate_pruning(
+    loaded: LoadedModel, tokens: torch.Tensor, target_drop: float, rule: str = "sensitivity"
+) -> PruningTable:
+    """Measure a model on token windows [S, L]. Raises UserError for a target out of range."""
+    layers = measure_routing(loaded, tokens, probe=rule == "sensitivity")
+    indices = tuple(layers)
+    measured = list(layers.values())
+    if rule == "median":
+        medians = tuple(float(layer.ratios[len(layer.ratios) // 2]) for layer in measured)
+        dropped = sum(len(layer.ratios) // 2 for layer in measured)
+        share = dropped / sum(layer.activations for layer in measured)
+        return PruningTable(rule, share, indices, {share: medians}, renormalize=True)
+    wanted = sorted({*SHARES, target_drop} if target_drop <= MAX_DROP else {target_drop})
+    ratios = {
+        share: tuple(
+            layer.ratio_for(part)
+            for layer, part in zip(measured, choose_shares(measured, share), strict=True)
+        )
+        for share in wanted
+    }
+    return PruningTable(rule, target_drop, indices, ratios)
+
+
+@torch.no_grad()
+def measure_routing(
+    loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool
+) -> dict[int, LayerRouting]:
+    """MoE layer -> its routing of the windows [S, L]; with `probe` also what pruning it costs."""
+    model = loaded.model
+    activation = model.activation()
+    blocks = [block.cpu() for block in model.embed(tokens)]
+    probe_blocks = _leading_blocks(blocks, PROBE_TOKENS) if probe else 0
+    probes: dict[int, list[torch.Tensor]] = {}
+    found: dict[int, LayerRouting] = {}
+    for index in range(model.num_layers):
+        layer = model.load_layer(index)
+        experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+
+        def run(block: torch.Tensor, ratio: float = 0.0) -> tuple[torch.Tensor, Routing | None]:
+            output, routing = model.run_layer(layer, index, block.to(model.device))  # noqa: B023
+            if routing is None:
+                return output.cpu(), None
+            if not experts:  # noqa: B023
+                for e in range(loaded.num_experts):
+                    experts[e] = loaded.expert(index, e)  # noqa: B023
+            pruning = Pruning({index: ratio}) if ratio > 0 else None  # noqa: B023
+            added = add_experts(output, routing, experts, activation, index, pruning)  # noqa: B023
+            return added.cpu(), routing
+
+        before = blocks[:probe_blocks]
+        weights = []
+        for position, block in enumerate(blocks):
+            blocks[position], routing = run(block)
+            if routing is not None:
+                weights.append(routing.weights.cpu())
+        for states in probes.values():
+            states[:] = [run(state)[0] for state in states]
+        if weights:
+            found[index] = summarize_routing(torch.cat(weights))
+            if probe:
+                ratio = found[index].ratio_for(PROBE_DROP)
+                probes[index] = [run(block, ratio)[0] for block in before]
+        model.release_layer(index)
+    if probe:
+        base = blocks[:probe_blocks]
+        for index, states in probes.items():
+            measured = found[index]
+            kl = mean_divergence(loaded, states, base)
+            found[index] = LayerRouting(measured.ratios, measured.damage, measured.activations, kl)
+    return found
+
+
+def _leading_blocks(blocks: Sequence[torch.Tensor], tokens: int) -> int:
+    """How many blocks hold at least as many tokens; at least one."""
+    held = 0
+    for count, block in enumerate(blocks, 1):
+        held += block.shape[0] * block.shape[1]
+        if held >= tokens:
+            return count
+    return len(blocks)
+
+
+def calibrate_checkpoint(
+    folder: str,
+    text: str,
+    *,
+    target_drop: float = 0.15,
+    rule: str = "sensitivity",
+    samples: int = PRUNING_WINDOWS,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> PruningTable:
+    """Calibrate a compressed checkpoint and store the table in its config.json.
+
+    Raises UserError for a folder that mcmoe did not make, unusable text or options out of range.
+    """
+    if not 0 < target_drop <= MAX_DROP:
+        raise UserError(f"target drop is {target_drop}, allowed are shares up to {MAX_DROP}")
+    checkpoint = open_checkpoint(Path(folder))
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None:
+        raise UserError(
+            f"{folder} is not compressed: its config.json has no quantization_config. "
+            "Make a checkpoint with `mcmoe quantize` first"
+        )
+    QuantizationConfig.from_dict(settings)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
+    longest = int(checkpoint.config.get("max_position_embeddings", MAX_SEQUENCE_LENGTH))
+    length = sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
+    if not 2 <= length <= longest:
+        raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
+    tokens = sample_windows(text, tokenizer, samples, length, seed)
+    table = calibrate_pruning(load_streamed(checkpoint, device), tokens, target_drop, rule)
+    store_table(checkpoint, table)
+    return table
+
+
+def store_table(checkpoint: Checkpoint, table: PruningTable) -> None:
+    """Put a table into the config.json of a compressed checkpoint."""
+    quantization = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
+    calibrated = replace(quantization, pruning=table.to_dict())
+    config = {**checkpoint.config, "quantization_config": calibrated.to_dict()}
+    with explain_os_errors(f"writing {checkpoint.path / 'config.json'}"):
+        write_json(checkpoint.path / "config.json", config)
