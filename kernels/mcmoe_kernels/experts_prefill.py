@@ -9,6 +9,8 @@ the product), activations stream through shared memory. Behind the routing, thre
     combine   experts of a token, weighted, in a fixed order
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from mcmoe_kernels.experts_decode import (
 )
 from mcmoe_kernels.routing import route_pairs
 from mcmoe_kernels.tiles import TiledLayer
-from mcmoe_kernels.tuning import PrefillConfig
+from mcmoe_kernels.tuning import PrefillConfig, WarpgroupConfig
 
 
 @triton.jit
@@ -194,6 +196,21 @@ def fused_experts_prefill(
 
     All contiguous, on one device. inline: use inline PTX.
     """
+    kernels = (gate_up_prefill_kernel, {}), (down_prefill_kernel, {})
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, *kernels, INLINE=inline)
+
+
+def launch_prefill(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: PrefillConfig | WarpgroupConfig,
+    gate_up: tuple[Any, dict[str, Any]],
+    down: tuple[Any, dict[str, Any]],
+    **constants: Any,
+) -> torch.Tensor:
+    """Routing, two products and the sum. gate_up, down: a kernel and constants of its own."""
     tokens, hidden = x.shape
     top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
     w13, w2 = layer.w13, layer.w2
@@ -201,25 +218,27 @@ def fused_experts_prefill(
     blocks = block_info.shape[0]
     h, y, out = x.new_empty(pairs, inter), x.new_empty(pairs, hidden), torch.empty_like(x)
     common = {
+        **constants,
         "HIDDEN": hidden,
         "INTERMEDIATE": inter,
         "BLOCK_M": config.block_m,
         "GROUP_N": config.group_n,
         "STAGES": config.stages,
         "WIDE": max(tokens * hidden, pairs * inter) >= 1 << 31,
-        "INLINE": inline,
         "num_warps": config.warps,
     }
     if config.registers:
         common["maxnreg"] = config.registers
-    gate_up_prefill_kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
+    kernel, own = gate_up
+    kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
         x, w13.records, block_info, block_pair, h, top_k,
         GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
-        BLOCK_N=config.block_n13, **common,
+        BLOCK_N=config.block_n13, **own, **common,
     )  # fmt: skip
-    down_prefill_kernel[prefill_grid(hidden // config.block_n2, blocks, config.group_n)](
+    kernel, own = down
+    kernel[prefill_grid(hidden // config.block_n2, blocks, config.group_n)](
         h, w2.records, block_info, block_pair, y,
-        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **common,
+        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **own, **common,
     )  # fmt: skip
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
         y, topk_weights, topk_ids, layer.slot_of, out, pairs,

@@ -4,14 +4,13 @@ The same products as `experts_prefill`, whose compiler waits for each product be
 the next one's weights. Here the order is written out (Gluon): every warpgroup issues the products
 of one part of a tile, dequantizes the next part meanwhile and only then waits for the ones before,
 so that the matrix units always have work queued. Tiles of x and of the planes arrive through a ring
-of asynchronous copies, with one barrier for every 128 columns.
+of asynchronous copies.
 
 A tile t of the ring is copied at tile t - (STAGES - 2): the slot it takes was last read by products
 that every warp has waited for before the barrier of that tile.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -24,13 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mcmoe_kernels.dequantization import concatenate, merge_words, split_meta, weights_of
 from mcmoe_kernels.experts_decode import (
     activate,
-    combine_kernel,
     first_record,
     record_bytes_of,
     tile_bytes_of,
 )
-from mcmoe_kernels.experts_prefill import prefill_grid
-from mcmoe_kernels.routing import route_pairs
+from mcmoe_kernels.experts_prefill import launch_prefill
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import WarpgroupConfig
 
@@ -307,35 +304,6 @@ def fused_experts_warpgroup(
     config: WarpgroupConfig,
 ) -> torch.Tensor:
     """As `fused_experts_prefill`, on compute capability 9.0; H and I must be multiples of 64."""
-    tokens, hidden = x.shape
-    top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
-    w13, w2 = layer.w13, layer.w2
-    block_info, block_pair = route_pairs(topk_ids, layer, config.block_m)
-    blocks = block_info.shape[0]
-    h, y, out = x.new_empty(pairs, inter), x.new_empty(pairs, hidden), torch.empty_like(x)
-    common = {
-        "HIDDEN": hidden,
-        "INTERMEDIATE": inter,
-        "BLOCK_M": config.block_m,
-        "GROUP_N": config.group_n,
-        "STAGES": config.stages,
-        "WIDE": max(tokens * hidden, pairs * inter) >= 1 << 31,
-        "num_warps": config.warps,
-    }
-    if config.registers:
-        common["maxnreg"] = config.registers
-    gate_up_warpgroup_kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
-        x, w13.records, block_info, block_pair, h, top_k,
-        GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
-        BLOCK_N=config.block_n13, PART=config.part13, **common,
-    )  # fmt: skip
-    down_warpgroup_kernel[prefill_grid(hidden // config.block_n2, blocks, config.group_n)](
-        h, w2.records, block_info, block_pair, y,
-        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2,
-        PART=config.part2, **common,
-    )  # fmt: skip
-    combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
-        y, topk_weights, topk_ids, layer.slot_of, out, pairs,
-        TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, PDL=False, num_warps=4,
-    )  # fmt: skip
-    return out
+    gate_up = (gate_up_warpgroup_kernel, {"PART": config.part13})
+    down = (down_warpgroup_kernel, {"PART": config.part2})
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, gate_up, down)

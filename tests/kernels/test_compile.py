@@ -49,6 +49,13 @@ def test_one_of_each_kind_for_every_chip():
 
 
 @pytest.mark.slow
+def test_one_of_each_kind_for_hopper():
+    rows = compile_variants("NVIDIA_H100_80GB_HBM3", (90,))
+    assert {"gate_up_warpgroup", "down_warpgroup"} <= {r["kernel"] for r in rows}
+    check(rows)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif("MCMOE_COMPILE_ALL" not in os.environ, reason="`make test-compile` runs it")
 @pytest.mark.parametrize(
     ("device", "capabilities"),

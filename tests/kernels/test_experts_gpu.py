@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mcmoe_kernels import experts_warpgroup
 from mcmoe_kernels.experts import fused_experts_torch
 from mcmoe_kernels.experts_gpu import fused_experts, warm_up
 from mcmoe_kernels.packing import pack
@@ -157,6 +158,29 @@ def test_infinities_are_not_hidden(config, device):
     x[1, 5] = float("inf")
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert bool(out[[0, 2]].isfinite().all()) and not bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("kernel", ["gate_up_warpgroup_kernel", "down_warpgroup_kernel"])
+def test_launches_without_a_gpu_give_every_argument(kernel, monkeypatch, device):
+    """Gluon has no interpreter: what can be checked anywhere is the call."""
+    names = getattr(experts_warpgroup, kernel).arg_names
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: calls.append((self.name, grid, args, kwargs))
+
+    for name in ("gate_up_warpgroup_kernel", "down_warpgroup_kernel"):
+        monkeypatch.setattr(experts_warpgroup, name, Recorder(name))
+    tiled = tile_layer(to_device(random_layer((2, 3)), device))
+    weights, ids = (t.to(device) for t in random_routing(5, 2, 2))
+    fused_experts(random_input(5, 256).to(device), tiled, weights, ids, CONFIGS["warpgroup, wide"])
+    ((grid, args, kwargs),) = (call[1:] for call in calls if call[0] == kernel)
+    assert len(grid) == 3 and len(args) + len(kwargs.keys() & set(names)) == len(names)
+    assert list(names[len(args) :]) == [n for n in names if n in kwargs]
 
 
 def test_wrong_input_is_refused_all_at_once(device):
