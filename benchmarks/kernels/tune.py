@@ -60,10 +60,9 @@ def candidates(shape: str, tokens: int) -> list[Config]:
     found: list[Config] = []
     if per_expert <= 32:
         found += [
-            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split, r, 0, prefetch)
+            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split, r, 0)
             for m, n, w, s, r in DECODE
             for split in splits
-            for prefetch in ((0, 16) if tokens <= 4 and intermediate <= 4096 else (0,))
             if m <= max(4, 2 * per_expert)
         ]
     if per_expert >= 4:

@@ -189,61 +189,28 @@ def wait_for_previous(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch_matrix(records, entry, part, COUNT: tl.constexpr, GROUP_SIZE: tl.constexpr,
-                    PARTS: tl.constexpr):  # fmt: skip
-    """Ask the L2 cache for one part of the COUNT records of a slot."""
-    LINE: tl.constexpr = 128
-    bits = entry % 8
-    size = COUNT * (2048 * (bits % 2) + 2 * (128 // GROUP_SIZE * 256 + 2048 * (bits // 2)))
-    records += (entry // 8).to(tl.int64) * 256
-    for first in tl.range(part * (128 * LINE), size, PARTS * (128 * LINE)):
-        at = first + tl.arange(0, 128) * LINE
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r", [(records + at).to(tl.int64), (at < size).to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["pairs", "blocks", "digit_programs"])
-def prepare_kernel(x, digits, x_meta, ids, slot_of, table13, table2, scratch, block_info,
-                   block_pair, records13, records2, pairs, blocks, digit_programs,
+@triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
+def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_ids, table13,
+                   table2, scratch, block_info, block_pair, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
-                   SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, COUNT13: tl.constexpr,
-                   COUNT2: tl.constexpr, GROUP_SIZE13: tl.constexpr, GROUP_SIZE2: tl.constexpr,
-                   PREFETCH: tl.constexpr, SINGLE: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
-    """Program 0 routes; digit_programs take pieces of x; the rest, PREFETCH for each pair, fetch
-    the weights that the next launches will read into the L2 cache."""
+                   PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                   SINGLE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program 0 prunes and routes; the others take pieces of x."""
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
     wait_for_previous(PDL)
     program = tl.program_id(0) - 1
     if program < 0:
         if SINGLE:
             route_single(
-                ids, slot_of, table13, table2, block_info, block_pair, pairs, BLOCK_M, SLOTS
-            )
+                ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, block_info,
+                block_pair, pairs, PRUNED_TOP_K, BLOCK_M, SLOTS,
+            )  # fmt: skip
         else:
             route(
-                ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
-                SLOTS, BLOCK_M, 256,
+                ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch, block_info,
+                block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, BLOCK_M, 256,
             )  # fmt: skip
         return
-    if PREFETCH:  # noqa: SIM102 (this is known when compiling)
-        if program >= digit_programs:
-            program -= digit_programs
-            expert = tl.load(ids + program // PREFETCH)
-            slot = tl.load(slot_of + tl.maximum(expert, 0))
-            if (expert >= 0) & (slot >= 0):
-                part = program % PREFETCH
-                prefetch_matrix(
-                    records13, tl.load(table13 + slot), part, COUNT13, GROUP_SIZE13, PREFETCH
-                )
-                prefetch_matrix(
-                    records2, tl.load(table2 + slot), part, COUNT2, GROUP_SIZE2, PREFETCH
-                )
-            return
     split_rows(
         x, digits, x_meta, program // PARTS, program % PARTS * X_BLOCKS, COLUMNS, X_BLOCK, X_BLOCKS
     )
@@ -359,12 +326,14 @@ def fused_experts_decode(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     config: DecodeConfig,
+    prune_ratio: float = 0.0,
     inline: bool = True,
     pdl: bool = False,
 ) -> torch.Tensor:
     """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
 
-    All contiguous, on one device. inline: use inline PTX. pdl: let each launch begin before the
+    All contiguous, on one device. prune_ratio: experts whose weight is below so much of their
+    token's largest are skipped. inline: use inline PTX. pdl: let each launch begin before the
     previous ends.
     """
     tokens, hidden = x.shape
@@ -391,14 +360,13 @@ def fused_experts_decode(
     out = torch.empty_like(x)
     common = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
     x_blocks = 1024 // x_block
-    digit_programs = tokens * triton.cdiv(hidden // x_block, x_blocks)
-    prefetch = config.prefetch if inline else 0
-    prepare_kernel[(1 + digit_programs + prefetch * pairs,)](
-        x, digits, x_meta, topk_ids, layer.slot_of, w13.table, w2.table, scratch, block_info,
-        block_pair, w13.records, w2.records, pairs, blocks, digit_programs,
-        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, SLOTS=slots, BLOCK_M=block_m,
-        COUNT13=w13.num_records, COUNT2=w2.num_records, GROUP_SIZE13=w13.group_size,
-        GROUP_SIZE2=w2.group_size, PREFETCH=prefetch, SINGLE=single, num_warps=4, **common,
+    kept_ids = torch.empty_like(topk_ids) if prune_ratio > 0 else topk_ids
+    prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
+        x, digits, x_meta, topk_ids, layer.slot_of, topk_weights, prune_ratio, kept_ids, w13.table,
+        w2.table, scratch, block_info, block_pair, pairs, blocks,
+        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks,
+        PRUNED_TOP_K=top_k if prune_ratio > 0 else 0, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
+        num_warps=4, **common,
     )  # fmt: skip
     shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
     limit13, limit2 = (
@@ -419,7 +387,7 @@ def fused_experts_decode(
     )  # fmt: skip
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
-        parts, topk_weights, topk_ids, layer.slot_of, out, pairs,
+        parts, topk_weights, kept_ids, layer.slot_of, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=config.splits, BLOCK=width,
         num_warps=max(2, width // 256), **common,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from mcmoe_kernels.experts_decode import COMBINE_WIDE, fused_experts_decode
 from mcmoe_kernels.experts_prefill import fused_experts_prefill
 from mcmoe_kernels.experts_warpgroup import fused_experts_warpgroup
+from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import (
     Config,
@@ -30,12 +31,14 @@ def fused_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     config: Config | None = None,
+    prune_ratio: float = 0.0,
 ) -> torch.Tensor:
     """x [T, H] bfloat16 or float16, topk_weights float [T, k], topk_ids int [T, k] -> new [T, H].
 
     Ids are global; -1 is skipped, and so are remote and dropped experts. A row without any other
-    id gives exact zeros. No host synchronisation; launches depend on T and k alone. The same
-    input gives the same bits, however it is batched within one configuration.
+    id gives exact zeros. prune_ratio: pairs whose weight is below so much of their token's largest
+    are skipped as well (`pruning`). No host synchronisation; launches depend on T and k alone. The
+    same input gives the same bits, however it is batched within one configuration.
 
     Raises ValueError for a dtype or shapes that do not fit.
     """
@@ -46,7 +49,11 @@ def fused_experts(
     if config is None:
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
     if isinstance(config, DecodeConfig):
-        return fused_experts_decode(*inputs, config, inline=inline(), pdl=supports_pdl(x.device))
+        return fused_experts_decode(
+            *inputs, config, prune_ratio, inline=inline(), pdl=supports_pdl(x.device)
+        )
+    if prune_ratio > 0:
+        inputs = (*inputs[:3], prune_ids(*inputs[2:], prune_ratio))
     if isinstance(config, WarpgroupConfig):
         return fused_experts_warpgroup(*inputs, config)
     return fused_experts_prefill(*inputs, config, inline=inline())
@@ -56,7 +63,7 @@ def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:
     return LayerShape(layer.slot_of.numel(), top_k, layer.hidden_size, layer.intermediate_size)
 
 
-def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype) -> None:
+def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype, prune_ratio: float = 0.0) -> None:
     """Compile every kernel that the layer may use, so that no capture of a graph has to."""
     device = layer.slot_of.device
     configs = configs_for(table_name(device), shape_of(layer, top_k))
@@ -64,7 +71,8 @@ def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype) -> None:
         for tokens in COMPILED_APART:
             x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
             ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
-            fused_experts(x, layer, torch.zeros(ids.shape, device=device), ids, config)
+            weights = torch.zeros(ids.shape, device=device)
+            fused_experts(x, layer, weights, ids, config, prune_ratio)
 
 
 def why_not_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -53,8 +53,25 @@ def route_torch(
 
 
 @triton.jit
-def slot_of_pair(ids, slot_of, pair, inside):
+def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
+    """The id of a pair; with PRUNED_TOP_K, the experts of a token, -1 also where its weight is
+    below `ratio` times the token's largest (`pruning`)."""
     expert = tl.load(ids + pair, mask=inside, other=-1)
+    if PRUNED_TOP_K:
+        first = pair // PRUNED_TOP_K * PRUNED_TOP_K
+        weight = tl.load(topk_weights + pair, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.zeros_like(weight)
+        for j in tl.static_range(PRUNED_TOP_K):
+            other = tl.load(topk_weights + first + j, mask=inside, other=0.0).to(tl.float32)
+            valid = tl.load(ids + first + j, mask=inside, other=-1) >= 0
+            largest = tl.maximum(largest, tl.where(valid, other, 0.0))
+        expert = tl.where(weight < largest * ratio, -1, expert)
+    return expert
+
+
+@triton.jit
+def slot_of_pair(ids, slot_of, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
     return tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
 
 
@@ -71,11 +88,12 @@ def clear_blocks(block_info, block_pair, blocks, begin, stride, BLOCK_M: tl.cons
 
 
 @triton.jit
-def count_pairs(ids, slot_of, count, rank, pairs, begin, stride, CHUNK: tl.constexpr):
+def count_pairs(ids, slot_of, topk_weights, ratio, count, rank, pairs, begin, stride,
+                PRUNED_TOP_K: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Count the pairs of each slot and note each pair's place among them."""
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
         pair = first + tl.arange(0, CHUNK)
-        slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
+        slot = slot_of_pair(ids, slot_of, topk_weights, ratio, pair, pair < pairs, PRUNED_TOP_K)
         place = tl.atomic_add(count + slot, 1, mask=slot >= 0, sem="relaxed")
         tl.store(rank + pair, place, mask=pair < pairs)
 
@@ -90,20 +108,26 @@ def note_block(block_info, block, slot, table13, table2, mask):
 
 
 @triton.jit
-def route_single(ids, slot_of, table13, table2, block_info, block_pair, pairs,
-                 BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+def route_single(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, block_info,
+                 block_pair, pairs, PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+                 PAIRS: tl.constexpr):  # fmt: skip
     """One token: each pair is a block of its own, empty ones stay where they are."""
     pair = tl.arange(0, PAIRS)
-    slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
-    note_block(block_info, pair, slot, table13, table2, pair < pairs)
+    inside = pair < pairs
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
+    if PRUNED_TOP_K:
+        tl.store(kept_ids + pair, expert, mask=inside)
+    slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
+    note_block(block_info, pair, slot, table13, table2, inside)
     place = tl.arange(0, BLOCK_M)[None, :]
     at = pair[:, None] * BLOCK_M + place
-    tl.store(block_pair + at, tl.where(place == 0, pair[:, None], -1), mask=(pair < pairs)[:, None])
+    tl.store(block_pair + at, tl.where(place == 0, pair[:, None], -1), mask=inside[:, None])
 
 
 @triton.jit
-def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-                pairs, begin, stride, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, count, rank,
+                first_block, block_info, block_pair, pairs, begin, stride,
+                PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
     """Write each pair into its block. first_block: scratch int32 [SLOTS] of this program."""
     slots = tl.arange(0, SLOTS)
@@ -112,7 +136,11 @@ def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_i
     tl.debug_barrier()
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
         pair = first + tl.arange(0, CHUNK)
-        slot = slot_of_pair(ids, slot_of, pair, pair < pairs)
+        inside = pair < pairs
+        expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
+        if PRUNED_TOP_K:
+            tl.store(kept_ids + pair, expert, mask=inside)
+        slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
         place = tl.load(rank + pair, mask=pair < pairs, other=0)
         block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
         tl.store(block_pair + block * BLOCK_M + place % BLOCK_M, pair, mask=slot >= 0)
@@ -120,18 +148,22 @@ def place_pairs(ids, slot_of, table13, table2, count, rank, first_block, block_i
 
 
 @triton.jit
-def route(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
-          SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The whole table in one program. scratch: int32 [2 * SLOTS + pairs]."""
+def route(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch, block_info,
+          block_pair, pairs, blocks, PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+          BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """The whole table in one program, and in kept_ids what pruning leaves.
+
+    scratch: int32 [2 * SLOTS + pairs].
+    """
     count, first_block, rank = scratch, scratch + SLOTS, scratch + 2 * SLOTS
     tl.store(count + tl.arange(0, SLOTS), 0)
     clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
     tl.debug_barrier()
-    count_pairs(ids, slot_of, count, rank, pairs, 0, 1, CHUNK)
+    count_pairs(ids, slot_of, topk_weights, ratio, count, rank, pairs, 0, 1, PRUNED_TOP_K, CHUNK)
     tl.debug_barrier()
     place_pairs(
-        ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-        pairs, 0, 1, SLOTS, BLOCK_M, CHUNK,
+        ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, count, rank, first_block,
+        block_info, block_pair, pairs, 0, 1, PRUNED_TOP_K, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
@@ -148,7 +180,7 @@ def clear_kernel(count, block_info, block_pair, blocks, SLOTS: tl.constexpr,
 @triton.jit(do_not_specialize=["pairs"])
 def count_kernel(ids, slot_of, count, rank, pairs, CHUNK: tl.constexpr):
     count_pairs(
-        ids, slot_of, count, rank, pairs, tl.program_id(0), tl.num_programs(0), CHUNK
+        ids, slot_of, ids, 0.0, count, rank, pairs, tl.program_id(0), tl.num_programs(0), 0, CHUNK
     )  # fmt: skip
 
 
@@ -157,9 +189,9 @@ def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_
                  pairs, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     place_pairs(
-        ids, slot_of, table13, table2, count, rank, first_block + tl.program_id(0) * SLOTS,
-        block_info, block_pair, pairs, tl.program_id(0), tl.num_programs(0),
-        SLOTS, BLOCK_M, CHUNK,
+        ids, slot_of, ids, 0.0, ids, table13, table2, count, rank,
+        first_block + tl.program_id(0) * SLOTS, block_info, block_pair, pairs, tl.program_id(0),
+        tl.num_programs(0), 0, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 

@@ -35,9 +35,8 @@ WARPGROUP_COLUMNS = 64  # `experts_warpgroup` has no masks within as many column
 @dataclass(frozen=True)
 class DecodeConfig:
     """`experts_decode`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
-    splits: programs that share the columns of a row of w2. registers13,
-    registers2: as `PrefillConfig.registers`. prefetch: programs that fetch each pair's weights into
-    the L2 cache while x is prepared; pays where all of them fit there."""
+    splits: programs that share the columns of a row of w2. registers13, registers2: as
+    `PrefillConfig.registers`."""
 
     block_m: int = 4
     block_n13: int = 128
@@ -49,7 +48,6 @@ class DecodeConfig:
     splits: int = 1
     registers13: int = 0
     registers2: int = 0
-    prefetch: int = 0
 
 
 @dataclass(frozen=True)

@@ -164,10 +164,14 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             None if expert_map is None else expert_map.to(torch.int32),
         )
         cache = self.quant_config.weight_cache(vllm_config.additional_config)
-        prepared = ops.prepare_experts(experts, self.dtype, cache, self.moe.experts_per_token)
         pruning = self.quant_config.pruning(vllm_config.additional_config)
-        self.prepared = ops.add_pruning(
-            prepared, pruning.ratios.get(self.layer_index, 0.0), pruning.renormalize
+        self.prepared = ops.prepare_experts(
+            experts,
+            self.dtype,
+            cache,
+            self.moe.experts_per_token,
+            pruning.ratios.get(self.layer_index, 0.0),
+            pruning.renormalize,
         )
         if not self.prepared.keeps_packed:
             for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):

@@ -86,11 +86,22 @@ def define_operator() -> None:
 
 
 def prepare_experts(
-    layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget, top_k: int
+    layer: ExpertLayer,
+    dtype: torch.dtype,
+    cache: CacheBudget,
+    top_k: int,
+    prune_ratio: float = 0.0,
+    renormalize: bool = False,
 ) -> PreparedExperts:
-    """Choose and prepare the compute path for the device that holds the packed weights."""
+    """Choose and prepare the compute path for the device that holds the packed weights, behind
+    online pruning if prune_ratio is above 0."""
     if layer.w13.scale[0].device.type != "cpu":
-        return prepare_on_gpu(layer, dtype, top_k)
+        return prepare_on_gpu(layer, dtype, top_k, prune_ratio, renormalize)
+    return add_pruning(prepare_on_cpu(layer, dtype, cache), prune_ratio, renormalize)
+
+
+def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> PreparedExperts:
+    """Dequantized weights while the budget lasts, else codes."""
     mode = choose_mode(layer, dtype, cache)
     if mode == "dense":
         dense = prepare_dense(layer, dtype)
@@ -113,16 +124,14 @@ def add_pruning(prepared: PreparedExperts, ratio: float, renormalize: bool) -> P
     compute = prepared.compute
 
     def pruned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        if ids.is_cuda and not renormalize:
-            from mcmoe_kernels.pruning import prune_ids
-
-            return compute(x, weights, prune_ids(weights, ids, ratio))
         return compute(x, *prune(weights, ids, ratio, renormalize))
 
     return PreparedExperts(prepared.path, pruned, prepared.keeps_packed)
 
 
-def prepare_on_gpu(layer: ExpertLayer, dtype: torch.dtype, top_k: int) -> PreparedExperts:
+def prepare_on_gpu(
+    layer: ExpertLayer, dtype: torch.dtype, top_k: int, prune_ratio: float, renormalize: bool
+) -> PreparedExperts:
     """The Triton kernels, compiled for every batch size; plain torch where they cannot run."""
     problems = why_not_triton(layer, dtype)
     if problems:
@@ -131,21 +140,24 @@ def prepare_on_gpu(layer: ExpertLayer, dtype: torch.dtype, top_k: int) -> Prepar
             "token: %s",
             "; ".join(problems),
         )
-        return PreparedExperts(
+        plain = PreparedExperts(
             "plain torch (every expert on every token)",
             lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
             keeps_packed=True,
         )
+        return add_pruning(plain, prune_ratio, renormalize)
     from mcmoe_kernels.experts_gpu import fused_experts, warm_up
     from mcmoe_kernels.tiles import tile_layer
 
     tiled = tile_layer(layer)
-    warm_up(tiled, top_k, dtype)
-    return PreparedExperts(
+    within = 0.0 if renormalize else prune_ratio  # the kernels leave weights as they are
+    warm_up(tiled, top_k, dtype, within)
+    prepared = PreparedExperts(
         "Triton kernels",
-        lambda x, weights, ids: fused_experts(x, tiled, weights, ids),
+        lambda x, weights, ids: fused_experts(x, tiled, weights, ids, prune_ratio=within),
         keeps_packed=False,
     )
+    return add_pruning(prepared, prune_ratio, renormalize) if renormalize else prepared
 
 
 def why_not_triton(layer: ExpertLayer, dtype: torch.dtype) -> list[str]:

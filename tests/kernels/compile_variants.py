@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mcmoe_kernels import experts_decode, experts_prefill, experts_warpgroup
-from mcmoe_kernels.tiles import num_steps
 from mcmoe_kernels.tuning import LayerShape, PrefillConfig, WarpgroupConfig, read_table
 
 WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
@@ -30,8 +29,7 @@ TYPES = {
     "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
     "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
     "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
-    "topk_weights": "*fp32", "top_k": "i32", "records13": "*i8", "records2": "*i8",
-    "digit_programs": "i32",
+    "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
 }  # fmt: skip
 
 
@@ -81,11 +79,9 @@ def variants(shape: LayerShape, config, capability: int):
         "STAGES": config.stages2,
     }, {"num_warps": config.warps2, **limit2}  # fmt: skip
     yield "prepare", experts_decode.prepare_kernel, {
-        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8,
+        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
         "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-        "COUNT13": inter // 32 * num_steps(hidden), "COUNT2": hidden // 64 * num_steps(inter),
-        "GROUP_SIZE13": 128, "GROUP_SIZE2": 128, "PREFETCH": config.prefetch, "SINGLE": False,
-        **pdl,
+        "SINGLE": False, **pdl,
     }, {"num_warps": 4}  # fmt: skip
     yield "combine", experts_decode.combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,

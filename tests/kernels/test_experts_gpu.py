@@ -9,6 +9,7 @@ from mcmoe_kernels import experts_warpgroup
 from mcmoe_kernels.experts import fused_experts_torch
 from mcmoe_kernels.experts_gpu import fused_experts, warm_up
 from mcmoe_kernels.packing import pack
+from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, WarpgroupConfig, fit
 from tests.expert_layers import (
@@ -27,7 +28,7 @@ CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
     "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 64, 3),
-    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128, 3),
+    "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
     "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 32, 2),
 }
@@ -122,6 +123,21 @@ def test_skipped_pairs_and_padding_rows(config, device):
     assert torch.equal(out[[0, 2]], torch.zeros(2, 256, dtype=x.dtype))
     reference = experts_float64(x.nan_to_num(), layer, weights.nan_to_num(), ids)
     assert relative_error(out, reference) < 1e-3
+
+
+@pytest.mark.parametrize("config", PLAIN)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_pruning_is_skipping_the_pairs(config, tokens, device):
+    """The same bits as with ids that were pruned before; padding among them."""
+    tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), device))
+    x = random_input(tokens, 256, torch.float16).to(device)
+    weights, ids = (t.to(device) for t in random_routing(tokens, 7, 3))
+    ids[-1], weights[-1] = torch.tensor([-1, 5, 3]), torch.tensor([9.0, 0.5, 0.25])
+    pruned = prune_ids(weights, ids, 0.7)
+    assert bool((pruned != ids).any())
+    expected = fused_experts(x, tiled, weights, pruned, config)
+    assert torch.equal(fused_experts(x, tiled, weights, ids, config, 0.7), expected)
+    assert not torch.equal(fused_experts(x, tiled, weights, ids, config), expected)
 
 
 @pytest.mark.parametrize("config", PLAIN)

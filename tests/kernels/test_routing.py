@@ -29,11 +29,10 @@ def route_in_prepare(ids, layer, block_m):
     digits = torch.empty(len(ids), 2, 128, dtype=torch.int8, device=ids.device)
     meta = torch.empty(len(ids), 1, 2, device=ids.device)
     prepare_kernel[(1 + len(ids),)](
-        x, digits, meta, ids, layer.slot_of, layer.w13.table, layer.w2.table, new(16 + pairs),
-        block_info, block_pair, layer.w13.records, layer.w2.records, pairs, blocks, len(ids),
-        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, SLOTS=8, COUNT13=2, COUNT2=2, GROUP_SIZE13=64,
-        GROUP_SIZE2=64, PREFETCH=0,
-        BLOCK_M=block_m, SINGLE=False, PDL=False,
+        x, digits, meta, ids, layer.slot_of, ids, 0.0, ids, layer.w13.table, layer.w2.table,
+        new(16 + pairs), block_info, block_pair, pairs, blocks,
+        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0, SLOTS=8, BLOCK_M=block_m,
+        SINGLE=False, PDL=False,
     )  # fmt: skip
     return block_info, block_pair
 
