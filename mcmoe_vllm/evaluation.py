@@ -27,7 +27,7 @@ import torch
 
 from mcmoe_kernels import packing
 from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import Pruning, parse_switch, read_table
@@ -106,8 +106,9 @@ def evaluate(
     if not 2 <= length <= longest:
         raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
     tokens = strided_windows(text, tokenizer, windows, length)
-    settings = checkpoint.config.get("quantization_config")
-    table = read_table(QuantizationConfig.from_dict(settings)) if settings else None
+    settings = checkpoint.config.get("quantization_config") or {}
+    ours = settings.get("quant_method") == QUANT_METHOD
+    table = read_table(QuantizationConfig.from_dict(settings) if ours else None)
     ratios = parse_switch(pruning, table)
     active = Pruning(ratios, table.renormalize) if table and ratios else None
     if engine == "vllm":

@@ -162,10 +162,20 @@ class Pruning:
 
 
 def read_table(quantization: QuantizationConfig | None) -> PruningTable | None:
-    """The table of a checkpoint, None if it is not calibrated. Raises UserError if it is broken."""
+    """The table of a checkpoint, None if it is not calibrated.
+
+    Raises UserError if it is broken or is for other layers than the checkpoint's.
+    """
     if quantization is None or quantization.pruning is None:
         return None
-    return PruningTable.from_dict(quantization.pruning)
+    table = PruningTable.from_dict(quantization.pruning)
+    strange = sorted(set(table.layers) ^ set(quantization.expert_bits))
+    if strange:
+        raise UserError(
+            f"pruning in config.json and expert_bits disagree on layers {strange}: the folder "
+            "mixes two checkpoints; calibrate again with `mcmoe calibrate-pruning`"
+        )
+    return table
 
 
 def switch_of(additional_config: object) -> object:

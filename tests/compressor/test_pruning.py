@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.pruning import (
     Pruning,
@@ -12,6 +13,7 @@ from mcmoe_vllm.pruning import (
     drop_mask,
     parse_switch,
     prune,
+    read_table,
     switch_of,
 )
 
@@ -87,6 +89,19 @@ def test_a_broken_table_is_refused_all_at_once():
         PruningTable("best", 0.7, (0, 1), {0.6: (0.1,), 0.2: (1.5, 0.0)})
     for part in ("'best'", "0.7", "0.6", "1 layers", "1.5", "not ascending"):
         assert part in str(e.value)
+
+
+def test_a_table_for_other_layers_is_refused():
+    def quantization(*layers):
+        return QuantizationConfig(
+            group_size={"w13": 128, "w2": 128, "dense": 128},
+            expert_bits={layer: ("23", "23") for layer in layers},
+            pruning=TABLE.to_dict(),
+        )
+
+    assert read_table(quantization(0, 3)) == TABLE and read_table(None) is None
+    with pytest.raises(UserError, match=r"disagree on layers \[3, 4\]"):
+        read_table(quantization(0, 4))
 
 
 def test_the_switch_of_a_launch():
