@@ -95,7 +95,7 @@ def test_a_table_for_other_layers_is_refused():
     def quantization(*layers):
         return QuantizationConfig(
             group_size={"w13": 128, "w2": 128, "dense": 128},
-            expert_bits={layer: ("23", "23") for layer in layers},
+            expert_bits=dict.fromkeys(layers, ("23", "23")),
             pruning=TABLE.to_dict(),
         )
 
