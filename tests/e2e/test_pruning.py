@@ -65,10 +65,3 @@ def test_pieces_of_a_prompt_are_pruned_alike(calibrated, prompts, run_engine, st
     chunks = {"max_num_batched_tokens": 48, "max_num_seqs": 3}
     result = run_engine(calibrated, prompts, additional_config=switch, **chunks)
     assert_equal_numbers(result, streamed(table_of(calibrated).layer_ratios(0.1)))
-
-
-def test_the_launch_can_switch_it_off(calibrated, prompts, run_engine, streamed):
-    switch = {"mcmoe": {"pruning": "off"}}
-    result = run_engine(calibrated, prompts, additional_config=switch)
-    assert "pruning in" not in result["log"]
-    assert_equal_numbers(result, streamed({}))
