@@ -7,8 +7,8 @@ calibrated (`pruning_calibration`) and stored in the checkpoint as a `PruningTab
 
 A dropped expert is marked by the id -1, which every kernel skips. Weights of the others stay as
 they are unless the table says `renormalize`: handing the dropped weight to the experts that stay
-doubled the damage on the models measured (benchmarks/results/pruning.jsonl), whatever the router
-does when it chooses.
+doubled the damage on the models measured, whatever the router does when it chooses
+(benchmarks/quality/pruning.py compares).
 """
 
 from __future__ import annotations
