@@ -129,10 +129,11 @@ def test_skipped_pairs_and_padding_rows(config, device):
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
-    tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), device))
-    x = random_input(tokens, 256, torch.float16).to(device)
-    weights, ids = (t.to(device) for t in random_routing(tokens, 7, 3))
-    ids[-1], weights[-1] = torch.tensor([-1, 5, 3]), torch.tensor([9.0, 0.5, 0.25])
+    layer = random_layer((1, 2, 0, 3), (3, 2, 0, 1), 128, 64, 64)
+    tiled = tile_layer(to_device(layer, device))
+    x = random_input(tokens, 128, torch.float16).to(device)
+    weights, ids = (t.to(device) for t in random_routing(tokens, 4, 3))
+    ids[-1], weights[-1] = torch.tensor([-1, 0, 3]), torch.tensor([9.0, 0.5, 0.25])
     pruned = prune_ids(weights, ids, 0.7)
     assert bool((pruned != ids).any())
     expected = fused_experts(x, tiled, weights, pruned, config)
