@@ -18,7 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,7 @@ def evaluate(
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    longest = int(checkpoint.config.get("max_position_embeddings", MAX_SEQUENCE_LENGTH))
-    length = sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
-    if not 2 <= length <= longest:
-        raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
+    length = window_length(checkpoint, sequence_length)
     tokens = strided_windows(text, tokenizer, windows, length)
     settings = checkpoint.config.get("quantization_config") or {}
     ours = settings.get("quant_method") == QUANT_METHOD
@@ -141,6 +139,15 @@ def evaluate(
         base=against,
         **_figures(scores, base_scores),
     )
+
+
+def window_length(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens of a window, by default min(2048, the model's maximum). Raises UserError beyond it."""
+    longest = int(checkpoint.config.get("max_position_embeddings", MAX_SEQUENCE_LENGTH))
+    length = asked or min(MAX_SEQUENCE_LENGTH, longest)
+    if not 2 <= length <= longest:
+        raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
+    return length
 
 
 def _figures(scores: _Scores, base: _Scores | None) -> dict[str, float]:
@@ -220,55 +227,72 @@ def load_streamed(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
     return LoadedModel(model, architecture, quantization, num_experts)
 
 
+RunBlock = Callable[[torch.Tensor, "Pruning | None"], tuple[torch.Tensor, "Routing | None"]]
+
+
+@contextmanager
+def open_layer(loaded: LoadedModel, index: int) -> Iterator[RunBlock]:
+    """A decoder layer in memory: a function from a block [B, L, H] and what to prune to the layer's
+    output in main memory and its routing, None for a dense layer. Experts are read when needed."""
+    model = loaded.model
+    layer, activation = model.load_layer(index), model.activation()
+    experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+
+    def run(block: torch.Tensor, pruning: Pruning | None) -> tuple[torch.Tensor, Routing | None]:
+        output, routing = model.run_layer(layer, index, block.to(model.device))
+        if routing is None:
+            return output.cpu(), None
+        if not experts:
+            experts.update({e: loaded.expert(index, e) for e in range(loaded.num_experts)})
+        kept = routing
+        if pruning is not None:
+            weights, ids = pruning(index, routing.weights, routing.ids)
+            kept = Routing(routing.hidden, ids, weights)
+        routed = experts_output(kept, experts.__getitem__, loaded.num_experts, activation)
+        return (output + routed.view_as(output).to(output.dtype)).cpu(), routing
+
+    yield run
+    model.release_layer(index)
+
+
 def final_hidden(
     loaded: LoadedModel, tokens: torch.Tensor, pruning: Pruning | None = None
 ) -> list[torch.Tensor]:
     """Token windows [S, L] through all decoder layers; blocks [B, L, H] in main memory."""
-    model = loaded.model
-    activation = model.activation()
-    blocks = [block.cpu() for block in model.embed(tokens)]
-    for index in range(model.num_layers):
-        layer = model.load_layer(index)
-        experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-        for position, block in enumerate(blocks):
-            output, routing = model.run_layer(layer, index, block.to(model.device))
-            if routing is not None:
-                if not experts:
-                    experts = {e: loaded.expert(index, e) for e in range(loaded.num_experts)}
-                output = add_experts(output, routing, experts, activation, index, pruning)
-            blocks[position] = output.cpu()
-        model.release_layer(index)
+    blocks = [block.cpu() for block in loaded.model.embed(tokens)]
+    for index in range(loaded.model.num_layers):
+        with open_layer(loaded, index) as run:
+            blocks[:] = [run(block, pruning)[0] for block in blocks]
     return blocks
 
 
-def add_experts(
-    output: torch.Tensor,
-    routing: Routing,
-    experts: Mapping[int, tuple[torch.Tensor, torch.Tensor] | None],
-    activation: Callable[[torch.Tensor], torch.Tensor],
-    layer: int,
-    pruning: Pruning | None,
-) -> torch.Tensor:
-    """A layer's output [B, L, H] with its routed experts'."""
-    if pruning is not None:
-        weights, ids = pruning(layer, routing.weights, routing.ids)
-        routing = Routing(routing.hidden, ids, weights)
-    routed = experts_output(routing, experts.__getitem__, len(experts), activation)
-    return output + routed.view_as(output).to(output.dtype)
-
-
 @torch.no_grad()
-def mean_divergence(
-    loaded: LoadedModel, hidden: list[torch.Tensor], base_hidden: list[torch.Tensor]
-) -> float:
-    """Mean KL(base || other) per token of two `final_hidden` of one model, in nats."""
-    divergences = [
-        (base.softmax(-1) * (base.log_softmax(-1) - other.log_softmax(-1))).sum(-1).mean()
-        for base, other in zip(
-            loaded.model.logits(base_hidden), loaded.model.logits(hidden), strict=True
-        )
+def mean_divergences(
+    loaded: LoadedModel, base: list[torch.Tensor], others: Sequence[list[torch.Tensor]]
+) -> list[float]:
+    """Mean KL(base || other) per token of one model's hidden states, blocks [B, L, H], in nats."""
+    if not others:
+        return []
+    # Window by window, the base first: its logits are computed once and the head is read once.
+    windows = [
+        states[b][w : w + 1]
+        for b, block in enumerate(base)
+        for w in range(block.shape[0])
+        for states in (base, *others)
     ]
-    return float(torch.stack(divergences).double().mean())
+    found: list[list[torch.Tensor]] = [[] for _ in others]
+    for i, row in enumerate(loaded.model.logits(windows)):
+        other = i % (1 + len(others)) - 1
+        if other < 0:
+            log_q = row.log_softmax(-1)
+        else:
+            found[other].append(_divergence(log_q, row.log_softmax(-1)).mean())
+    return [float(torch.stack(each).double().mean()) for each in found]
+
+
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """KL(q || p) of each row of log-probabilities [L, vocabulary]."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def compare(
@@ -311,7 +335,7 @@ def _score(
         if base_row is not None:
             log_q = base_row[:-1].to(row.device).log_softmax(-1)
             base_losses.append(-log_q.gather(1, target).double().mean())
-            divergences.append((log_q.exp() * (log_q - log_p)).sum(-1).double().mean())
+            divergences.append(_divergence(log_q, log_p).double().mean())
     loss = torch.stack(losses).cpu()
     if base is None:
         return _Scores(loss, None), None

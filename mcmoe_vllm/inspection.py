@@ -144,7 +144,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
     """
     checkpoint = open_checkpoint(path)
     architecture = find_architecture(checkpoint.config)
-    config = _read_config(checkpoint)
+    config = read_config(checkpoint)
     hidden, width = _read_sizes(checkpoint, architecture, config)
     experts = list(_expert_pairs(architecture, config, hidden, width))
     dense, wrong = _dense_pairs(checkpoint, architecture, config)
@@ -255,7 +255,7 @@ def print_inspection(inspection: Inspection) -> None:
     console.print(table)
 
 
-def _read_config(checkpoint: Checkpoint) -> QuantizationConfig:
+def read_config(checkpoint: Checkpoint) -> QuantizationConfig:
     raw = checkpoint.config.get("quantization_config")
     if raw is None:
         raise UserError(

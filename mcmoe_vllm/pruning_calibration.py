@@ -21,14 +21,14 @@ from mcmoe_vllm.checkpoint import Checkpoint, explain_os_errors, open_checkpoint
 from mcmoe_vllm.config import QuantizationConfig, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluation import (
-    MAX_SEQUENCE_LENGTH,
     LoadedModel,
-    add_experts,
     load_streamed,
-    mean_divergence,
+    mean_divergences,
+    open_layer,
+    window_length,
 )
+from mcmoe_vllm.inspection import read_config
 from mcmoe_vllm.pruning import MAX_DROP, Pruning, PruningTable
-from mcmoe_vllm.streaming import Routing
 from mcmoe_vllm.text import load_tokenizer, sample_windows
 
 PROBE_DROP = 0.15
@@ -106,7 +106,7 @@ def calibrate_pruning(
         dropped = sum(len(layer.ratios) // 2 for layer in measured)
         share = dropped / sum(layer.activations for layer in measured)
         return PruningTable(rule, share, indices, {share: medians}, renormalize=True)
-    wanted = sorted({*SHARES, target_drop} if target_drop <= MAX_DROP else {target_drop})
+    wanted = sorted({*SHARES, target_drop})
     ratios = {
         share: tuple(
             layer.ratio_for(part)
@@ -117,53 +117,31 @@ def calibrate_pruning(
     return PruningTable(rule, target_drop, indices, ratios)
 
 
-@torch.no_grad()
 def measure_routing(
     loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool
 ) -> dict[int, LayerRouting]:
     """MoE layer -> its routing of the windows [S, L]; with `probe` also what pruning it costs."""
-    model = loaded.model
-    activation = model.activation()
-    blocks = [block.cpu() for block in model.embed(tokens)]
+    blocks = [block.cpu() for block in loaded.model.embed(tokens)]
     probe_blocks = _leading_blocks(blocks, PROBE_TOKENS) if probe else 0
     probes: dict[int, list[torch.Tensor]] = {}
     found: dict[int, LayerRouting] = {}
-    for index in range(model.num_layers):
-        layer = model.load_layer(index)
-        experts: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-
-        def run(block: torch.Tensor, ratio: float = 0.0) -> tuple[torch.Tensor, Routing | None]:
-            output, routing = model.run_layer(layer, index, block.to(model.device))  # noqa: B023
-            if routing is None:
-                return output.cpu(), None
-            if not experts:  # noqa: B023
-                for e in range(loaded.num_experts):
-                    experts[e] = loaded.expert(index, e)  # noqa: B023
-            pruning = Pruning({index: ratio}) if ratio > 0 else None  # noqa: B023
-            added = add_experts(output, routing, experts, activation, index, pruning)  # noqa: B023
-            return added.cpu(), routing
-
-        before = blocks[:probe_blocks]
-        weights = []
-        for position, block in enumerate(blocks):
-            blocks[position], routing = run(block)
-            if routing is not None:
-                weights.append(routing.weights.cpu())
-        for states in probes.values():
-            states[:] = [run(state)[0] for state in states]
-        if weights:
-            found[index] = summarize_routing(torch.cat(weights))
-            if probe:
-                ratio = found[index].ratio_for(PROBE_DROP)
-                probes[index] = [run(block, ratio)[0] for block in before]
-        model.release_layer(index)
-    if probe:
-        base = blocks[:probe_blocks]
-        for index, states in probes.items():
-            measured = found[index]
-            kl = mean_divergence(loaded, states, base)
-            found[index] = LayerRouting(measured.ratios, measured.damage, measured.activations, kl)
-    return found
+    for index in range(loaded.model.num_layers):
+        with open_layer(loaded, index) as run:
+            before = blocks[:probe_blocks]
+            weights = []
+            for position, block in enumerate(blocks):
+                blocks[position], routing = run(block, None)
+                if routing is not None:
+                    weights.append(routing.weights.cpu())
+            for states in probes.values():
+                states[:] = [run(state, None)[0] for state in states]
+            if weights:
+                found[index] = summarize_routing(torch.cat(weights))
+                if probe:
+                    pruning = Pruning({index: found[index].ratio_for(PROBE_DROP)})
+                    probes[index] = [run(block, pruning)[0] for block in before]
+    costs = mean_divergences(loaded, blocks[:probe_blocks], list(probes.values()))
+    return found | {i: replace(found[i], kl=kl) for i, kl in zip(probes, costs, strict=True)}
 
 
 def _leading_blocks(blocks: Sequence[torch.Tensor], tokens: int) -> int:
@@ -195,18 +173,9 @@ def calibrate_checkpoint(
     if not 0 < target_drop <= MAX_DROP:
         raise UserError(f"target drop is {target_drop}, allowed are shares up to {MAX_DROP}")
     checkpoint = open_checkpoint(Path(folder))
-    settings = checkpoint.config.get("quantization_config")
-    if settings is None:
-        raise UserError(
-            f"{folder} is not compressed: its config.json has no quantization_config. "
-            "Make a checkpoint with `mcmoe quantize` first"
-        )
-    QuantizationConfig.from_dict(settings)
+    read_config(checkpoint)  # refuses a folder that mcmoe did not make
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
-    longest = int(checkpoint.config.get("max_position_embeddings", MAX_SEQUENCE_LENGTH))
-    length = sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
-    if not 2 <= length <= longest:
-        raise UserError(f"sequence_length is {length}, allowed are 2 to {longest}")
+    length = window_length(checkpoint, sequence_length)
     tokens = sample_windows(text, tokenizer, samples, length, seed)
     table = calibrate_pruning(load_streamed(checkpoint, device), tokens, target_drop, rule)
     store_table(checkpoint, table)

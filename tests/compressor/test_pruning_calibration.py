@@ -9,7 +9,7 @@ import torch
 
 from mcmoe_vllm.checkpoint import open_checkpoint
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.evaluation import evaluate, final_hidden, load_streamed, mean_divergence
+from mcmoe_vllm.evaluation import evaluate, final_hidden, load_streamed, mean_divergences
 from mcmoe_vllm.pipeline import QuantizeOptions, quantize
 from mcmoe_vllm.pruning import Pruning, PruningTable, drop_mask
 from mcmoe_vllm.pruning_calibration import (
@@ -65,7 +65,7 @@ def test_probes_are_the_divergence_of_pruning_that_layer_alone(measured):
     base = final_hidden(loaded, tokens)
     for index in (0, max(layers)):
         pruned = final_hidden(loaded, tokens, Pruning({index: layers[index].ratio_for(PROBE_DROP)}))
-        expected = mean_divergence(loaded, pruned, base)
+        (expected,) = mean_divergences(loaded, base, [pruned])
         assert layers[index].kl == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
