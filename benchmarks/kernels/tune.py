@@ -36,21 +36,23 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     fit,
 )
 
-# block_m, block_n, warps, stages, then registers of gate_up; for prefill group_n and registers
+# block_m, block_n, warps, stages, registers of gate_up
 DECODE = [(4, 128, 2, 4, 0), (4, 128, 2, 2, 0), (4, 64, 2, 3, 0), (4, 64, 4, 3, 0),
           (4, 256, 4, 4, 0), (8, 128, 4, 3, 0), (8, 128, 4, 3, 128), (8, 128, 4, 2, 0),
           (8, 64, 4, 3, 0), (16, 64, 4, 3, 0), (16, 64, 4, 3, 128), (16, 128, 4, 3, 0),
           (16, 128, 8, 3, 128)]  # fmt: skip
-PREFILL = [(16, 128, 4, 3, 64, 0), (16, 128, 4, 3, 64, 168), (32, 64, 4, 3, 64, 0),
-           (32, 128, 4, 3, 64, 0), (32, 128, 4, 2, 64, 0), (32, 128, 4, 4, 64, 0),
-           (64, 128, 4, 2, 16, 168), (64, 256, 8, 2, 16, 128), (64, 256, 8, 2, 64, 128),
-           (128, 256, 8, 2, 16, 0)]  # fmt: skip
-# block_m, block_n, warps, stages, part13, part2, group_n, registers
-WARPGROUP = [(16, 128, 4, 4, 64, 64, 64, 144),
-             (32, 128, 4, 4, 64, 64, 64, 0), (32, 128, 4, 6, 64, 64, 64, 0),
-             (32, 256, 8, 4, 32, 32, 64, 128), (64, 256, 8, 4, 64, 64, 16, 0),
-             (128, 128, 8, 4, 64, 64, 16, 0), (128, 256, 8, 4, 64, 64, 16, 0),
-             (128, 256, 8, 4, 64, 64, 64, 0), (128, 256, 8, 4, 64, 32, 16, 0)]  # fmt: skip
+# block_m, block_n13, block_n2, warps, stages, group_n, registers
+PREFILL = [(16, 128, 128, 4, 3, 64, 0), (16, 128, 128, 4, 3, 64, 168), (32, 64, 64, 4, 3, 64, 0),
+           (32, 128, 128, 4, 3, 64, 0), (32, 128, 64, 4, 3, 64, 0), (32, 128, 128, 4, 2, 64, 0),
+           (64, 128, 128, 4, 2, 16, 168), (64, 256, 256, 8, 2, 16, 128),
+           (64, 256, 256, 8, 2, 64, 128), (128, 256, 256, 8, 2, 16, 0)]  # fmt: skip
+# block_m, block_n13, block_n2, warps, stages, part13, part2, group_n, registers
+WARPGROUP = [(16, 128, 128, 4, 4, 64, 64, 64, 144), (32, 64, 64, 4, 4, 64, 64, 64, 128),
+             (32, 64, 64, 4, 6, 64, 64, 64, 128), (32, 128, 64, 4, 4, 64, 64, 64, 0),
+             (32, 128, 128, 4, 4, 64, 64, 64, 0), (32, 128, 128, 4, 6, 64, 64, 64, 0),
+             (64, 256, 256, 8, 4, 64, 64, 16, 0), (128, 128, 128, 8, 4, 64, 64, 16, 0),
+             (128, 256, 256, 8, 4, 64, 64, 16, 0), (128, 256, 256, 8, 4, 64, 64, 64, 0),
+             (128, 256, 256, 8, 4, 64, 32, 16, 0)]  # fmt: skip
 
 
 def candidates(shape: str, tokens: int) -> list[Config]:
@@ -67,15 +69,15 @@ def candidates(shape: str, tokens: int) -> list[Config]:
         ]
     if per_expert >= 4:
         found += [
-            PrefillConfig(m, n, n, w, s, g, r)
-            for m, n, w, s, g, r in PREFILL
-            if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
+            PrefillConfig(*sizes)
+            for sizes in PREFILL
+            if min(64, per_expert / 2) <= sizes[0] <= max(32, 2 * per_expert)
         ]
         if torch.cuda.get_device_capability() == (9, 0):
             found += [
-                WarpgroupConfig(m, n, n, w, s, part13, part2, g, r)
-                for m, n, w, s, part13, part2, g, r in WARPGROUP
-                if m <= max(32, 2 * per_expert) and m >= min(64, per_expert / 2)
+                WarpgroupConfig(*sizes)
+                for sizes in WARPGROUP
+                if min(64, per_expert / 2) <= sizes[0] <= max(32, 2 * per_expert)
             ]
     layer = LayerShape(experts, top_k, hidden, intermediate)
     return list(dict.fromkeys(fit(config, layer) for config in found))

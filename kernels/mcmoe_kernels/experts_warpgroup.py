@@ -95,14 +95,14 @@ def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: 
 
 @gluon.jit
 def weights_of_block(w0, w1, meta_ring, slot, BLOCK: gl.constexpr, TILE: gl.constexpr,
-                     GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, WEIGHT: gl.constexpr,
-                     DTYPE: gl.constexpr):  # fmt: skip
-    """The weights [N, 32] of one block of a tile."""
+                     GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr,
+                     WEIGHT: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """The weights [N, 32] of one block of a tile, SCALED as in `weights_of`."""
     word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
     at = slot * (128 // GROUP_SIZE) + BLOCK * 32 // GROUP_SIZE
     scale, zero = split_meta(meta_ring.index(at).load(gl.SliceLayout(1, WEIGHT)), DTYPE)
-    first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, True, DTYPE, True)
-    second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, True, DTYPE, True)
+    first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, SCALED, DTYPE, True)
+    second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, SCALED, DTYPE, True)
     return concatenate(first, second)
 
 
@@ -110,25 +110,38 @@ def weights_of_block(w0, w1, meta_ring, slot, BLOCK: gl.constexpr, TILE: gl.cons
 def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
                   TILE: gl.constexpr, PARTS: gl.constexpr, GROUP_SIZE: gl.constexpr,
                   BITS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
-                  WEIGHT: gl.constexpr):  # fmt: skip
-    """acc += the first PARTS parts of a tile; one part's products are left running."""
+                  SCALED: gl.constexpr, WEIGHT: gl.constexpr):  # fmt: skip
+    """acc += the first PARTS parts of a tile.
+
+    SCALED: weights are scaled before they are multiplied, and the last part's products are left
+    running. Else those of the tile gather in sums of their own, which are scaled: they must have
+    ended, since registers of running products may not be read.
+    """
     w0, w1 = load_words(tile, step, shared_ring, plane_ring, WEIGHT, TILE, BITS, STAGES)
     DTYPE: gl.constexpr = x_ring.dtype
     slot = tile % STAGES
+    sums = acc
     for part in gl.static_range(PARTS):
         tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
         weights = weights_of_block(
-            w0, w1, meta_ring, slot, part * (PART // 32), TILE, GROUP_SIZE, BITS, WEIGHT, DTYPE
-        )
+            w0, w1, meta_ring, slot, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, WEIGHT,
+            DTYPE,
+        )  # fmt: skip
         if PART == 64:
             second = weights_of_block(
-                w0, w1, meta_ring, slot, part * 2 + 1, TILE, GROUP_SIZE, BITS, WEIGHT, DTYPE
-            )
+                w0, w1, meta_ring, slot, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, WEIGHT,
+                DTYPE,
+            )  # fmt: skip
             weights = concatenate(weights, second)
         weights = gl.convert_layout(weights, WEIGHT, assert_trivial=True)
-        acc = warpgroup_mma(weights, tokens, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, (acc,))
-    return acc
+        sums = warpgroup_mma(weights, tokens, sums, use_acc=SCALED or part > 0, is_async=True)
+        sums = warpgroup_mma_wait(1 if SCALED or part < PARTS - 1 else 0, (sums,))
+    if SCALED:
+        return sums
+    else:
+        meta = meta_ring.index(slot).load(gl.SliceLayout(1, acc.type.layout))
+        scale, zero = split_meta(meta, gl.float32)
+        return acc + sums * scale[:, None]
 
 
 @gluon.jit
@@ -146,6 +159,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     AHEAD: gl.constexpr = STAGES - 2
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     DTYPE: gl.constexpr = x.dtype.element_ty
+    SCALED: gl.constexpr = BLOCK_M > 32 or GROUP_SIZE < 128  # as in `experts_prefill`
     gl.static_assert(STAGES % 2 == 0 and STAGES >= 4)
     gl.static_assert(COLUMNS % PART == 0)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
@@ -181,7 +195,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
             fence_async_shared()
             acc = multiply_tile(
                 acc, step * 2 + half, step, shared_ring, plane_ring, meta_ring, x_ring, half,
-                128 // PART, GROUP_SIZE, BITS, PART, STAGES, WEIGHT,
+                128 // PART, GROUP_SIZE, BITS, PART, STAGES, SCALED, WEIGHT,
             )  # fmt: skip
             copy_tile(
                 step * 2 + half + AHEAD, step + AHEAD // 2, TILES, record, shared_ring,
@@ -198,7 +212,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
                 acc, COLUMNS // 256 * 2 + half, COLUMNS // 256, shared_ring, plane_ring,
                 meta_ring, x_ring, half,
                 min(COLUMNS % 256 - half * 128, 128) // PART, GROUP_SIZE, BITS, PART, STAGES,
-                WEIGHT,
+                SCALED, WEIGHT,
             )  # fmt: skip
     async_copy.wait_group(0)
     return warpgroup_mma_wait(0, (acc,))
