@@ -53,7 +53,7 @@ PACKAGES = ("torch", "triton", "vllm", "humming-kernels")
 
 def main() -> None:
     arguments = parse_arguments()
-    head = about(arguments)
+    head = about(arguments.commit, "sweep" if arguments.sweep else "peers")
     if arguments.sweep:
         rows = sweep(arguments, head)
     else:
@@ -210,12 +210,12 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
+def about(commit: str | None, what: str) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "date": now,
-        "run": f"{now} {'sweep' if arguments.sweep else 'peers'}",
-        "commit": arguments.commit or read("git", "describe", "--always", "--dirty"),
+        "run": f"{now} {what}",
+        "commit": commit or read("git", "describe", "--always", "--dirty"),
         "device": torch.cuda.get_device_name(),
         "gpu_clock": read("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader"),
         "versions": {name: installed(name) for name in PACKAGES},

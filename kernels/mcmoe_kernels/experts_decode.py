@@ -16,7 +16,13 @@ import triton.language as tl
 
 from mcmoe_kernels.dequantization import blocks_bytes, concatenate, split_meta
 from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
-from mcmoe_kernels.routing import max_blocks, route, route_single
+from mcmoe_kernels.routing import (
+    max_blocks,
+    pdl_options,
+    route,
+    route_single,
+    wait_for_previous,
+)
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import DecodeConfig
 
@@ -176,17 +182,6 @@ def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_s
                     ROWS, COLUMNS, GROUP_SIZE, X_BLOCK, bits, BLOCK_N, BLOCK_M, STAGES, INLINE,
                 )  # fmt: skip
     return acc
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """With programmatic dependent launch (sm_90): this grid may start before the previous ends.
-
-    From here on the previous grid's results are visible, and the next grid may start in turn.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
@@ -358,7 +353,7 @@ def fused_experts_decode(
         )
     )
     out = torch.empty_like(x)
-    common = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    common = pdl_options(pdl)
     x_blocks = 1024 // x_block
     kept_ids = torch.empty_like(topk_ids) if prune_ratio > 0 else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](

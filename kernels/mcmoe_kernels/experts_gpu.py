@@ -48,15 +48,14 @@ def fused_experts(
     inputs = (x.contiguous(), layer, topk_weights.contiguous(), topk_ids.contiguous())
     if config is None:
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
+    pdl = supports_pdl(x.device)
     if isinstance(config, DecodeConfig):
-        return fused_experts_decode(
-            *inputs, config, prune_ratio, inline=inline(), pdl=supports_pdl(x.device)
-        )
+        return fused_experts_decode(*inputs, config, prune_ratio, inline=inline(), pdl=pdl)
     if prune_ratio > 0:
         inputs = (*inputs[:3], prune_ids(*inputs[2:], prune_ratio))
     if isinstance(config, WarpgroupConfig):
-        return fused_experts_warpgroup(*inputs, config)
-    return fused_experts_prefill(*inputs, config, inline=inline())
+        return fused_experts_warpgroup(*inputs, config, pdl=pdl)
+    return fused_experts_prefill(*inputs, config, inline=inline(), pdl=pdl)
 
 
 def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:

@@ -25,7 +25,7 @@ from mcmoe_kernels.experts_decode import (
     plane_offsets,
     record_bytes_of,
 )
-from mcmoe_kernels.routing import route_pairs
+from mcmoe_kernels.routing import pdl_options, route_pairs, wait_for_previous
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import PrefillConfig, WarpgroupConfig
 
@@ -130,10 +130,12 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
                            GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
                            ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                           WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                           WIDE: tl.constexpr, PDL: tl.constexpr,
+                           INLINE: tl.constexpr):  # fmt: skip
     block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
     if n_block >= 2 * INTERMEDIATE // BLOCK_N:
         return
+    wait_for_previous(PDL)
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 1)
     if slot < 0:
@@ -158,10 +160,11 @@ def down_prefill_kernel(h, records, block_info, block_pair, y,
                         HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                         GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                        WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                        WIDE: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
+    wait_for_previous(PDL)
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 2)
     if slot < 0:
@@ -191,13 +194,14 @@ def fused_experts_prefill(
     topk_ids: torch.Tensor,
     config: PrefillConfig,
     inline: bool = True,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
 
-    All contiguous, on one device. inline: use inline PTX.
+    All contiguous, on one device. inline, pdl: as in `fused_experts_decode`.
     """
     kernels = (gate_up_prefill_kernel, {}), (down_prefill_kernel, {})
-    return launch_prefill(x, layer, topk_weights, topk_ids, config, *kernels, INLINE=inline)
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, *kernels, INLINE=inline)
 
 
 def launch_prefill(
@@ -206,6 +210,7 @@ def launch_prefill(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     config: PrefillConfig | WarpgroupConfig,
+    pdl: bool,
     gate_up: tuple[Any, dict[str, Any]],
     down: tuple[Any, dict[str, Any]],
     **constants: Any,
@@ -214,11 +219,12 @@ def launch_prefill(
     tokens, hidden = x.shape
     top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
     w13, w2 = layer.w13, layer.w2
-    block_info, block_pair = route_pairs(topk_ids, layer, config.block_m)
+    block_info, block_pair = route_pairs(topk_ids, layer, config.block_m, pdl)
     blocks = block_info.shape[0]
     h, y, out = x.new_empty(pairs, inter), x.new_empty(pairs, hidden), torch.empty_like(x)
     common = {
         **constants,
+        **pdl_options(pdl),
         "HIDDEN": hidden,
         "INTERMEDIATE": inter,
         "BLOCK_M": config.block_m,
@@ -242,6 +248,6 @@ def launch_prefill(
     )  # fmt: skip
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
         y, topk_weights, topk_ids, layer.slot_of, out, pairs,
-        TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, PDL=False, num_warps=4,
+        TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return out

@@ -28,6 +28,7 @@ from mcmoe_kernels.experts_decode import (
     tile_bytes_of,
 )
 from mcmoe_kernels.experts_prefill import launch_prefill
+from mcmoe_kernels.routing import wait_for_previous
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import WarpgroupConfig
 
@@ -254,7 +255,8 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
                              GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr,
                              ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
                              BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
-                             STAGES: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+                             STAGES: gl.constexpr, WIDE: gl.constexpr,
+                             PDL: gl.constexpr):  # fmt: skip
     X_TILE: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
     )
@@ -262,6 +264,7 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
     block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
     if n_block >= 2 * INTERMEDIATE // BLOCK_N:
         return
+    wait_for_previous(PDL)
     slot = gl.load(block_info + block * 4)
     entry = gl.load(block_info + block * 4 + 1)
     if slot < 0:
@@ -284,7 +287,8 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
                           HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
                           GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr,
                           BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
-                          STAGES: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+                          STAGES: gl.constexpr, WIDE: gl.constexpr,
+                          PDL: gl.constexpr):  # fmt: skip
     X_TILE: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
     )
@@ -292,6 +296,7 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
     block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
+    wait_for_previous(PDL)
     slot = gl.load(block_info + block * 4)
     entry = gl.load(block_info + block * 4 + 2)
     if slot < 0:
@@ -316,8 +321,9 @@ def fused_experts_warpgroup(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     config: WarpgroupConfig,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """As `fused_experts_prefill`, on compute capability 9.0; H and I must be multiples of 64."""
     gate_up = (gate_up_warpgroup_kernel, {"PART": config.part13})
     down = (down_warpgroup_kernel, {"PART": config.part2})
-    return launch_prefill(x, layer, topk_weights, topk_ids, config, gate_up, down)
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, gate_up, down)

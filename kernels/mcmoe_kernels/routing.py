@@ -19,6 +19,7 @@ import triton.language as tl
 from mcmoe_kernels.tiles import TiledLayer
 
 PAIRS_AT_ONCE = 256
+ONE_PROGRAM_PAIRS = 1024  # so many are routed by one program: one launch instead of three
 
 
 def max_blocks(pairs: int, slots: int, block_m: int) -> int:
@@ -50,6 +51,17 @@ def route_torch(
             block_pair[at, : len(members) - first] = members[first : first + block_m]
             at += 1
     return block_info.to(topk_ids.device), block_pair.to(topk_ids.device)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """With programmatic dependent launch (sm_90): this grid may start before the previous ends.
+
+    From here on the previous grid's results are visible, and the next grid may start in turn.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -167,6 +179,17 @@ def route(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch,
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["pairs", "blocks"])
+def route_kernel(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
+                 SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
+    route(
+        ids, slot_of, ids, 0.0, ids, table13, table2, scratch, block_info, block_pair, pairs,
+        blocks, 0, SLOTS, BLOCK_M, CHUNK,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def clear_kernel(count, block_info, block_pair, blocks, SLOTS: tl.constexpr,
                  BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
@@ -196,24 +219,39 @@ def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_
 
 
 def route_pairs(
-    topk_ids: torch.Tensor, layer: TiledLayer, block_m: int
+    topk_ids: torch.Tensor, layer: TiledLayer, block_m: int, pdl: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route_torch` on the device in three launches, for any number of pairs."""
+    """`route_torch` on the device, few pairs in one launch, any number in three.
+
+    pdl: the one launch may begin before the one before it ends.
+    """
     pairs, num_slots = topk_ids.numel(), layer.num_slots
     blocks = max_blocks(pairs, num_slots, block_m)
     slots = triton.next_power_of_2(num_slots)
-    programs = min(128, max(1, triton.cdiv(pairs, PAIRS_AT_ONCE)))
-    block_info, block_pair, count, rank, first_block = (
-        topk_ids.new_empty(shape, dtype=torch.int32)
-        for shape in ((blocks, 4), (blocks, block_m), slots, pairs, (programs, slots))
+    block_info = topk_ids.new_empty((blocks, 4), dtype=torch.int32)
+    block_pair = topk_ids.new_empty((blocks, block_m), dtype=torch.int32)
+    shape = {"SLOTS": slots, "BLOCK_M": block_m, "CHUNK": PAIRS_AT_ONCE}
+    tables = layer.w13.table, layer.w2.table
+    if pairs <= ONE_PROGRAM_PAIRS:
+        scratch = topk_ids.new_empty(2 * slots + pairs, dtype=torch.int32)
+        route_kernel[(1,)](
+            topk_ids, layer.slot_of, *tables, scratch, block_info, block_pair, pairs, blocks,
+            **shape, **pdl_options(pdl),
+        )  # fmt: skip
+        return block_info, block_pair
+    programs = min(128, triton.cdiv(pairs, PAIRS_AT_ONCE))
+    count, rank, first_block = (
+        topk_ids.new_empty(size, dtype=torch.int32) for size in (slots, pairs, (programs, slots))
     )
-    clear_kernel[(programs,)](
-        count, block_info, block_pair, blocks, SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE
-    )
+    clear_kernel[(programs,)](count, block_info, block_pair, blocks, **shape)
     count_kernel[(programs,)](topk_ids, layer.slot_of, count, rank, pairs, CHUNK=PAIRS_AT_ONCE)
     place_kernel[(programs,)](
-        topk_ids, layer.slot_of, layer.w13.table, layer.w2.table, count, rank, first_block,
-        block_info, block_pair, pairs,
-        SLOTS=slots, BLOCK_M=block_m, CHUNK=PAIRS_AT_ONCE,
+        topk_ids, layer.slot_of, *tables, count, rank, first_block, block_info, block_pair, pairs,
+        **shape,
     )  # fmt: skip
     return block_info, block_pair
+
+
+def pdl_options(pdl: bool) -> dict[str, bool]:
+    """What a launch of a kernel that calls `wait_for_previous` is given."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

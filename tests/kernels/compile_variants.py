@@ -47,6 +47,7 @@ def variants(shape: LayerShape, config, capability: int):
             "GROUP_N": config.group_n,
             "STAGES": config.stages,
             "WIDE": False,
+            "PDL": capability >= 90,
         }
         options = {"num_warps": config.warps}
         if config.registers:

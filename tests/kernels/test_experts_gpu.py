@@ -22,7 +22,9 @@ from tests.expert_layers import (
     to_device,
 )
 
-MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)  # odd, one dropped
+# An odd number, one dropped. All four widths in each matrix, as in most layers here: a kernel is
+# compiled for a set of widths, and few kernels make a test on a GPU short.
+MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
@@ -97,7 +99,7 @@ def test_shapes_that_fill_no_step(config, hidden, intermediate, group_size, devi
 def test_integers_come_out_exact(bits, config, device):
     """One-hot tokens, a gate of 32 (whose silu is 32 in float32) and integer weights: every
     number on the way is an integer that all the formats hold, so one wrong bit shows."""
-    layer = random_layer((bits,), None, 256, 128)
+    layer = random_layer((bits, 1, 2, 3, 4))  # all pairs go to the first
     unit = 2 if bits == 1 else 1  # 1 bit: the zero is 0.5
     layer.w13.scale[0][:, ::2] = unit
     layer.w2.scale[0][:, ::2] = unit * 2.0**-6  # so that float16 holds the sums
@@ -129,10 +131,10 @@ def test_skipped_pairs_and_padding_rows(config, device):
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
-    layer = random_layer((1, 2, 0, 3), (3, 2, 0, 1), 128, 64, 64)
+    layer = random_layer(MIXED13, MIXED2)
     tiled = tile_layer(to_device(layer, device))
-    x = random_input(tokens, 128, torch.float16).to(device)
-    weights, ids = (t.to(device) for t in random_routing(tokens, 4, 3))
+    x = random_input(tokens, 256, torch.float16).to(device)
+    weights, ids = (t.to(device) for t in random_routing(tokens, 7, 3))
     ids[-1], weights[-1] = torch.tensor([-1, 0, 3]), torch.tensor([9.0, 0.5, 0.25])
     pruned = prune_ids(weights, ids, 0.7)
     assert bool((pruned != ids).any())
@@ -144,7 +146,7 @@ def test_pruning_is_skipping_the_pairs(config, tokens, device):
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_nothing_to_compute_gives_zeros(config, tokens, device):
-    tiled = tile_layer(to_device(random_layer((2, 3)), device))
+    tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), device))
     ids = torch.full((tokens, 2), -1, dtype=torch.int32)
     out = run(random_input(tokens, 256), tiled, torch.rand(tokens, 2), ids, config, device)
     assert torch.equal(out, torch.zeros(tokens, 256, dtype=torch.bfloat16))
@@ -162,16 +164,16 @@ def test_uneven_routing(config, routing, device):
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_other_activations(config, activation, device):
-    layer = random_layer((2, 3), activation=activation)
-    x, (weights, ids) = random_input(5, 256, torch.float16), random_routing(5, 2, 2)
+    layer = random_layer(MIXED13, MIXED2, activation=activation)
+    x, (weights, ids) = random_input(5, 256, torch.float16), random_routing(5, 7, 2)
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
 @pytest.mark.parametrize("config", PLAIN)
 def test_infinities_are_not_hidden(config, device):
-    layer = random_layer((2, 3))
-    x, (weights, ids) = random_input(3, 256, torch.float16), random_routing(3, 2, 2)
+    layer = random_layer(MIXED13, MIXED2)
+    x, (weights, ids) = random_input(3, 256, torch.float16), random_routing(3, 4, 2)
     x[1, 5] = float("inf")
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert bool(out[[0, 2]].isfinite().all()) and not bool(out[1].isfinite().all())
@@ -234,6 +236,7 @@ class TestOnAGpu:
         tiled = tile_layer(to_device(layer, "cuda"))
         x = random_input(tokens, 256).cuda()
         weights, ids = (t.cuda() for t in random_routing(tokens, 7, 3))
+        generator = torch.Generator().manual_seed(0)
         fused_experts(x, tiled, weights, ids, config)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -241,7 +244,7 @@ class TestOnAGpu:
             out = fused_experts(x, tiled, weights, ids, config)
         for seed in range(3):
             new_weights, new_ids = random_routing(tokens, 7, 3, seed + 1)
-            new_ids[torch.rand(new_ids.shape) < 0.2] = -1
+            new_ids[torch.rand(new_ids.shape, generator=generator) < 0.2] = -1
             weights.copy_(new_weights), ids.copy_(new_ids)
             results = []
             for _ in range(20):
@@ -249,7 +252,8 @@ class TestOnAGpu:
                 graph.replay()
                 results.append(out.clone())
             reference = experts_float64(x.cpu(), layer, new_weights, new_ids)
-            assert relative_error(results[0].cpu(), reference) < 0.01
+            error = (results[0].cpu().double() - reference).norm()
+            assert error <= 0.01 * reference.norm()  # both are 0 if nothing is left of one token
             assert all(torch.equal(r, results[0]) for r in results)
 
     def test_nothing_waits_for_the_device(self):

@@ -1,10 +1,13 @@
 """The table of blocks against its definition, by pair and by order."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from mcmoe_kernels import routing
 from mcmoe_kernels.experts_decode import prepare_kernel
 from mcmoe_kernels.routing import max_blocks, route_pairs, route_torch
 from mcmoe_kernels.tiles import tile_layer
@@ -37,7 +40,13 @@ def route_in_prepare(ids, layer, block_m):
     return block_info, block_pair
 
 
-@pytest.mark.parametrize("route", [route_pairs, route_in_prepare])
+def route_many(ids, layer, block_m):
+    """The table as it is made for more pairs than one program takes."""
+    with mock.patch.object(routing, "ONE_PROGRAM_PAIRS", 0):
+        return route_pairs(ids, layer, block_m)
+
+
+@pytest.mark.parametrize("route", [route_pairs, route_many, route_in_prepare])
 @pytest.mark.parametrize("block_m", [4, 32])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "change"),
