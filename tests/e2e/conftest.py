@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,6 +44,13 @@ class Server:
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return json.load(response)
+
+    def counts(self) -> dict[tuple[str, int], int]:
+        """(metric, layer) -> value of the plugin's own metrics."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as response:
+            text = response.read().decode()
+        found = re.findall(r'^(mcmoe_\w+)\{layer="(\d+)"\} (\S+)$', text, re.MULTILINE)
+        return {(name, int(layer)): int(float(value)) for name, layer, value in found}
 
     def post(self, path: str, **body: Any) -> Any:
         with self.stream(path, **body) as response:
@@ -220,6 +229,23 @@ def compressed(
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    compressed: Callable[..., Path],
+    calibration_text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The bundled model, compressed and calibrated to prune a quarter of its pairs."""
+    from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
+
+    folder = tmp_path_factory.mktemp("pruned") / "example"
+    shutil.copytree(compressed("example"), folder)
+    calibrate_checkpoint(
+        str(folder), str(calibration_text), target_drop=0.25, samples=8, sequence_length=128
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,13 @@
 """Online pruning inside the engine: log-probabilities against the rule in plain torch."""
 
-import shutil
-
 import pytest
 import torch
 
 from mcmoe_vllm.checkpoint import open_checkpoint
 from mcmoe_vllm.evaluation import final_hidden, load_streamed
 from mcmoe_vllm.pruning import Pruning, PruningTable
-from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def calibrated(compressed, calibration_text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pruned") / "example"
-    shutil.copytree(compressed("example"), folder)
-    calibrate_checkpoint(
-        str(folder), str(calibration_text), target_drop=0.25, samples=8, sequence_length=128
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
