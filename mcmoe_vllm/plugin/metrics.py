@@ -11,12 +11,13 @@ Pairs that no request asked for are left out: padding has the id -1, and a forwa
 attention metadata (profiling, warming up) adds to a row that nobody reads. While a CUDA graph is
 captured nothing runs; its replays count. vLLM 0.26 gives padding that id only with
 VLLM_USE_V2_MODEL_RUNNER=1 and VLLM_MOE_SKIP_PADDING=1; without, the rows that pad a graph's batch
-count on a GPU. One rank counts for all that route the same tokens, and it must share a file system
-with the API server.
+count on a GPU, and so do the runs that prepare a capture. One rank counts for all that route the
+same tokens, and it must share a file system with the API server.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import threading
@@ -40,6 +41,7 @@ PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 PUBLISH_SECONDS = 0.5
 
 _folder: tempfile.TemporaryDirectory[str] | None = None
+_numbers = itertools.count()
 
 
 def export() -> None:
@@ -72,7 +74,9 @@ class PruningCounts:
         return LayerCounts(self, place)
 
     def row(self, place: int) -> torch.Tensor:
-        return self._sums[-1 if _is_dummy_run() else place]
+        # What is captured runs when it is replayed, and then for requests.
+        captured = self._sums.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._sums[place if captured or not _is_dummy_run() else -1]
 
     def show(self, place: int) -> None:
         """Once a forward pass, behind its last layer."""
@@ -85,11 +89,13 @@ class PruningCounts:
         return {i: (row[0], row[1]) for i, row in zip(self.layers, rows, strict=True)}
 
     def publish(self) -> None:
-        """Write the sums twice a second from now on, for as long as this object lives."""
-        thread = threading.Thread(
-            target=_publish, args=(weakref.ref(self),), name="mcmoe-metrics", daemon=True
-        )
-        thread.start()
+        """Write the sums twice a second from now on, for as long as this object lives; nothing
+        where no process named a folder."""
+        file = counts_file()
+        if file is None:
+            return
+        arguments = (weakref.ref(self), file)
+        threading.Thread(target=_publish, args=arguments, name="mcmoe-metrics", daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -114,26 +120,29 @@ class LayerCounts:
 
 
 def write_counts(counts: PruningCounts, file: Path) -> None:
-    """Write the present sums for MultiProcessCollector."""
+    """Write the present sums for MultiProcessCollector, which must not find half of them."""
     from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-    values = MmapedDict(str(file))
+    new = file.with_suffix(".new")
+    values = MmapedDict(str(new))
     for layer, row in counts.values().items():
         for (name, text), value in zip(METRICS, row, strict=True):
             key = mmap_key(name, f"{name}_total", ["layer"], [str(layer)], text)
             values.write_value(key, float(value), time.time())
     values.close()
+    new.replace(file)
 
 
-def counts_file(number: int) -> Path:
-    """Where this process writes its counts; their kind is the name's beginning."""
-    folder = os.environ.get(PROMETHEUS_FOLDER) or os.environ[FOLDER]
-    return Path(folder) / f"counter_mcmoe-{os.getpid()}-{number}.db"
+def counts_file() -> Path | None:
+    """A new file for this process's counts; how Prometheus sums them is its name's beginning."""
+    folder = os.environ.get(PROMETHEUS_FOLDER) or os.environ.get(FOLDER)
+    if not folder:
+        return None
+    return Path(folder) / f"counter_mcmoe-{os.getpid()}-{next(_numbers)}.db"
 
 
-def _publish(alive: weakref.ref[PruningCounts]) -> None:
+def _publish(alive: weakref.ref[PruningCounts], file: Path) -> None:
     written: dict[int, tuple[int, int]] | None = None
-    file = counts_file(threading.get_native_id())
     while (counts := alive()) is not None:
         values = counts.values()
         if values != written and file.parent.is_dir():
@@ -144,10 +153,7 @@ def _publish(alive: weakref.ref[PruningCounts]) -> None:
 
 
 def _is_dummy_run() -> bool:
-    """Whether vLLM runs the model for itself. Not while a CUDA graph is captured: its replays are
-    requests, and their padding has ids of -1."""
+    """Whether vLLM runs the model for itself, not for requests."""
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return False
     return is_forward_context_available() and get_forward_context().attn_metadata is None

@@ -1,6 +1,5 @@
 """Counts of pruned pairs, and their way to /metrics."""
 
-import contextlib
 import gc
 import threading
 import time
@@ -17,17 +16,6 @@ from mcmoe_vllm.pruning import pair_counts, prune
 from tests.expert_layers import random_routing
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture
-def forward(vllm_config):
-    """forward(metadata): the context of a forward pass, as vLLM sets it."""
-    from vllm.forward_context import set_forward_context
-
-    def context(metadata) -> contextlib.AbstractContextManager[None]:
-        return set_forward_context(metadata, vllm_config)
-
-    return context
 
 
 def metric_lines() -> list[str]:
@@ -79,8 +67,8 @@ def test_one_api_server_sums_what_the_workers_wrote(tmp_path, monkeypatch):
     (collector,) = set(REGISTRY._collector_to_names) - before
     try:
         assert metric_lines() == []
-        metrics.write_counts(counted(), metrics.counts_file(1))
-        metrics.write_counts(counted((7, 9), (2, 1)), metrics.counts_file(2))
+        metrics.write_counts(counted(), metrics.counts_file())
+        metrics.write_counts(counted((7, 9), (2, 1)), metrics.counts_file())
         assert metric_lines() == SHOWN
     finally:
         REGISTRY.unregister(collector)
@@ -88,7 +76,7 @@ def test_one_api_server_sums_what_the_workers_wrote(tmp_path, monkeypatch):
 
 def test_several_api_servers_show_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv(metrics.PROMETHEUS_FOLDER, str(tmp_path))
-    metrics.write_counts(counted((14, 9), (4, 1)), metrics.counts_file(1))
+    metrics.write_counts(counted((14, 9), (4, 1)), metrics.counts_file())
     assert metric_lines() == SHOWN
 
 
@@ -100,7 +88,7 @@ def test_the_first_process_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "_folder", None)
     metrics.export()
     folder = metrics._folder.name
-    assert metrics.counts_file(1).parent.samefile(folder)
+    assert metrics.counts_file().parent.samefile(folder)
     metrics.export()  # as a child does
     assert metrics._folder.name == folder
     for collector in set(REGISTRY._collector_to_names) - before:
@@ -108,9 +96,12 @@ def test_the_first_process_names_the_folder(tmp_path, monkeypatch):
 
 
 def test_counts_are_written_while_an_engine_lives(tmp_path, monkeypatch):
-    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
     monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
     counts = counted()
+    monkeypatch.delenv(metrics.FOLDER, raising=False)
+    counts.publish()
+    assert not any(t.name == "mcmoe-metrics" for t in threading.enumerate())
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
     counts.publish()
 
     def wait_until(true):
