@@ -25,7 +25,8 @@ from mcmoe_vllm.errors import UserError
 # --additional-config '{"mcmoe": {"pruning": ...}}'
 OPTION, SWITCH = "mcmoe", "pruning"
 RULES = ("sensitivity", "median")
-MODES = ("off", "on")
+DECODE_ONLY = "decode-only"
+MODES = ("off", "on", DECODE_ONLY)
 MAX_DROP = 0.5
 
 # weights float32 [T, k], 0 where a pair is skipped -> two tensors, [T, k] and [T, 1]: a pair is
@@ -155,6 +156,17 @@ def prune(
     return torch.where(kept > 0, topk_weights * (whole / kept), topk_weights), ids
 
 
+def lone_tokens(query_starts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Tokens that are the only one of their request in a step: bool [T].
+
+    query_starts: int [R + 1], where each request's tokens begin, and their end. Rows from there on
+    belong to no request.
+    """
+    lengths = query_starts.diff()
+    alone = torch.repeat_interleave(lengths == 1, lengths)
+    return torch.nn.functional.pad(alone, (0, tokens - len(alone)))
+
+
 def pair_counts(topk_ids: torch.Tensor, kept_ids: torch.Tensor) -> torch.Tensor:
     """Pairs that were routed, and those of them that were dropped: int64 [2]."""
     routed = topk_ids >= 0
@@ -222,13 +234,17 @@ def parse_switch(setting: object, table: PruningTable | None) -> dict[int, float
     """The layers' ratios that a launch asks for; empty where nothing is pruned.
 
     setting: "off", "on", a share of experts to drop, or None: on if the checkpoint is calibrated.
+    "decode-only" has the ratios of "on"; which tokens they are for, the one who prunes knows.
     Raises UserError for other settings, and for any but "off" without a calibration.
     """
     if setting is None:
         return {} if table is None else table.layer_ratios()
     is_share = isinstance(setting, int | float) and not isinstance(setting, bool)
     if not is_share and setting not in MODES:
-        raise UserError(f'pruning is {setting!r}, allowed are "on", "off" and a share such as 0.15')
+        raise UserError(
+            f'pruning is {setting!r}, allowed are "on", "off", "{DECODE_ONLY}" and a share such as '
+            "0.15"
+        )
     if setting == "off":
         return {}
     if table is None:
