@@ -31,7 +31,7 @@ from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.pruning import Pruning, parse_switch, read_table
+from mcmoe_vllm.pruning import DECODE_ONLY, Pruning, parse_switch, read_table
 from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import load_tokenizer, strided_windows
 
@@ -93,12 +93,18 @@ def evaluate(
 
     engine: "transformers" (dequantized weights, layer by layer) or "vllm" (perplexity alone).
     pruning: as `parse_switch`; None prunes what is calibrated, as serving does.
-    Raises UserError for unusable models or text, and for a base with another vocabulary.
+    Raises UserError for unusable models or text, a base with another vocabulary, and a pruning that
+    leaves prompts alone.
     """
     if engine not in ENGINES:
         raise UserError(f"engine is {engine!r}, allowed are {list(ENGINES)}")
     if windows < 2:
         raise UserError(f"windows is {windows}, needs at least 2 for a standard error")
+    if pruning == DECODE_ONLY:
+        raise UserError(
+            f'pruning is "{DECODE_ONLY}", which prunes no prompt, and prompts are what is scored; '
+            'ask for "on", "off" or a share'
+        )
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path, trust_remote_code)

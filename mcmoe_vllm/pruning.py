@@ -13,7 +13,7 @@ doubled the damage on the models measured, whatever the router does when it choo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +25,18 @@ from mcmoe_vllm.errors import UserError
 # --additional-config '{"mcmoe": {"pruning": ...}}'
 OPTION, SWITCH = "mcmoe", "pruning"
 RULES = ("sensitivity", "median")
-MODES = ("off", "on")
+DECODE_ONLY = "decode-only"
+MODES = ("off", "on", DECODE_ONLY)
 MAX_DROP = 0.5
+
+# weights float32 [T, k], 0 where a pair is skipped -> two tensors, [T, k] and [T, 1]: a pair is
+# dropped where the first is below a threshold times the second.
+Measure = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def beside_largest(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The served measure: a pair's weight, and its token's largest."""
+    return weights, weights.amax(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -112,23 +122,31 @@ class PruningTable:
             ) from None
 
 
-def drop_mask(topk_weights: torch.Tensor, topk_ids: torch.Tensor, ratio: float) -> torch.Tensor:
+def drop_mask(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    ratio: float,
+    measure: Measure = beside_largest,
+) -> torch.Tensor:
     """Which pairs are dropped: bool [T, k], from topk_weights float [T, k] and topk_ids int [T, k].
 
     The experts of a row may come in any order. An id of -1 is nobody's largest and is not dropped
     again. A row's mask depends on that row alone.
     """
     valid = topk_ids >= 0
-    weights = topk_weights.float()
-    largest = weights.masked_fill(~valid, 0.0).amax(dim=-1, keepdim=True)
-    return valid & (weights < largest * ratio)
+    part, whole = measure(topk_weights.float().masked_fill(~valid, 0.0))
+    return valid & (part < whole * ratio)
 
 
 def prune(
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, ratio: float, renormalize: bool = False
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    ratio: float,
+    renormalize: bool = False,
+    measure: Measure = beside_largest,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New weights and ids, -1 where an expert is dropped. Inputs as in `drop_mask`; they stay."""
-    dropped = drop_mask(topk_weights, topk_ids, ratio)
+    dropped = drop_mask(topk_weights, topk_ids, ratio, measure)
     ids = torch.where(dropped, torch.full_like(topk_ids, -1), topk_ids)
     if not renormalize:
         return topk_weights, ids
@@ -138,12 +156,30 @@ def prune(
     return torch.where(kept > 0, topk_weights * (whole / kept), topk_weights), ids
 
 
+def lone_tokens(query_starts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Tokens that are the only one of their request in a step: bool [T].
+
+    query_starts: int [R + 1], where each request's tokens begin, and their end. Rows from there on
+    belong to no request.
+    """
+    lengths = query_starts.diff()
+    alone = torch.repeat_interleave(lengths == 1, lengths)
+    return torch.nn.functional.pad(alone, (0, tokens - len(alone)))
+
+
+def pair_counts(topk_ids: torch.Tensor, kept_ids: torch.Tensor) -> torch.Tensor:
+    """Pairs that were routed, and those of them that were dropped: int64 [2]."""
+    routed = topk_ids >= 0
+    return torch.stack([routed.sum(), (routed & (kept_ids < 0)).sum()])
+
+
 @dataclass
 class Pruning:
     """Pruning while a model runs, and what it dropped. ratios: of the layers that are pruned."""
 
     ratios: Mapping[int, float]
     renormalize: bool = False
+    measure: Measure = beside_largest
     dropped: int = 0
     routed: int = 0
 
@@ -151,9 +187,11 @@ class Pruning:
         self, layer: int, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`prune` with the layer's ratio, counted."""
-        weights, ids = prune(topk_weights, topk_ids, self.ratios.get(layer, 0.0), self.renormalize)
-        self.routed += int((topk_ids >= 0).sum())
-        self.dropped += int(((topk_ids >= 0) & (ids < 0)).sum())
+        ratio = self.ratios.get(layer, 0.0)
+        weights, ids = prune(topk_weights, topk_ids, ratio, self.renormalize, self.measure)
+        routed, dropped = pair_counts(topk_ids, ids).tolist()
+        self.routed += routed
+        self.dropped += dropped
         return weights, ids
 
     @property
@@ -196,13 +234,17 @@ def parse_switch(setting: object, table: PruningTable | None) -> dict[int, float
     """The layers' ratios that a launch asks for; empty where nothing is pruned.
 
     setting: "off", "on", a share of experts to drop, or None: on if the checkpoint is calibrated.
+    "decode-only" has the ratios of "on"; which tokens they are for, the one who prunes knows.
     Raises UserError for other settings, and for any but "off" without a calibration.
     """
     if setting is None:
         return {} if table is None else table.layer_ratios()
     is_share = isinstance(setting, int | float) and not isinstance(setting, bool)
     if not is_share and setting not in MODES:
-        raise UserError(f'pruning is {setting!r}, allowed are "on", "off" and a share such as 0.15')
+        raise UserError(
+            f'pruning is {setting!r}, allowed are "on", "off", "{DECODE_ONLY}" and a share such as '
+            "0.15"
+        )
     if setting == "off":
         return {}
     if table is None:

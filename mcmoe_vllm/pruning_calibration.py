@@ -28,7 +28,7 @@ from mcmoe_vllm.evaluation import (
     window_length,
 )
 from mcmoe_vllm.inspection import read_config
-from mcmoe_vllm.pruning import MAX_DROP, Pruning, PruningTable
+from mcmoe_vllm.pruning import MAX_DROP, Measure, Pruning, PruningTable, beside_largest
 from mcmoe_vllm.text import load_tokenizer, sample_windows
 
 PROBE_DROP = 0.15
@@ -42,7 +42,8 @@ STEPS = 64  # of the pairs that may be dropped, in which shares are bought
 class LayerRouting:
     """What a layer's router did to the calibration tokens.
 
-    ratios: float32, ascending: each pair's weight over its token's largest, the largest left out.
+    ratios: float32, ascending: each pair's measure, by default its weight over its token's largest;
+    the largest is left out.
     damage: float64, of the same pairs: the square of the weight, summed up to each.
     activations: pairs in all. kl: nats a token that dropping PROBE_DROP of them costs.
     """
@@ -66,12 +67,13 @@ class LayerRouting:
         return float(self.damage[count - 1]) if count > 0 else 0.0
 
 
-def summarize_routing(weights: torch.Tensor) -> LayerRouting:
+def summarize_routing(weights: torch.Tensor, measure: Measure = beside_largest) -> LayerRouting:
     """topk_weights [T, k] -> their ratios and damage."""
     weights = weights.float()
-    largest, place = weights.max(dim=1, keepdim=True)
+    place = weights.argmax(dim=1, keepdim=True)
     others = torch.ones_like(weights, dtype=torch.bool).scatter_(1, place, False)
-    ratios, order = (weights / largest.clamp(min=1e-30))[others].sort()
+    part, whole = measure(weights)
+    ratios, order = (part / whole.clamp(min=1e-30))[others].sort()
     damage = weights[others][order].double().square().cumsum(0)
     return LayerRouting(ratios, damage, weights.numel())
 
@@ -118,7 +120,7 @@ def calibrate_pruning(
 
 
 def measure_routing(
-    loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool
+    loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool, measure: Measure = beside_largest
 ) -> dict[int, LayerRouting]:
     """MoE layer -> its routing of the windows [S, L]; with `probe` also what pruning it costs."""
     blocks = [block.cpu() for block in loaded.model.embed(tokens)]
@@ -136,9 +138,10 @@ def measure_routing(
             for states in probes.values():
                 states[:] = [run(state, None)[0] for state in states]
             if weights:
-                found[index] = summarize_routing(torch.cat(weights))
+                found[index] = summarize_routing(torch.cat(weights), measure)
                 if probe:
-                    pruning = Pruning({index: found[index].ratio_for(PROBE_DROP)})
+                    ratio = found[index].ratio_for(PROBE_DROP)
+                    pruning = Pruning({index: ratio}, measure=measure)
                     probes[index] = [run(block, pruning)[0] for block in before]
     costs = mean_divergences(loaded, blocks[:probe_blocks], list(probes.values()))
     return found | {i: replace(found[i], kl=kl) for i, kl in zip(probes, costs, strict=True)}

@@ -1,9 +1,17 @@
-"""What online pruning costs: the calibrated rule beside the paper's, a fixed ratio and chance.
+"""What online pruning costs: the calibrated rule beside others.
 
     python benchmarks/quality/pruning.py MODEL --calibration A.jsonl --text B.jsonl
 
 MODEL is a 16-bit or a compressed folder. Appends rows to benchmarks/results/pruning.jsonl and
-prints them. Figures are against the same model unpruned, by the protocol of `mcmoe eval`.
+prints them. Figures are against the same model unpruned, by the protocol of `mcmoe eval`. --rules:
+
+    default      weight beside the token's largest, thresholds by measured cost: what is served
+    tail         the same choice of thresholds for the mass of an expert and all that weigh less;
+                 for two experts a token that is the default
+    paper        weight beside the largest, medians, renormalized
+    fixed        one ratio for all layers, renormalized
+    random       by chance
+
 --importance compares ways to tell tokens whose experts are all kept (the top 2 % of calibration
 tokens):
 
@@ -29,14 +37,14 @@ from perplexity import machine
 
 from mcmoe_vllm import evaluation
 from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.pruning import Pruning, prune
+from mcmoe_vllm.pruning import Measure, Pruning, beside_largest, prune
 from mcmoe_vllm.pruning_calibration import LayerRouting, choose_shares, measure_routing
 from mcmoe_vllm.text import load_tokenizer, sample_windows, strided_windows
 
 RESULTS = Path(__file__).parents[1] / "results" / "pruning.jsonl"
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 FIXED_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-RULES = ("default", "paper", "fixed", "random")
+RULES = ("default", "tail", "paper", "fixed", "random")
 PROTECTED = 0.02
 
 
@@ -135,14 +143,31 @@ def attention_received(
     return received / torch.arange(length, 0, -1, device=hidden.device)
 
 
-def rules(layers: dict[int, LayerRouting], shares: Sequence[float]) -> list[tuple[str, Pruning]]:
-    """Name and pruning of every point of the curves."""
-    index, measured = list(layers), list(layers.values())
+def tail_mass(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A measure: the mass of the pair and of all that weigh less, and the token's whole mass."""
+    ascending, order = weights.sort(dim=-1, stable=True)
+    tail = torch.empty_like(weights).scatter_(-1, order, ascending.cumsum(-1))
+    # The largest is dropped by no threshold, however the sums round.
+    largest = weights.argmax(-1, keepdim=True)
+    return tail.scatter_(-1, largest, float("inf")), weights.sum(-1, keepdim=True)
+
+
+def calibrated(layers: dict[int, LayerRouting], share: float, measure: Measure) -> Pruning:
+    """The default's choice of thresholds, for any measure."""
+    measured = list(layers.values())
+    pairs = zip(layers, measured, choose_shares(measured, share), strict=True)
+    return Pruning({i: m.ratio_for(s) for i, m, s in pairs}, measure=measure)
+
+
+def rules(
+    layers: dict[int, LayerRouting], tails: dict[int, LayerRouting], shares: Sequence[float]
+) -> list[tuple[str, Pruning]]:
+    """Name and pruning of every point of the curves. tails: the routing by `tail_mass`."""
     found: list[tuple[str, Pruning]] = []
     for share in shares:
-        bought = choose_shares(measured, share)
-        pairs = zip(index, measured, bought, strict=True)
-        found.append(("default", Pruning({i: m.ratio_for(s) for i, m, s in pairs})))
+        found.append(("default", calibrated(layers, share, beside_largest)))
+        if tails:
+            found.append(("tail", calibrated(tails, share, tail_mass)))
         chance = {i: share * m.activations / len(m.ratios) for i, m in layers.items()}
         found.append(("random", RandomPruning(chance)))
     medians = {i: float(m.ratios[len(m.ratios) // 2]) for i, m in layers.items()}
@@ -196,6 +221,9 @@ def main() -> None:
     calibration = sample_windows(arguments.calibration, tokenizer, arguments.samples, length, 0)
     base = evaluation.final_hidden(loaded, tokens)
     layers = measure_routing(loaded, calibration, probe=True)
+    tails = {}
+    if "tail" in arguments.rules:
+        tails = measure_routing(loaded, calibration, probe=True, measure=tail_mass)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     bits = 16.0
     if loaded.quantization is not None:
@@ -223,13 +251,11 @@ def main() -> None:
         )
 
     measure("none", "none", None)
-    for rule, pruning in rules(layers, arguments.shares):
+    for rule, pruning in rules(layers, tails, arguments.shares):
         if rule in arguments.rules:
             measure(rule, "none", pruning)
     build: Callable[[str, float], Pruning] = lambda kind, share: protected(  # noqa: E731
-        loaded, kind, calibration,
-        {i: m.ratio_for(s) for (i, m), s in zip(
-            layers.items(), choose_shares(list(layers.values()), share), strict=True)},
+        loaded, kind, calibration, dict(calibrated(layers, share, beside_largest).ratios)
     )  # fmt: skip
     for kind in arguments.importance:
         for share in (0.15, 0.2, 0.25):

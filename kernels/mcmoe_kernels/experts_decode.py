@@ -185,8 +185,8 @@ def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_s
 
 
 @triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
-def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_ids, table13,
-                   table2, scratch, block_info, block_pair, pairs, blocks,
+def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_ids, counts,
+                   table13, table2, scratch, block_info, block_pair, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
                    PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                    SINGLE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -197,13 +197,13 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_id
     if program < 0:
         if SINGLE:
             route_single(
-                ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, block_info,
+                ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, block_info,
                 block_pair, pairs, PRUNED_TOP_K, BLOCK_M, SLOTS,
             )  # fmt: skip
         else:
             route(
-                ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch, block_info,
-                block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, BLOCK_M, 256,
+                ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, scratch,
+                block_info, block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, BLOCK_M, 256,
             )  # fmt: skip
         return
     split_rows(
@@ -322,14 +322,15 @@ def fused_experts_decode(
     topk_ids: torch.Tensor,
     config: DecodeConfig,
     prune_ratio: float = 0.0,
+    counts: torch.Tensor | None = None,
     inline: bool = True,
     pdl: bool = False,
 ) -> torch.Tensor:
     """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
 
     All contiguous, on one device. prune_ratio: experts whose weight is below so much of their
-    token's largest are skipped. inline: use inline PTX. pdl: let each launch begin before the
-    previous ends.
+    token's largest are skipped. counts: int64 [2], see `experts_gpu`. inline: use inline PTX. pdl:
+    let each launch begin before the previous ends.
     """
     tokens, hidden = x.shape
     top_k, inter = topk_ids.shape[1], layer.intermediate_size
@@ -355,12 +356,13 @@ def fused_experts_decode(
     out = torch.empty_like(x)
     common = pdl_options(pdl)
     x_blocks = 1024 // x_block
-    kept_ids = torch.empty_like(topk_ids) if prune_ratio > 0 else topk_ids
+    pruned = prune_ratio > 0 or counts is not None
+    kept_ids = torch.empty_like(topk_ids) if pruned else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
-        x, digits, x_meta, topk_ids, layer.slot_of, topk_weights, prune_ratio, kept_ids, w13.table,
-        w2.table, scratch, block_info, block_pair, pairs, blocks,
+        x, digits, x_meta, topk_ids, layer.slot_of, topk_weights, prune_ratio, kept_ids, counts,
+        w13.table, w2.table, scratch, block_info, block_pair, pairs, blocks,
         COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks,
-        PRUNED_TOP_K=top_k if prune_ratio > 0 else 0, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
+        PRUNED_TOP_K=top_k if pruned else 0, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
         num_warps=4, **common,
     )  # fmt: skip
     shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}

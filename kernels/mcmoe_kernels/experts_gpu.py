@@ -32,13 +32,16 @@ def fused_experts(
     topk_ids: torch.Tensor,
     config: Config | None = None,
     prune_ratio: float = 0.0,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, H] bfloat16 or float16, topk_weights float [T, k], topk_ids int [T, k] -> new [T, H].
 
     Ids are global; -1 is skipped, and so are remote and dropped experts. A row without any other
     id gives exact zeros. prune_ratio: pairs whose weight is below so much of their token's largest
-    are skipped as well (`pruning`). No host synchronisation; launches depend on T and k alone. The
-    same input gives the same bits, however it is batched within one configuration.
+    are skipped as well (`pruning`). counts: int64 [2] on the device, to which the numbers of pairs
+    with an id and of those skipped for prune_ratio are added. No host synchronisation; launches
+    depend on T and k alone. The same input gives the same bits, however it is batched within one
+    configuration.
 
     Raises ValueError for a dtype or shapes that do not fit.
     """
@@ -50,9 +53,9 @@ def fused_experts(
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
     pdl = supports_pdl(x.device)
     if isinstance(config, DecodeConfig):
-        return fused_experts_decode(*inputs, config, prune_ratio, inline=inline(), pdl=pdl)
-    if prune_ratio > 0:
-        inputs = (*inputs[:3], prune_ids(*inputs[2:], prune_ratio))
+        return fused_experts_decode(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
+    if prune_ratio > 0 or counts is not None:
+        inputs = (*inputs[:3], prune_ids(*inputs[2:], prune_ratio, counts))
     if isinstance(config, WarpgroupConfig):
         return fused_experts_warpgroup(*inputs, config, pdl=pdl)
     return fused_experts_prefill(*inputs, config, inline=inline(), pdl=pdl)
@@ -62,16 +65,23 @@ def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:
     return LayerShape(layer.slot_of.numel(), top_k, layer.hidden_size, layer.intermediate_size)
 
 
-def warm_up(layer: TiledLayer, top_k: int, dtype: torch.dtype, prune_ratio: float = 0.0) -> None:
+def warm_up(
+    layer: TiledLayer,
+    top_k: int,
+    dtype: torch.dtype,
+    prune_ratio: float = 0.0,
+    counting: bool = False,
+) -> None:
     """Compile every kernel that the layer may use, so that no capture of a graph has to."""
     device = layer.slot_of.device
+    counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
     configs = configs_for(table_name(device), shape_of(layer, top_k))
     for config in dict.fromkeys(configs.values()):
         for tokens in COMPILED_APART:
             x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
             ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
             weights = torch.zeros(ids.shape, device=device)
-            fused_experts(x, layer, weights, ids, config, prune_ratio)
+            fused_experts(x, layer, weights, ids, config, prune_ratio, counts)
 
 
 def why_not_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:

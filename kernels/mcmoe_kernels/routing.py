@@ -88,6 +88,16 @@ def slot_of_pair(ids, slot_of, topk_weights, ratio, pair, inside, PRUNED_TOP_K: 
 
 
 @triton.jit
+def add_pair_counts(counts, ids, expert, pair, inside):
+    """counts int64 [2] += the pairs that are routed, and those of them that `expert` drops."""
+    if counts is not None:
+        routed = tl.load(ids + pair, mask=inside, other=-1) >= 0
+        dropped = routed & (expert < 0)
+        tl.atomic_add(counts, tl.sum(routed.to(tl.int32)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + 1, tl.sum(dropped.to(tl.int32)).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def clear_blocks(block_info, block_pair, blocks, begin, stride, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     """Fill with -1, from chunk `begin` on, every `stride`-th chunk."""
@@ -120,7 +130,7 @@ def note_block(block_info, block, slot, table13, table2, mask):
 
 
 @triton.jit
-def route_single(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, block_info,
+def route_single(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, block_info,
                  block_pair, pairs, PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
                  PAIRS: tl.constexpr):  # fmt: skip
     """One token: each pair is a block of its own, empty ones stay where they are."""
@@ -129,6 +139,7 @@ def route_single(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, b
     expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
     if PRUNED_TOP_K:
         tl.store(kept_ids + pair, expert, mask=inside)
+        add_pair_counts(counts, ids, expert, pair, inside)
     slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
     note_block(block_info, pair, slot, table13, table2, inside)
     place = tl.arange(0, BLOCK_M)[None, :]
@@ -137,7 +148,7 @@ def route_single(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, b
 
 
 @triton.jit
-def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, count, rank,
+def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, count, rank,
                 first_block, block_info, block_pair, pairs, begin, stride,
                 PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
@@ -152,6 +163,7 @@ def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, co
         expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
         if PRUNED_TOP_K:
             tl.store(kept_ids + pair, expert, mask=inside)
+            add_pair_counts(counts, ids, expert, pair, inside)
         slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
         place = tl.load(rank + pair, mask=pair < pairs, other=0)
         block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
@@ -160,10 +172,10 @@ def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, co
 
 
 @triton.jit
-def route(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch, block_info,
-          block_pair, pairs, blocks, PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+def route(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, scratch,
+          block_info, block_pair, pairs, blocks, PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr,
           BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The whole table in one program, and in kept_ids what pruning leaves.
+    """The whole table in one program, in kept_ids what pruning leaves, in counts how many.
 
     scratch: int32 [2 * SLOTS + pairs].
     """
@@ -174,8 +186,8 @@ def route(ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, scratch,
     count_pairs(ids, slot_of, topk_weights, ratio, count, rank, pairs, 0, 1, PRUNED_TOP_K, CHUNK)
     tl.debug_barrier()
     place_pairs(
-        ids, slot_of, topk_weights, ratio, kept_ids, table13, table2, count, rank, first_block,
-        block_info, block_pair, pairs, 0, 1, PRUNED_TOP_K, SLOTS, BLOCK_M, CHUNK,
+        ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, count, rank,
+        first_block, block_info, block_pair, pairs, 0, 1, PRUNED_TOP_K, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
@@ -185,7 +197,7 @@ def route_kernel(ids, slot_of, table13, table2, scratch, block_info, block_pair,
                  PDL: tl.constexpr):  # fmt: skip
     wait_for_previous(PDL)
     route(
-        ids, slot_of, ids, 0.0, ids, table13, table2, scratch, block_info, block_pair, pairs,
+        ids, slot_of, ids, 0.0, ids, None, table13, table2, scratch, block_info, block_pair, pairs,
         blocks, 0, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
@@ -212,7 +224,7 @@ def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_
                  pairs, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     place_pairs(
-        ids, slot_of, ids, 0.0, ids, table13, table2, count, rank,
+        ids, slot_of, ids, 0.0, ids, None, table13, table2, count, rank,
         first_block + tl.program_id(0) * SLOTS, block_info, block_pair, pairs, tl.program_id(0),
         tl.num_programs(0), 0, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip

@@ -17,9 +17,11 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
+    from mcmoe_vllm.plugin import metrics
     from mcmoe_vllm.plugin.config import McmoeConfig
     from mcmoe_vllm.plugin.loader import McmoeModelLoader
 
     register_quantization_config("mcmoe")(McmoeConfig)
     register_model_loader("mcmoe")(McmoeModelLoader)
+    metrics.export()
     _registered = True

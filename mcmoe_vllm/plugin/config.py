@@ -16,7 +16,9 @@ import mcmoe_vllm
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.cache import CacheBudget
-from mcmoe_vllm.pruning import Pruning, parse_switch, read_table, switch_of
+from mcmoe_vllm.plugin.metrics import PruningCounts
+from mcmoe_vllm.plugin.pruning import LayerPruning, refuse_decode_only
+from mcmoe_vllm.pruning import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of
 
 logger = init_logger("vllm.mcmoe")
 
@@ -61,6 +63,8 @@ class McmoeConfig(VllmQuantizationConfig):
         self._ready = 0
         self._cache: CacheBudget | None = None
         self._pruning: Pruning | None = None
+        self._decode_only = False
+        self._counts: PruningCounts | None = None
 
     def get_name(self) -> str:
         return "mcmoe"
@@ -129,10 +133,14 @@ class McmoeConfig(VllmQuantizationConfig):
             self._ready,
             true_bits(self.config),
             compute_path,
-            f", pruning in {len(self._pruning.ratios)} layers"
-            if self._pruning and self._pruning.ratios
-            else "",
+            self._pruning_announcement(),
         )
+
+    def _pruning_announcement(self) -> str:
+        if self._pruning is None or not self._pruning.ratios:
+            return ""
+        only = f" ({DECODE_ONLY})" if self._decode_only else ""
+        return f", pruning in {len(self._pruning.ratios)} layers{only}"
 
     def weight_cache(self, additional_config: object) -> CacheBudget:
         """The engine's budget for dequantized weights on a CPU, which its layers share."""
@@ -140,13 +148,30 @@ class McmoeConfig(VllmQuantizationConfig):
             self._cache = CacheBudget.from_additional_config(additional_config)
         return self._cache
 
-    def pruning(self, additional_config: object) -> Pruning:
-        """What the launch prunes; without ratios where it prunes nothing."""
+    def layer_pruning(
+        self, index: int, vllm_config: Any, device: torch.device, counting: bool
+    ) -> LayerPruning | None:
+        """What the launch prunes in a layer; None where it prunes in no layer."""
         if self._pruning is None:
             table = read_table(self.config)
-            ratios = parse_switch(switch_of(additional_config), table)
-            self._pruning = Pruning(ratios, table is not None and table.renormalize)
-        return self._pruning
+            setting = switch_of(vllm_config.additional_config)
+            self._pruning = Pruning(
+                parse_switch(setting, table), table is not None and table.renormalize
+            )
+            self._decode_only = setting == DECODE_ONLY
+            if self._decode_only:
+                refuse_decode_only(device, vllm_config.parallel_config.data_parallel_size)
+        if not self._pruning.ratios:
+            return None
+        if counting and self._counts is None:
+            self._counts = PruningCounts(sorted(self.config.expert_bits), device)
+            self._counts.publish()
+        return LayerPruning(
+            self._pruning.ratios.get(index, 0.0),
+            self._pruning.renormalize,
+            self._decode_only,
+            self._counts.of_layer(index) if self._counts and counting else None,
+        )
 
     def _layer_index(self, prefix: str) -> int | None:
         """Index of the main model's decoder layer that a name belongs to."""

@@ -164,14 +164,13 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             None if expert_map is None else expert_map.to(torch.int32),
         )
         cache = self.quant_config.weight_cache(vllm_config.additional_config)
-        pruning = self.quant_config.pruning(vllm_config.additional_config)
+        parallel = self.moe.moe_parallel_config
+        first_rank = parallel.tp_rank == parallel.ep_rank == 0  # all ranks route the same tokens
+        pruning = self.quant_config.layer_pruning(
+            self.layer_index, vllm_config, layer.w13_weight_scale.device, counting=first_rank
+        )
         self.prepared = ops.prepare_experts(
-            experts,
-            self.dtype,
-            cache,
-            self.moe.experts_per_token,
-            pruning.ratios.get(self.layer_index, 0.0),
-            pruning.renormalize,
+            experts, self.dtype, cache, self.moe.experts_per_token, pruning
         )
         if not self.prepared.keeps_packed:
             for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
@@ -180,10 +179,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         if current_platform.is_cpu():
             ops.add_layer(self.prefix, self.prepared)
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
-        parallel = self.moe.moe_parallel_config
-        self.quant_config.experts_ready(
-            self.prepared.path, announce=parallel.tp_rank == parallel.ep_rank == 0
-        )
+        self.quant_config.experts_ready(self.prepared.path, announce=first_rank)
 
     def apply(
         self,

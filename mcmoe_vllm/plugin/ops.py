@@ -26,7 +26,7 @@ from mcmoe_kernels.experts_cpu import (
 )
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.cache import CacheBudget
-from mcmoe_vllm.pruning import prune
+from mcmoe_vllm.plugin.pruning import LayerPruning
 
 logger = init_logger("vllm.mcmoe")
 
@@ -90,14 +90,12 @@ def prepare_experts(
     dtype: torch.dtype,
     cache: CacheBudget,
     top_k: int,
-    prune_ratio: float = 0.0,
-    renormalize: bool = False,
+    pruning: LayerPruning | None = None,
 ) -> PreparedExperts:
-    """Choose and prepare the compute path for the device that holds the packed weights, behind
-    online pruning if prune_ratio is above 0."""
+    """Choose and prepare the compute path for the device that holds the packed weights."""
     if layer.w13.scale[0].device.type != "cpu":
-        return prepare_on_gpu(layer, dtype, top_k, prune_ratio, renormalize)
-    return add_pruning(prepare_on_cpu(layer, dtype, cache), prune_ratio, renormalize)
+        return prepare_on_gpu(layer, dtype, top_k, pruning)
+    return add_pruning(prepare_on_cpu(layer, dtype, cache), pruning)
 
 
 def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> PreparedExperts:
@@ -117,20 +115,20 @@ def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -
     return PreparedExperts(path, _bind(experts), keeps_packed=mode != "dense")
 
 
-def add_pruning(prepared: PreparedExperts, ratio: float, renormalize: bool) -> PreparedExperts:
-    """The same experts behind the pruning rule; `prepared` itself where nothing is pruned."""
-    if ratio <= 0:
+def add_pruning(prepared: PreparedExperts, pruning: LayerPruning | None) -> PreparedExperts:
+    """The same experts behind the pruning rule in plain torch."""
+    if pruning is None:
         return prepared
     compute = prepared.compute
 
     def pruned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return compute(x, *prune(weights, ids, ratio, renormalize))
+        return compute(x, *pruning(weights, ids))
 
     return PreparedExperts(prepared.path, pruned, prepared.keeps_packed)
 
 
 def prepare_on_gpu(
-    layer: ExpertLayer, dtype: torch.dtype, top_k: int, prune_ratio: float, renormalize: bool
+    layer: ExpertLayer, dtype: torch.dtype, top_k: int, pruning: LayerPruning | None
 ) -> PreparedExperts:
     """The Triton kernels, compiled for every batch size; plain torch where they cannot run."""
     problems = why_not_triton(layer, dtype)
@@ -145,19 +143,30 @@ def prepare_on_gpu(
             lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
             keeps_packed=True,
         )
-        return add_pruning(plain, prune_ratio, renormalize)
+        return add_pruning(plain, pruning)
     from mcmoe_kernels.experts_gpu import fused_experts, warm_up
     from mcmoe_kernels.tiles import tile_layer
 
     tiled = tile_layer(layer)
-    within = 0.0 if renormalize else prune_ratio  # the kernels leave weights as they are
-    warm_up(tiled, top_k, dtype, within)
-    prepared = PreparedExperts(
-        "Triton kernels",
-        lambda x, weights, ids: fused_experts(x, tiled, weights, ids, prune_ratio=within),
-        keeps_packed=False,
-    )
-    return add_pruning(prepared, prune_ratio, renormalize) if renormalize else prepared
+    if pruning is None or pruning.renormalize:  # the kernels leave weights as they are
+        warm_up(tiled, top_k, dtype)
+        prepared = PreparedExperts(
+            "Triton kernels",
+            lambda x, weights, ids: fused_experts(x, tiled, weights, ids),
+            keeps_packed=False,
+        )
+        return add_pruning(prepared, pruning)
+    ratio, counts = pruning.ratio, pruning.counts
+    warm_up(tiled, top_k, dtype, ratio, counting=counts is not None)
+
+    def compute(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        row = None if counts is None else counts.row()
+        out = fused_experts(x, tiled, weights, ids, prune_ratio=ratio, counts=row)
+        if counts is not None:
+            counts.show()
+        return out
+
+    return PreparedExperts("Triton kernels", compute, keeps_packed=False)
 
 
 def why_not_triton(layer: ExpertLayer, dtype: torch.dtype) -> list[str]:

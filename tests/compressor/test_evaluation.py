@@ -41,6 +41,8 @@ def test_refusals(tiny_models, evaluation_text, tmp_path):
         evaluation.evaluate(path, str(evaluation_text), engine="llama.cpp")
     with pytest.raises(UserError, match="device is 'gpu'"):
         evaluation.evaluate(path, str(evaluation_text), windows=2, device="gpu")
+    with pytest.raises(UserError, match="prunes no prompt"):
+        evaluation.evaluate(path, str(evaluation_text), pruning="decode-only")
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(UserError, match="too short"):

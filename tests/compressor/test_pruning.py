@@ -11,6 +11,7 @@ from mcmoe_vllm.pruning import (
     Pruning,
     PruningTable,
     drop_mask,
+    lone_tokens,
     parse_switch,
     prune,
     read_table,
@@ -57,6 +58,19 @@ def test_the_largest_always_stays_and_a_row_decides_alone(top_k):
     mask = drop_mask(weights, ids, 0.6)
     alone = [drop_mask(weights[i : i + 1], ids[i : i + 1], 0.6) for i in range(64)]
     assert torch.equal(mask, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    ("query_starts", "tokens", "alone"),
+    [
+        ([0, 1, 2, 3], 3, [1, 1, 1]),
+        ([0, 3, 4, 4, 6, 7], 9, [0, 0, 0, 1, 0, 0, 1, 0, 0]),  # one without tokens, then padding
+        ([0], 2, [0, 0]),  # no request at all
+    ],
+)
+def test_a_token_is_alone_if_its_request_brings_no_other(query_starts, tokens, alone):
+    starts = torch.tensor(query_starts, dtype=torch.int32)
+    assert lone_tokens(starts, tokens).tolist() == alone
 
 
 def test_what_was_dropped_is_counted():
@@ -109,10 +123,11 @@ def test_the_switch_of_a_launch():
     assert parse_switch(None, None) == {} and parse_switch(None, TABLE) == on
     assert parse_switch("off", TABLE) == {} and parse_switch("on", TABLE) == on
     assert parse_switch(0.1, TABLE) == {0: 0.25, 3: 0.125}
+    assert parse_switch("decode-only", TABLE) == on
     for setting in ("maybe", True, [0.1]):
         with pytest.raises(UserError, match="allowed are"):
             parse_switch(setting, TABLE)
-    for setting in ("on", 0.1):
+    for setting in ("on", "decode-only", 0.1):
         with pytest.raises(UserError, match="calibrate-pruning"):
             parse_switch(setting, None)
 

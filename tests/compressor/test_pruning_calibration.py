@@ -11,7 +11,7 @@ from mcmoe_vllm.checkpoint import open_checkpoint
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluation import evaluate, final_hidden, load_streamed, mean_divergences
 from mcmoe_vllm.pipeline import QuantizeOptions, quantize
-from mcmoe_vllm.pruning import Pruning, PruningTable, drop_mask
+from mcmoe_vllm.pruning import Pruning, PruningTable, beside_largest, drop_mask
 from mcmoe_vllm.pruning_calibration import (
     PROBE_DROP,
     LayerRouting,
@@ -24,15 +24,21 @@ from mcmoe_vllm.text import load_tokenizer, strided_windows
 from tests.conftest import EXAMPLE_MODEL
 
 
+def beside_all(weights):
+    """Another measure than the served one."""
+    return weights, weights.sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("measure", [beside_largest, beside_all])
 @pytest.mark.parametrize("top_k", [2, 4])
-def test_a_ratio_drops_the_share_it_is_for(top_k):
+def test_a_ratio_drops_the_share_it_is_for(top_k, measure):
     torch.manual_seed(0)
     weights, ids = torch.rand(5000, 8).topk(top_k)
     weights /= weights.sum(1, keepdim=True)
-    layer = summarize_routing(weights)
+    layer = summarize_routing(weights, measure)
     assert layer.activations == 5000 * top_k and len(layer.ratios) == 5000 * (top_k - 1)
     for share in (0.0, 0.1, 0.3):
-        dropped = drop_mask(weights, ids, layer.ratio_for(share)).float().mean()
+        dropped = drop_mask(weights, ids, layer.ratio_for(share), measure).float().mean()
         assert float(dropped) == pytest.approx(share, abs=1e-3)
     assert layer.ratio_for(1.0) <= 1.0
 

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ class Server:
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return json.load(response)
+
+    def counts(self) -> dict[tuple[str, int], int]:
+        """(metric, layer) -> value of the plugin's own metrics."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as response:
+            text = response.read().decode()
+        found = re.findall(r'^(mcmoe_\w+)\{layer="(\d+)"\} (\S+)$', text, re.MULTILINE)
+        return {(name, int(layer)): int(float(value)) for name, layer, value in found}
 
     def post(self, path: str, **body: Any) -> Any:
         with self.stream(path, **body) as response:
@@ -147,12 +156,15 @@ def refused_start(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """run_engine(folder, prompts, environment={}, **LLM arguments) -> logprobs, tokens, log."""
+    """run_engine(folder, prompts, environment={}, max_tokens=16, then_alone=False, **LLM arguments)
+    -> what engine.py writes, and the log."""
 
     def run(
         model: Path,
         prompts: list[list[int]],
         environment: dict[str, str] | None = None,
+        max_tokens: int = 16,
+        then_alone: bool = False,
         **arguments: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
@@ -165,7 +177,13 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
             "enable_prefix_caching": False,
             **arguments,
         }
-        job = {"llm": llm, "prompts": prompts, "output": str(folder / "result.json")}
+        job = {
+            "llm": llm,
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "then_alone": then_alone,
+            "output": str(folder / "result.json"),
+        }
         (folder / "job.json").write_text(json.dumps(job))
         log_file = folder / "log.txt"
         with log_file.open("wb") as log:  # a file: a pipe would wait for every child of the engine
@@ -218,6 +236,43 @@ def compressed(
             )
             made[key] = output
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    compressed: Callable[..., Path],
+    calibration_text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The bundled model, compressed and calibrated to prune a quarter of its pairs."""
+    from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
+
+    folder = tmp_path_factory.mktemp("pruned") / "example"
+    shutil.copytree(compressed("example"), folder)
+    calibrate_checkpoint(
+        str(folder), str(calibration_text), target_drop=0.25, samples=8, sequence_length=128
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_ratios(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path, Mapping[int, float]], Path]:
+    """with_ratios(folder, ratios): a copy that is served pruned, by a ratio for each layer."""
+
+    def get(folder: Path, ratios: Mapping[int, float]) -> Path:
+        from mcmoe_vllm.checkpoint import open_checkpoint
+        from mcmoe_vllm.pruning import PruningTable
+        from mcmoe_vllm.pruning_calibration import store_table
+
+        copy = tmp_path_factory.mktemp("with_ratios") / folder.name
+        shutil.copytree(folder, copy)
+        rows = {0.25: tuple(ratios.values())}
+        store_table(open_checkpoint(copy), PruningTable("sensitivity", 0.25, tuple(ratios), rows))
+        return copy
 
     return get
 
@@ -295,12 +350,24 @@ def prompts(evaluation_text: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def transformers_logprobs() -> Callable[[Path, list[list[int]]], torch.Tensor]:
-    """Log-probabilities of each prompt token but the first by transformers in float32, [P, L-1]."""
+    """Log-probabilities of each prompt token but the first by transformers in float32, [P, L-1].
+    ratios: of the layers whose experts are pruned, which is to give them no weight."""
 
-    def get(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    def get(
+        folder: Path, prompts: list[list[int]], ratios: Mapping[int, float] | None = None
+    ) -> torch.Tensor:
         from transformers import AutoModelForCausalLM
 
+        from mcmoe_vllm.pruning import drop_mask
+
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for layer, ratio in (ratios or {}).items():
+
+            def prune(_: Any, given: tuple[torch.Tensor, ...], ratio: float = ratio) -> Any:
+                hidden, ids, weights = given
+                return hidden, ids, weights.masked_fill(drop_mask(weights, ids, ratio), 0.0)
+
+            model.model.layers[layer].mlp.experts.register_forward_pre_hook(prune)
         rows = []
         with torch.inference_mode():
             for prompt in prompts:

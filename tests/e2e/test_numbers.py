@@ -5,6 +5,8 @@ import torch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+# Of the two layers of tiny models: one is left alone, most of the other's experts are pruned.
+RATIOS = {0: 0.0, 1: 0.7}
 TINY = {"samples": 4, "method": "rtn", "candidate_bits": (0, 1, 2, 3, 4), "bits": 2.25}
 
 
@@ -46,12 +48,14 @@ def test_the_checked_loader_changes_nothing(example, prompts, run_engine, defaul
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "olmoe"])
 def test_other_architectures(
-    compressed, dequantized, prompts, transformers_logprobs, run_engine, model_type
+    compressed, with_ratios, dequantized, prompts, transformers_logprobs, run_engine, model_type
 ):
-    """Tiny and random, with dropped experts, shared experts and int4 attention."""
+    """Tiny and random, with dropped and pruned experts, shared experts and int4 attention."""
     folder = compressed(model_type, **TINY)
-    result = run_engine(folder, prompts[:2])
-    assert_equal_numbers(result, transformers_logprobs(dequantized(folder), prompts[:2]))
+    result = run_engine(with_ratios(folder, RATIOS), prompts[:2])
+    plain = dequantized(folder)
+    assert_equal_numbers(result, transformers_logprobs(plain, prompts[:2], RATIOS))
+    assert difference(result, transformers_logprobs(plain, prompts[:2])).mean() > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +81,25 @@ def test_bfloat16_errs_as_much_as_plain_bfloat16(
 
 
 @pytest.fixture(scope="module")
-def one_rank(compressed, prompts, run_engine):
-    return run_engine(compressed("mixtral", group_size=32, **TINY), prompts[:2])
+def pruned_mixtral(compressed, with_ratios):
+    return with_ratios(compressed("mixtral", group_size=32, **TINY), RATIOS)
+
+
+@pytest.fixture(scope="module")
+def one_rank(pruned_mixtral, prompts, run_engine):
+    return run_engine(pruned_mixtral, prompts[:2])
+
+
+def test_one_rank(one_rank, compressed, dequantized, prompts, transformers_logprobs):
+    plain = dequantized(compressed("mixtral", group_size=32, **TINY))
+    assert_equal_numbers(one_rank, transformers_logprobs(plain, prompts[:2], RATIOS))
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_two_ranks(compressed, prompts, run_engine, one_rank, expert_parallel):
-    folder = compressed("mixtral", group_size=32, **TINY)
+def test_two_ranks(pruned_mixtral, prompts, run_engine, one_rank, expert_parallel):
+    """Both prune the same, or the sum of their parts would be another."""
     two = run_engine(
-        folder,
+        pruned_mixtral,
         prompts[:2],
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         tensor_parallel_size=2,

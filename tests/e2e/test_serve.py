@@ -2,15 +2,23 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from mcmoe_vllm.checkpoint import open_checkpoint
+from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.evaluation import final_hidden, load_streamed
+from mcmoe_vllm.pruning import Pruning, pair_counts, read_table
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 COMPILED = ("--quantization", "mcmoe", "--chat-template", CHAT_TEMPLATE)
 EAGER = ("--enforce-eager", "--load-format", "mcmoe")
+ROUTED, PRUNED = "mcmoe_routed_pairs_total", "mcmoe_pruned_pairs_total"
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +26,48 @@ def checkpoint(compressed) -> Path:
     return compressed("example")
 
 
+def assert_counts_of(server, folder, prompt, slack):
+    """Before the first request nothing is counted, neither warming up nor padding; then exactly the
+    prompt's pairs, of which are pruned as many as by the definition, give or take `slack`."""
+    nothing = {(name, layer): 0 for name in (ROUTED, PRUNED) for layer in range(4)}
+    assert wait_for(server, bool) == nothing
+    server.post("/v1/completions", prompt=prompt, max_tokens=1)
+    counts = wait_for(server, lambda counts: counts[ROUTED, 3] > 0)
+    checkpoint = open_checkpoint(folder)
+    quantization = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
+    found = {}
+
+    class Watch(Pruning):
+        def __call__(self, layer, topk_weights, topk_ids):
+            weights, ids = super().__call__(layer, topk_weights, topk_ids)
+            found[layer] = pair_counts(topk_ids, ids).tolist()
+            return weights, ids
+
+    ratios = read_table(quantization).layer_ratios()
+    final_hidden(load_streamed(checkpoint), torch.tensor([prompt]), Watch(ratios))
+    for layer, (routed, pruned) in found.items():
+        assert counts[ROUTED, layer] == routed == 2 * len(prompt)
+        assert abs(counts[PRUNED, layer] - pruned) <= slack
+    assert sum(pruned for _, pruned in found.values()) > len(prompt)
+
+
+def wait_for(server, true):
+    """The server's counts, as soon as they are `true`: they are published twice a second."""
+    end = time.monotonic() + 30
+    while not true(counts := server.counts()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return counts
+
+
 class TestCompiledWithTheFlag:
-    """torch.compile on, --quantization mcmoe, vLLM's default loader."""
+    """torch.compile on, --quantization mcmoe, vLLM's default loader, online pruning."""
 
     @pytest.fixture
-    def server(self, serve, checkpoint):
-        return serve(checkpoint, *COMPILED)
+    def server(self, serve, calibrated):
+        return serve(calibrated, *COMPILED)
+
+    def test_pairs_of_requests_are_counted(self, server, calibrated, prompts):
+        assert_counts_of(server, calibrated, prompts[0][:200], slack=12)  # bfloat16: near ties
 
     def test_completions(self, server):
         answer = server.post("/v1/completions", prompt="The file", max_tokens=8, temperature=0)
@@ -62,11 +106,15 @@ class TestCompiledWithTheFlag:
 
 
 class TestEagerWithTheCheckedLoader:
-    """--enforce-eager, --load-format mcmoe; config.json alone says that it is mcmoe."""
+    """--enforce-eager, --load-format mcmoe; config.json alone says that it is mcmoe. Two processes
+    answer, and either knows all counts."""
 
     @pytest.fixture
-    def server(self, serve, checkpoint):
-        return serve(checkpoint, *EAGER)
+    def server(self, serve, calibrated):
+        return serve(calibrated, *EAGER, "--dtype", "float32", "--api-server-count", "2")
+
+    def test_pairs_of_requests_are_counted(self, server, calibrated, prompts):
+        assert_counts_of(server, calibrated, prompts[0][:200], slack=0)
 
     def test_completions(self, server):
         answer = server.post("/v1/completions", prompt="The file", max_tokens=8, temperature=0)

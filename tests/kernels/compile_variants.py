@@ -30,6 +30,7 @@ TYPES = {
     "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
     "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
     "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
+    "counts": "*i64",
 }  # fmt: skip
 
 

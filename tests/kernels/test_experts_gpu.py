@@ -12,6 +12,7 @@ from mcmoe_kernels.packing import pack
 from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, WarpgroupConfig, fit
+from mcmoe_vllm.pruning import pair_counts
 from tests.expert_layers import (
     experts_float64,
     experts_rounded,
@@ -139,8 +140,13 @@ def test_pruning_is_skipping_the_pairs(config, tokens, device):
     pruned = prune_ids(weights, ids, 0.7)
     assert bool((pruned != ids).any())
     expected = fused_experts(x, tiled, weights, pruned, config)
-    assert torch.equal(fused_experts(x, tiled, weights, ids, config, 0.7), expected)
-    assert not torch.equal(fused_experts(x, tiled, weights, ids, config), expected)
+    counts = torch.ones(2, dtype=torch.int64, device=device)
+    assert torch.equal(fused_experts(x, tiled, weights, ids, config, 0.7, counts), expected)
+    assert torch.equal(counts, 1 + pair_counts(ids, pruned))
+    without = fused_experts(x, tiled, weights, ids, config, 0.0, counts)
+    assert counts[1] == 1 + (pruned != ids).sum() and counts[0] == 1 + 2 * (ids >= 0).sum()
+    assert torch.equal(without, fused_experts(x, tiled, weights, ids, config))
+    assert not torch.equal(without, expected)
 
 
 @pytest.mark.parametrize("config", PLAIN)

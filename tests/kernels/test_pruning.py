@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from mcmoe_kernels.pruning import prune_ids
-from mcmoe_vllm.pruning import prune
+from mcmoe_vllm.pruning import pair_counts, prune
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8])
@@ -19,7 +19,9 @@ def test_every_pair(tokens, top_k, device):
     weights[ids < 0] = float("nan")
     weights, ids = weights.to(device), ids.to(device)
     for ratio in (0.0, 0.5, 0.9, 1.0):
-        pruned = prune_ids(weights, ids, ratio)
+        counts = torch.full((2,), 7, dtype=torch.int64, device=device)
+        pruned = prune_ids(weights, ids, ratio, counts)
+        assert torch.equal(counts, 7 + pair_counts(ids, pruned))
         assert pruned.dtype == ids.dtype
         assert torch.equal(pruned, prune(weights, ids, ratio)[1])
     if tokens > 60 and top_k > 1:

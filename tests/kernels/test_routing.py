@@ -11,6 +11,7 @@ from mcmoe_kernels import routing
 from mcmoe_kernels.experts_decode import prepare_kernel
 from mcmoe_kernels.routing import max_blocks, route_pairs, route_torch
 from mcmoe_kernels.tiles import tile_layer
+from mcmoe_vllm.pruning import pair_counts, prune
 from tests.expert_layers import random_layer, random_routing, to_device
 
 BITS = (1, 3, 0, 2, 3, 2, 1)
@@ -22,8 +23,8 @@ def blocks_of(block_info, block_pair):
     return [(*info, sorted(p for p in pairs if p >= 0)) for info, pairs in rows if info[0] >= 0]
 
 
-def route_in_prepare(ids, layer, block_m):
-    """The table as the decode path makes it."""
+def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
+    """The table as the decode path makes it, pruned if there are weights."""
     pairs = ids.numel()
     blocks = max_blocks(pairs, layer.num_slots, block_m)
     new = ids.new_empty
@@ -32,10 +33,11 @@ def route_in_prepare(ids, layer, block_m):
     digits = torch.empty(len(ids), 2, 128, dtype=torch.int8, device=ids.device)
     meta = torch.empty(len(ids), 1, 2, device=ids.device)
     prepare_kernel[(1 + len(ids),)](
-        x, digits, meta, ids, layer.slot_of, ids, 0.0, ids, layer.w13.table, layer.w2.table,
-        new(16 + pairs), block_info, block_pair, pairs, blocks,
-        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0, SLOTS=8, BLOCK_M=block_m,
-        SINGLE=False, PDL=False,
+        x, digits, meta, ids, layer.slot_of, ids if weights is None else weights, ratio,
+        new(ids.shape), counts, layer.w13.table, layer.w2.table, new(16 + pairs), block_info,
+        block_pair, pairs, blocks, COLUMNS=128, X_BLOCK=128, X_BLOCKS=1,
+        PRUNED_TOP_K=0 if weights is None else ids.shape[1], SLOTS=8, BLOCK_M=block_m,
+        SINGLE=len(ids) == 1, PDL=False,
     )  # fmt: skip
     return block_info, block_pair
 
@@ -88,3 +90,19 @@ def test_no_routing_needs_more_blocks(block_m):
         worst = [1] * min(pairs, slots)
         worst[0] += pairs - len(worst)  # all the rest on one expert
         assert sum(-(-c // block_m) for c in worst) <= most <= pairs
+
+
+@pytest.mark.parametrize("tokens", [1, 300])  # routes itself; more pairs than are taken at once
+def test_what_is_pruned_is_counted(tokens, device):
+    layer = tile_layer(
+        to_device(random_layer(BITS, hidden=128, intermediate=64, group_size=64), device)
+    )
+    weights, ids = (t.to(device) for t in random_routing(tokens, len(BITS), 3))
+    ids[-1], weights[-1] = torch.tensor([-1, 0, 3]), torch.tensor([9.0, 0.5, 0.25])
+    counts = torch.full((2,), 7, dtype=torch.int64, device=device)
+    table = route_in_prepare(ids, layer, 4, weights, 0.6, counts)
+    _, kept = prune(weights, ids, 0.6)
+    assert bool((kept != ids).any())
+    assert torch.equal(counts, 7 + pair_counts(ids, kept))
+    pairs = [p for block in blocks_of(*table) for p in block[3]]
+    assert len(pairs) == (layer.slot_of[kept.clamp(min=0).long()].ge(0) & (kept >= 0)).sum()

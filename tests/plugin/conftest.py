@@ -1,6 +1,7 @@
 """A stand-in for vLLM's RoutedExperts: the experts' method is tested without an engine."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,14 @@ def vllm_config() -> Iterator[object]:
     config = VllmConfig()
     with set_current_vllm_config(config):
         yield config
+
+
+@pytest.fixture
+def forward(vllm_config: object) -> Callable[[object], AbstractContextManager[None]]:
+    """forward(metadata): the context of a forward pass, as vLLM sets it."""
+    from vllm.forward_context import set_forward_context
+
+    return lambda metadata: set_forward_context(metadata, vllm_config)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from mcmoe_kernels.experts_cpu import dense_bytes, prepare_dense
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin import ops
 from mcmoe_vllm.plugin.cache import DEFAULT_CACHE_GIB, GIB, CacheBudget
+from mcmoe_vllm.plugin.pruning import LayerPruning
 from mcmoe_vllm.pruning import prune
 from tests.expert_layers import (
     experts_float64,
@@ -136,7 +137,7 @@ def test_where_triton_cannot_run_plain_torch_does_and_says_why(monkeypatch):
     said = []
     monkeypatch.setattr(ops.logger, "warning_once", lambda text, *values: said.append(values))
     layer = random_layer(MIXED13, MIXED2)
-    prepared = ops.prepare_on_gpu(layer, torch.float32, 2, 0.0, False)  # held by a CPU
+    prepared = ops.prepare_on_gpu(layer, torch.float32, 2, None)  # held by a CPU
     assert "torch" in prepared.path and prepared.keeps_packed
     assert "no CUDA device" in str(said) and "float32" in str(said)
     x, (weights, ids) = random_input(5, 256, torch.float32), random_routing(5, 6, 2)
@@ -148,7 +149,8 @@ def test_where_triton_cannot_run_plain_torch_does_and_says_why(monkeypatch):
 def test_pruned_experts_are_the_experts_without_the_dropped(renormalize):
     layer = random_layer(MIXED13, MIXED2)
     plain = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)
-    pruned = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2, 0.6, renormalize)
+    pruning = LayerPruning(0.6, renormalize)
+    pruned = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2, pruning)
     x, (weights, ids) = random_input(9, 256), random_routing(9, 6, 2)
     kept, kept_ids = prune(weights, ids, 0.6, renormalize)
     assert 0 < (kept_ids < 0).sum() < 9
