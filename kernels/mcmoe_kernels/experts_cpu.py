@@ -136,9 +136,7 @@ def fused_experts_cpu(
         return torch.zeros_like(x)
     ids = topk_ids if experts.slots is None else experts.slots[topk_ids.long()]
     if experts.kernel is not None:
-        if int(ids.min()) >= 0:
-            return experts.kernel(x, topk_weights, ids)
-        return _valid_pairs_alone(x, experts.kernel, topk_weights, ids)
+        return _run_kernel(x, experts.kernel, topk_weights, ids)
     if x.shape[0] == 1:
         return _one_token(x, experts, topk_weights, ids)
     return _grouped(x, experts, topk_weights, ids)
@@ -214,17 +212,27 @@ def _slots(layer: ExpertLayer, experts: tuple[int, ...], dropped: int) -> torch.
     return torch.cat([slots[expert_map], slots[-1:]])
 
 
-def _valid_pairs_alone(
+def _run_kernel(
     x: torch.Tensor, kernel: DenseKernel, topk_weights: torch.Tensor, slots: torch.Tensor
 ) -> torch.Tensor:
-    """Run a kernel that knows no -1: each valid (token, slot) pair becomes a row of its own."""
-    token, choice = (slots >= 0).nonzero(as_tuple=True)
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    """A kernel that knows no -1: in rows that have one, each other pair becomes a row of its own.
+
+    Which way a row goes depends on that row alone, and so do its bits if the kernel's do.
+    """
+    valid = slots >= 0
+    whole = valid.all(1)
+    if whole.all():
+        return kernel(x, topk_weights, slots)
+    token, choice = (valid & ~whole.unsqueeze(1)).nonzero(as_tuple=True)
+    total = torch.zeros(x.shape, dtype=torch.float32)
     if token.numel():
         pairs = (token, choice)
         y = kernel(x[token], topk_weights[pairs].unsqueeze(-1), slots[pairs].unsqueeze(-1))
-        out.index_add_(0, token, y.float())
-    return out.to(x.dtype)
+        total.index_add_(0, token, y.float())
+    out = total.to(x.dtype)
+    if whole.any():
+        out[whole] = kernel(x[whole], topk_weights[whole], slots[whole])
+    return out
 
 
 def _one_token(

@@ -96,6 +96,17 @@ def test_the_fused_kernel_is_used_and_errs_no_more_than_plain_torch(dtype, token
         assert not out[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_is_computed_alike_beside_pruned_ones(dtype):
+    """To the bit: else a request's text would depend on its neighbours."""
+    prepared = ops.prepare_experts(random_layer(MIXED13, MIXED2), dtype, CacheBudget(1), 3)
+    assert "vLLM's fused kernel" in prepared.path
+    x, (weights, ids) = random_input(12, 256, dtype), random_routing(12, 6, 3)
+    ids[0], ids[1, 0], ids[2, 1:], ids[7, 2] = -1, -1, -1, -1
+    alone = [prepared.compute(x[i : i + 1], weights[i : i + 1], ids[i : i + 1]) for i in range(12)]
+    assert torch.equal(prepared.compute(x, weights, ids), torch.cat(alone))
+
+
 def test_the_fused_kernel_is_not_used_where_it_cannot_be(monkeypatch):
     from vllm import _custom_ops
 
