@@ -68,7 +68,6 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--scope",
         choices=("layer", "global"),
-        default="layer",
         help="one budget per layer, as in the paper, or one over all layers",
     )
     target.add_argument(
@@ -89,17 +88,20 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=BITS",
         help="fix widths, e.g. 'layers.0.*=3' or 'layers.*.experts.5=1'; may be repeated",
     )
-    significance = parser.add_argument_group("significance and quantizer")
-    for name, default, meaning in (
-        ("alpha", 1.0, "frequency"),
-        ("beta", 1.5, "routing weight"),
-        ("gamma", 1.0, "reconstruction error"),
+    recipe = parser.add_argument_group("recipe; its traits change one by one with the other flags")
+    recipe.add_argument(
+        "--recipe",
+        choices=("best", "paper"),
+        help="best: the most accurate (default); paper: as MC-MoE was published",
+    )
+    for name, meaning in (
+        ("alpha", "frequency"),
+        ("beta", "routing weight"),
+        ("gamma", "reconstruction error"),
     ):
-        significance.add_argument(
-            f"--{name}", type=float, default=default, help=f"exponent of the {meaning}"
-        )
-    significance.add_argument(
-        "--method", choices=("gptq", "rtn"), default="gptq", help="error compensation or rounding"
+        recipe.add_argument(f"--{name}", type=float, help=f"exponent of the {meaning}")
+    recipe.add_argument(
+        "--method", choices=("gptq", "rtn"), help="error compensation, or rounding to nearest"
     )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -136,6 +138,7 @@ def _options(parsed: argparse.Namespace, plan: str | None):  # type: ignore[no-u
         model=parsed.model,
         output=parsed.output,
         bits=parsed.bits,
+        recipe=parsed.recipe,
         scope=parsed.scope,
         group_size=parsed.group_size,
         candidate_bits=tuple(sorted(parsed.candidate_bits)),

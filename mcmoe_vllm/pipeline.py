@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,18 +52,22 @@ from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import MAX_DROP
 from mcmoe_vllm.pruning_calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
+from mcmoe_vllm.recipes import RECIPES, Recipe
 from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 
 DENSE_WIDTH = 4
+ROUTER = "mlp.gate"
 MAX_SEQUENCE_LENGTH = 2048
-SCOPES = ("layer", "global")
-METHODS = ("gptq", "rtn")
-RESULT_FIELDS = (  # what an interrupted job may not change
-    "bits", "scope", "group_size", "candidate_bits", "dense_bits", "calibration", "samples",
-    "sequence_length", "seed", "method", "alpha", "beta", "gamma", "pins",
+RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
+    "bits", "group_size", "candidate_bits", "dense_bits", "calibration", "samples",
+    "sequence_length", "seed", "pins",
 )  # fmt: skip
+PLAN_TRAITS = (  # traits that a given plan has already decided
+    "alpha", "beta", "gamma", "scope", "error_method", "error_norm", "routing_score",
+)  # fmt: skip
+OVERRIDES = ("alpha", "beta", "gamma", "scope", "method")  # traits with a flag of their own
 
 
 @dataclass(frozen=True)
@@ -70,26 +75,30 @@ class QuantizeOptions:
     """Everything that `mcmoe quantize` can be told; the names are those of its flags.
 
     model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to
-    write; bits: average width over expert weights; pins: "layers.0.*=3"; plan: a plan.json to use
-    instead of measuring; target_drop: share of expert activations for online pruning, None =
-    not calibrated; sequence_length: None = min(2048, the model's maximum).
+    write; bits: average width over expert weights; recipe: one or its name, None = the plan's or
+    "best";
+    scope, method, alpha, beta, gamma: traits of the recipe, None = as the recipe says;
+    pins: "layers.0.*=3"; plan: a plan.json to use instead of measuring; target_drop: share of
+    expert activations for online pruning, None = not calibrated; sequence_length: None =
+    min(2048, the model's maximum).
     Raises UserError listing every value out of range.
     """
 
     model: str
     output: str
     bits: float = 2.5
-    scope: str = "layer"
+    recipe: Recipe | str | None = None
+    scope: str | None = None
     group_size: int = 128
     candidate_bits: tuple[int, ...] = (1, 2, 3)
     dense_bits: int = 4
     calibration: str = DEFAULT_DATASET
     samples: int = 128
     sequence_length: int | None = None
-    method: str = "gptq"
-    alpha: float = 1.0
-    beta: float = 1.5
-    gamma: float = 1.0
+    method: str | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
     pins: tuple[str, ...] = ()
     plan: str | None = None
     target_drop: float | None = None
@@ -103,12 +112,14 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         wrong = check_candidate_bits(self.candidate_bits)
         allowed = (
-            ("scope", self.scope, SCOPES),
             ("group_size", self.group_size, GROUP_SIZES),
             ("dense_bits", self.dense_bits, DENSE_BITS),
-            ("method", self.method, METHODS),
         )
+        if isinstance(self.recipe, str):
+            allowed += (("recipe", self.recipe, tuple(RECIPES)),)  # type: ignore[assignment]
         wrong += [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+        if not wrong:
+            wrong += self.traits.problems()
         if self.target_drop is not None and not 0 < self.target_drop <= MAX_DROP:
             wrong.append(f"target_drop is {self.target_drop}, allowed are shares up to {MAX_DROP}")
         if self.samples < 1:
@@ -126,6 +137,14 @@ class QuantizeOptions:
                 )
         if wrong:
             raise UserError("\n".join(wrong))
+
+    @property
+    def traits(self) -> Recipe:
+        """The recipe with what the options say otherwise."""
+        given = {name: getattr(self, name) for name in OVERRIDES}
+        changed = {name: value for name, value in given.items() if value is not None}
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else RECIPES[self.recipe or "best"]
+        return replace(recipe, **changed)
 
     @property
     def is_uniform(self) -> bool:
@@ -182,6 +201,17 @@ def plan(options: QuantizeOptions) -> Plan:
     return result
 
 
+def measure(options: QuantizeOptions) -> list[significance.LayerSignificance]:
+    """The significance of every layer at every candidate width; needs no solver, writes nothing.
+
+    Raises UserError for anything that the user can mend.
+    """
+    with report.Progress() as progress, tempfile.TemporaryDirectory() as folder:
+        job = _prepare(options, progress, allocates=False)
+        work = _open_work(job, Path(folder), "measure")
+        return _measure_layers(job, work, sorted(options.candidate_bits))
+
+
 def quantize(options: QuantizeOptions) -> dict[str, Any]:
     """Compress a checkpoint into `options.output`; returns what report.json holds.
 
@@ -203,6 +233,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
                 candidate_bits=given.candidate_bits,
                 group_size=given.group_size,
                 dense_bits=given.dense_bits,
+                recipe=options.recipe or _recipe_of(given),
             )
         job = _prepare(options, progress)
         if given is not None:
@@ -226,7 +257,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     return result
 
 
-def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
+def _prepare(options: QuantizeOptions, progress: report.Progress, allocates: bool = True) -> _Job:
     """Everything that can be refused is refused here, before any work."""
     checkpoint = open_checkpoint(resolve_model(options.model, options.revision))
     architecture = find_architecture(checkpoint.config)
@@ -260,7 +291,7 @@ def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
     )
     _require_shapes(job)
     allocation.parse_pins(options.pins, moe_layers, job.num_experts, sorted(options.candidate_bits))
-    if options.plan is None:
+    if allocates and options.plan is None:
         _require_budget(job)
     longest = int(getattr(model.config, "max_position_embeddings", MAX_SEQUENCE_LENGTH))
     length = options.sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
@@ -345,6 +376,7 @@ def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
         "calibration_fingerprint": _fingerprint(job.windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
         **{name: getattr(options, name) for name in RESULT_FIELDS},
+        **_named_traits(options.traits),
     }
     description = json.loads(json.dumps(description))
     _require_parent(path)
@@ -357,9 +389,9 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
     plan_file = work.path / "plan.json"
     if plan_file.exists():
         return Plan.from_dict(read_json(plan_file), str(plan_file))
-    measured = _measure_layers(job, work)
     options = job.options
     candidates = sorted(options.candidate_bits)
+    measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
     factors = allocation.Factors(
         frequency=np.array([m.frequency for m in measured]),
         routing_weight=np.array([m.routing_weight for m in measured]),
@@ -371,8 +403,9 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
         costs = np.zeros((len(measured), job.num_experts, len(candidates)))
         chosen = allocation.uniform_allocation(costs, candidates, options.bits)
     else:
+        traits = options.traits
         costs = allocation.expert_costs(
-            factors, alpha=options.alpha, beta=options.beta, gamma=options.gamma
+            factors, alpha=traits.alpha, beta=traits.beta, gamma=traits.gamma
         )
         chosen = _allocate(job, costs, candidates)
     result = Plan(
@@ -386,6 +419,7 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
         nominal_bits=options.bits,
         options={
             **{name: getattr(options, name) for name in RESULT_FIELDS if name != "bits"},
+            **_named_traits(options.traits),
             "sequence_length": job.windows.shape[1],
             "solver": chosen.solver,
             "objective": chosen.objective,
@@ -400,7 +434,7 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
 
 def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> allocation.Allocation:
     options = job.options
-    scope: allocation.Scope = "global" if options.scope == "global" else "layer"
+    scope: allocation.Scope = "global" if options.traits.scope == "global" else "layer"
     budget, floors = allocation.budget_for_bits(
         options.bits, job.num_experts, len(job.moe_layers), candidates, scope
     )
@@ -414,10 +448,12 @@ def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> alloca
     )
 
 
-def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSignificance]:
+def _measure_layers(
+    job: _Job, work: WorkDirectory, candidates: Sequence[int]
+) -> list[significance.LayerSignificance]:
     """The significance of every layer, on the unquantized model."""
     options, model = job.options, job.model
-    candidates = [] if options.is_uniform else sorted(options.candidate_bits)
+    traits = options.traits
     blocks = [b.cpu() for b in model.embed(job.windows)]
     start, blocks = work.load_hidden("measure") or (0, blocks)
     job.progress.start("measuring", model.num_layers, start)
@@ -425,6 +461,7 @@ def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSi
         layer = model.load_layer(index)
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
+            scores = _softmax_scores(layer, routing) if traits.routing_score == "softmax" else None
             measured, experts_output = significance.measure_layer(
                 index,
                 routing,
@@ -433,7 +470,9 @@ def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSi
                 candidates,
                 options.group_size,
                 model.activation(),
-                options.method,
+                traits,
+                scores=scores,
+                window=job.windows.shape[1],
             )
             outputs = _add(outputs, experts_output)
             work.save_layer("significance", index, asdict(measured))
@@ -451,7 +490,7 @@ def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSi
 def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[str, Any]]:
     """Quantize and write layer after layer, each calibrated on what the quantized layers before
     it put out."""
-    model = job.model
+    model, traits = job.model, job.options.traits
     shards = model.num_layers + 1
     outside = [n for n in job.checkpoint.tensors if not n.startswith("model.layers.")]
     first = work.checkpoint / shard_name(1, shards)
@@ -465,14 +504,17 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
         layer = model.load_layer(index)
         tensors = job.checkpoint.read_weights(model.parameter_names(index))
         lost: dict[str, Any] = {}
+        exact = None if traits.sequential else _exact_outputs(job, layer, index, blocks)
         if chosen.dense_bits == DENSE_WIDTH:
             lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
+        if traits.router_bits != 16 and index in job.moe_layers:
+            lost["router"] = _quantize_router(job, layer, index, blocks, tensors)
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
             bits = chosen.bits[job.moe_layers.index(index)]
             lost["experts"], experts_output = _quantize_experts(job, index, routing, bits, tensors)
             outputs = _add(outputs, experts_output)
-        blocks = outputs
+        blocks = outputs if exact is None else exact
         model.release_layer(index)
         write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
         del tensors
@@ -484,6 +526,22 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
     return [work.load_layer("layers", i) for i in range(model.num_layers)]
 
 
+def _exact_outputs(
+    job: _Job, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the unquantized layer puts out."""
+    model = job.model
+    outputs, routing = _run_blocks(model, layer, index, blocks)
+    if routing is None:
+        return outputs
+
+    def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        w13, w2 = job.read_expert(index, expert)
+        return w13.to(model.dtype), w2.to(model.dtype)
+
+    return _add(outputs, experts_output(routing, read, job.num_experts, model.activation()))
+
+
 def _quantize_dense(
     job: _Job,
     layer: torch.nn.Module,
@@ -492,27 +550,12 @@ def _quantize_dense(
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Attention and shared experts to symmetric int4, in the layer and in `tensors`."""
+    traits = job.options.traits
     groups = [
         [name for name in group if _has_module(layer, name)]
         for group in job.architecture.dense_linears
     ]
-    grams: dict[str, torch.Tensor] = {}
-
-    def observe(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            product = significance.gram(rows)
-            grams[name] = grams[name] + product if name in grams else product
-
-        return layer.get_submodule(name).register_forward_pre_hook(hook)
-
-    hooks = [observe(group[0]) for group in groups if group]
-    try:
-        for block in blocks:
-            job.model.run_layer(layer, index, block.to(job.model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    grams = _input_grams(job, layer, index, blocks, [group[0] for group in groups if group])
     result: dict[str, Any] = {}
     for group in groups:
         for name in group:
@@ -524,8 +567,9 @@ def _quantize_dense(
                 hessian,
                 DENSE_WIDTH,
                 job.options.group_size,
-                method=job.options.method,
+                method=traits.method,
                 symmetric=True,
+                recipe=traits,
             )
             linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
             stored = _dense_weight(job, index, name)
@@ -540,6 +584,61 @@ def _quantize_dense(
     return result
 
 
+def _quantize_router(
+    job: _Job,
+    layer: torch.nn.Module,
+    index: int,
+    blocks: list[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The router to the recipe's bits, in the layer and in `tensors`: dequantized in the
+    checkpoint's own dtype, which the format wants of a router."""
+    traits = job.options.traits
+    router: Any = layer.get_submodule(ROUTER)
+    stored = _dense_weight(job, index, ROUTER)
+    weight = router.weight.detach().float().unsqueeze(0)
+    hessian = _input_grams(job, layer, index, blocks, [ROUTER])[ROUTER].unsqueeze(0)
+    q = quantizer.quantize(
+        weight,
+        hessian,
+        traits.router_bits,
+        job.options.group_size,
+        method=traits.method,
+        recipe=traits,
+    )
+    tensors[stored] = q.dequantize()[0].to(tensors[stored].dtype).cpu()
+    router.weight.data = tensors[stored].to(router.weight)
+    return {"bits": traits.router_bits, "error": quantizer.relative_error(weight, hessian, q.error)}
+
+
+def _input_grams(
+    job: _Job,
+    layer: torch.nn.Module,
+    index: int,
+    blocks: list[torch.Tensor],
+    names: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """X^T X [K, K] of what each of the layer's linears is given."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def observe(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            product = significance.gram(rows)
+            grams[name] = grams[name] + product if name in grams else product
+
+        return layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [observe(name) for name in names]
+    try:
+        for block in blocks:
+            job.model.run_layer(layer, index, block.to(job.model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grams
+
+
 def _quantize_experts(
     job: _Job,
     index: int,
@@ -549,6 +648,7 @@ def _quantize_experts(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """All routed experts of a layer at their widths into `tensors`; their output [T, H]."""
     options, activation, dtype = job.options, job.model.activation(), job.model.dtype
+    traits = options.traits
     output = torch.zeros_like(routing.hidden, dtype=torch.float32)
     error = signal = 0.0
     rounding_kept = matrices = 0
@@ -564,8 +664,9 @@ def _quantize_experts(
         quantized = []
         for weight, hessian, splits in ((w13, hessian13, 2), (w2, hessian2, 1)):
             q = quantizer.quantize(
-                weight, hessian, widths, options.group_size, method=options.method, splits=splits
-            )
+                weight, hessian, widths, options.group_size, method=traits.method, splits=splits,
+                recipe=traits,
+            )  # fmt: skip
             error += float(q.error.sum())
             signal += float(((weight @ hessian) * weight).sum())
             rounding_kept += int((~q.gptq_kept).sum())
@@ -631,13 +732,9 @@ def _publish(
         "model": sizes.model_bits,
     }
     group = chosen.group_size
-    recipe = {
-        name: chosen.options.get(name)
-        for name in ("scope", "method", "alpha", "beta", "gamma", "solver", "pins",
-                     "calibration", "samples", "sequence_length", "seed")
-        if chosen.options.get(name) is not None
-    }  # fmt: skip
-    recipe["mcmoe_version"] = __version__
+    known = (*PLAN_TRAITS, "solver", "pins", "calibration", "samples", "sequence_length", "seed")
+    decided = {n: chosen.options[n] for n in known if chosen.options.get(n) is not None}
+    recipe = {**_named_traits(options.traits), **decided, "mcmoe_version": __version__}
     quantization = QuantizationConfig(
         group_size={"w13": group, "w2": group, "dense": group},
         expert_bits={
@@ -675,6 +772,7 @@ def _publish(
             for entry in layers
             if entry.get("experts", {}).get("starved")
         },
+        "recipe": recipe,
         "plan": chosen.to_dict(),
     }
     with explain_os_errors(f"writing {folder}"):
@@ -740,6 +838,33 @@ def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
     """Blocks [B, L, H] plus the matching rows of [T, H]."""
     parts = rows.split([b.shape[0] * b.shape[1] for b in blocks])
     return [b + p.view_as(b).to(b.dtype) for b, p in zip(blocks, parts, strict=True)]
+
+
+def _named_traits(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's traits with its name as "recipe"."""
+    traits = recipe.to_dict()
+    return {"recipe": traits.pop("name"), **traits}
+
+
+def _recipe_of(plan: Plan) -> str | None:
+    """The name of the recipe that a plan was made by, if it is known here."""
+    name = plan.options.get("recipe")
+    return name if name in RECIPES else None
+
+
+def _softmax_scores(layer: torch.nn.Module, routing: Routing) -> torch.Tensor:
+    """The routed experts' shares of the softmax over all experts, float32 [T, k]."""
+    router: Any = layer.get_submodule(ROUTER)
+    weight = router.weight.float()
+    parts = [
+        (hidden.to(weight).matmul(weight.t()).softmax(-1).gather(1, ids.to(weight.device))).cpu()
+        for hidden, ids in zip(
+            routing.hidden.split(significance.ROWS),
+            routing.ids.split(significance.ROWS),
+            strict=True,
+        )
+    ]
+    return torch.cat(parts)
 
 
 def _dense_weight(job: _Job, layer: int, linear: str) -> str:

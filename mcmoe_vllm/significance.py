@@ -5,11 +5,13 @@ Frobenius norm of the change of the MoE block's output when expert i alone goes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mcmoe_vllm import quantizer
+from mcmoe_vllm.recipes import BEST, Recipe
 from mcmoe_vllm.streaming import Routing, expert_hidden, run_expert
 
 # Fewer rows than this leave a Hessian that says little; the expert is completed with tokens of
@@ -27,7 +29,9 @@ class LayerSignificance:
 
     tokens: calibration tokens routed to the expert; frequency: tokens / all tokens;
     routing_weight: sum of the weights it was given / all tokens;
-    reconstruction_error[expert][candidate]: eps, Frobenius norm.
+    reconstruction_error[expert][candidate]: eps, Frobenius norm;
+    trace_error[expert][candidate]: sum over the matrices of the Hessian's mean diagonal times the
+    squared change of the weights (HAWQ-V2's estimate of eps^2, for comparison).
     """
 
     layer: int
@@ -35,6 +39,7 @@ class LayerSignificance:
     frequency: list[float]
     routing_weight: list[float]
     reconstruction_error: list[list[float]]
+    trace_error: list[list[float]]
     rounding_kept: int
     matrices: int
 
@@ -122,19 +127,29 @@ def measure_layer(
     candidate_bits: Sequence[int],
     group_size: int,
     activation: Activation,
-    method: str,
+    recipe: Recipe = BEST,
+    *,
+    scores: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[LayerSignificance, torch.Tensor]:
     """Measure one layer and compute its routed experts' output, float32 [T, H].
 
     routing: all calibration tokens; read_expert: expert -> (w13 [2I, H], w2 [H, I]);
-    method: the quantizer whose error is measured, "gptq" or "rtn".
+    recipe: its traits of significance; scores [T, k]: what `routing_weight` sums (default: the
+    routing's weights); window: tokens of a window, for the error norm "windows".
     """
+    scored = routing if scores is None else replace(routing, weights=scores)
+    if recipe.error_norm == "total" or window is None:
+        window = routing.hidden.shape[0]
+    windows = -(-routing.hidden.shape[0] // window)
     tokens = count_tokens(routing, num_experts)
     total = routing.hidden.shape[0]
     output = torch.zeros_like(routing.hidden, dtype=torch.float32)
     errors: list[list[float]] = []
+    trace_errors: list[list[float]] = []
     weight_sums: list[float] = []
     rounding_kept = matrices = 0
+    how: dict[str, Any] = {"method": recipe.error_method, "recipe": recipe}
     for chunk in expert_chunks(num_experts, *_hidden_and_width(read_expert(0))):
         pairs = [read_expert(e) for e in chunk]
         w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
@@ -145,16 +160,28 @@ def measure_layer(
             if bits == 0:
                 candidates.append(None)
                 continue
-            q13 = quantizer.quantize(w13, hessian13, bits, group_size, method=method, splits=2)
-            q2 = quantizer.quantize(w2, hessian2, bits, group_size, method=method)
+            q13 = quantizer.quantize(w13, hessian13, bits, group_size, splits=2, **how)
+            q2 = quantizer.quantize(w2, hessian2, bits, group_size, **how)
             candidates.append((q13.dequantize(), q2.dequantize()))
             rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
             matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
+        traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
         del hessian13, hessian2
         for position, expert in enumerate(chunk):
             rows, weights = routing.tokens_of(expert)
-            weight_sums.append(float(weights.float().sum()))
-            squares = [0.0] * len(candidates)
+            trace_errors.append(
+                [
+                    sum(
+                        float(trace[position] * (w[position] - d[position]).square().sum())
+                        if d is not None
+                        else float(trace[position] * w[position].square().sum())
+                        for trace, w, d in zip(traces, (w13, w2), pair or (None, None), strict=True)
+                    )
+                    for pair in candidates
+                ]
+            )
+            weight_sums.append(float(scored.tokens_of(expert)[1].float().sum()))
+            squares = torch.zeros(len(candidates), windows, dtype=torch.float64)
             for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
                 x = routing.hidden[rows[part]].to(w13.device)
                 scale = weights[part].float().to(w13.device).unsqueeze(1)
@@ -166,14 +193,16 @@ def measure_layer(
                     else:
                         d13, d2 = pair[0][position], pair[1][position]
                         change = y - _weighted_output(x, scale, d13, d2, activation)
-                    squares[column] += float(change.double().square().sum())
-            errors.append([square**0.5 for square in squares])
+                    of_rows = change.double().square().sum(1).cpu()
+                    squares[column].index_add_(0, rows[part].cpu() // window, of_rows)
+            errors.append(squares.sqrt().sum(1).tolist())
     significance = LayerSignificance(
         layer=layer,
         tokens=tokens,
         frequency=[n / total for n in tokens],
         routing_weight=[w / total for w in weight_sums],
         reconstruction_error=errors,
+        trace_error=trace_errors,
         rounding_kept=rounding_kept,
         matrices=matrices,
     )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mcmoe_vllm.config import Plan, QuantizationConfig, read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import find_architecture
 from mcmoe_vllm.pipeline import QuantizeOptions, plan, quantize
+from mcmoe_vllm.recipes import PAPER, RECIPES
 
 SMALL = {"samples": 8, "sequence_length": 128}
 
@@ -214,6 +216,53 @@ def test_a_plan_can_be_made_first_and_gives_the_same_shards(finished, tmp_path):
     output = tmp_path / "out"
     quantize(QuantizeOptions(**{**vars(settings), "output": str(output), "plan": str(plan_file)}))
     assert shard_bytes(output) == shard_bytes(reference)
+
+
+def test_the_paper_recipe_is_recorded_and_quantizes_the_router(
+    tiny_models, tmp_path, calibration_text
+):
+    source, output = tiny_models("mixtral"), tmp_path / "out"
+    result = quantize(options(source, output, calibration_text, recipe="paper", beta=1.0))
+    checkpoint = open_checkpoint(output)
+    recorded = checkpoint.config["quantization_config"]["recipe"]
+    expected = {**PAPER.to_dict(), "beta": 1.0}
+    assert recorded["recipe"] == expected.pop("name")
+    assert {name: recorded[name] for name in expected} == expected
+    assert recorded == result["recipe"] and recorded["seed"] == 0 and "highs" in recorded["solver"]
+    assert result["layers"][0]["router"]["bits"] == 4
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    router, original = checkpoint.read([name])[name], open_checkpoint(source).read([name])[name]
+    assert router.dtype == original.dtype and not torch.equal(router, original)
+    assert all(len(row.unique()) <= 16 for row in router)  # hidden size 128: one group
+    torch.testing.assert_close(router.float(), original.float(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_sequential_calibration_is_a_trait(tiny_models, tmp_path, calibration_text, recipe):
+    """Layer 0 is the same either way, layer 1 sees what the quantized layer 0 puts out."""
+    shards = []
+    for sequential in (True, False):
+        output = tmp_path / str(sequential)
+        traits = replace(RECIPES[recipe], sequential=sequential)
+        quantize(options(tiny_models("mixtral"), output, calibration_text, bits=2, recipe=traits))
+        shards.append(shard_bytes(output))
+    same = {name for name in shards[0] if shards[0][name] == shards[1][name]}
+    assert "model-00002-of-00003.safetensors" in same
+    assert "model-00003-of-00003.safetensors" not in same
+
+
+def test_a_plan_brings_its_recipe_along(tiny_models, tmp_path, calibration_text):
+    settings = {"bits": 2, "recipe": "paper"}
+    plan_file, source = tmp_path / "plan.json", tiny_models("mixtral")
+    plan(options(source, plan_file, calibration_text, **settings))
+    result = quantize(options(source, tmp_path / "out", calibration_text, plan=str(plan_file)))
+    assert result["recipe"]["compensated_bits"] == PAPER.compensated_bits
+
+
+def test_measuring_needs_no_solver(tiny_models, calibration_text, monkeypatch):
+    monkeypatch.setattr("mcmoe_vllm.allocation._import_mathopt", lambda: pytest.fail("solver"))
+    measured = pipeline.measure(options(tiny_models("mixtral"), "unused", calibration_text))
+    assert [len(e) for m in measured for e in m.reconstruction_error] == [3] * 8
 
 
 def test_uniform_bits_need_no_measurement_and_drop_the_floors(

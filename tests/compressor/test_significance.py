@@ -1,10 +1,13 @@
 """Factors against their definition, and experts that calibration hardly reaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from mcmoe_vllm import quantizer, significance
+from mcmoe_vllm.recipes import BEST, PAPER
 from mcmoe_vllm.streaming import Routing, experts_output
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
@@ -28,10 +31,10 @@ def layer():
     return experts, Routing(hidden, ids, weights)
 
 
-def measure(layer, candidates=(1, 2, 3), method="gptq"):
+def measure(layer, candidates=(1, 2, 3), recipe=BEST, **more):
     experts, routing = layer
     return significance.measure_layer(
-        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, method
+        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, recipe, **more
     )
 
 
@@ -60,7 +63,7 @@ def test_output_and_counts_follow_the_definition(layer):
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_error_is_the_change_of_the_block_output(layer, method):
-    measured, exact = measure(layer, (2,), method)
+    measured, exact = measure(layer, (2,), replace(BEST, error_method=method))
     experts, routing = layer
     for expert in (0, 2):
         h13, h2 = significance.expert_hessians(
@@ -115,3 +118,33 @@ def test_gram_is_a_sum_over_rows():
     rows = torch.randn(significance.ROWS + 3, 8)
     expected = rows.double().t() @ rows.double()
     torch.testing.assert_close(significance.gram(rows).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_the_papers_traits_of_significance(layer):
+    """Summed norms of windows, rounding over the whole range, shares of the whole softmax."""
+    experts, routing = layer
+    scores = torch.rand(TOKENS, 2)
+    measured, exact = measure(layer, (2,), PAPER, scores=scores, window=100)
+    by_hand = [float(scores[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
+    assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
+    hessians = significance.expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
+    changed = list(experts)
+    changed[0] = tuple(
+        quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="minmax", recipe=PAPER).dequantize()[0]
+        for w, h in zip(experts[0], hessians, strict=True)
+    )
+    difference = block_output(changed, routing) - exact
+    summed = float(difference.unflatten(0, (6, 100)).flatten(1).norm(dim=1).sum())
+    assert measured.reconstruction_error[0][0] == pytest.approx(summed, rel=1e-3)
+
+
+def test_trace_error_by_hand(layer):
+    measured, _ = measure(layer, (2,), replace(BEST, error_method="rtn"))
+    experts, routing = layer
+    hessians = significance.expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
+    expected = 0.0
+    for w, h in zip(experts[0], hessians, strict=True):
+        q = quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="rtn", splits=1)
+        change = w - q.dequantize()[0]
+        expected += float(h[0].trace() / len(h[0]) * change.square().sum())
+    assert measured.trace_error[0][0] == pytest.approx(expected, rel=1e-4)

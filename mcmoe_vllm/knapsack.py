@@ -1,0 +1,47 @@
+"""The multiple-choice knapsack, exactly: one column for every item, least cost within a budget."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def choose(
+    costs: np.ndarray, sizes: Sequence[int], budget: int, required: Sequence[int] = ()
+) -> np.ndarray:
+    """The column of each item [n] with the least summed cost; of equal sums the one that
+    leaves least of the budget.
+
+    costs [n, C] finite; sizes [C]: what a column takes of the budget, integers >= 0;
+    required: columns that at least one item must take.
+    Dynamic programming over items and budget: n * budget * C steps, 2^len(required) times.
+    Raises ValueError if nothing fits.
+    """
+    n, columns = costs.shape
+    masks = 1 << len(required)
+    best = np.full((masks, budget + 1), np.inf)  # of the items so far, by size used exactly
+    best[0, 0] = 0.0
+    taken = np.zeros((n, masks, budget + 1), dtype=np.uint8)
+    came = np.zeros((n, masks, budget + 1), dtype=np.uint8)  # the mask before
+    for item in range(n):
+        following = np.full_like(best, np.inf)
+        for column in range(columns):
+            size = sizes[column]
+            if size > budget:
+                continue
+            bit = 1 << list(required).index(column) if column in required else 0
+            for mask in range(masks):
+                reached = best[mask, : budget + 1 - size] + costs[item, column]
+                target = following[mask | bit, size:]
+                better = reached < target
+                target[better] = reached[better]
+                taken[item, mask | bit, size:][better] = column
+                came[item, mask | bit, size:][better] = mask
+        best = following
+    left, mask = budget - int(best[masks - 1, ::-1].argmin()), masks - 1
+    if not np.isfinite(best[mask, left]):
+        raise ValueError(f"nothing fits into a budget of {budget}")
+    choice = np.zeros(n, dtype=int)
+    for item in reversed(range(n)):
+        choice[item] = taken[item, mask, left]
+        left, mask = left - sizes[choice[item]], int(came[item, mask, left])
+    return choice
