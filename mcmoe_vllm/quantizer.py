@@ -7,7 +7,7 @@ that is sign(w) * s/2.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -42,6 +42,11 @@ class Quantized:
     def dequantize(self) -> torch.Tensor:
         """(q - z) * s, float32 [B, N, K]."""
         return _dequantize(self.codes, self.scale, self.zero)
+
+    def matrix(self, position: int) -> "Quantized":
+        """One matrix of the batch, as a batch of one."""
+        one = slice(position, position + 1)
+        return Quantized(*(getattr(self, f.name)[one].clone() for f in fields(self)))
 
     def select(self, rows: slice) -> "Quantized":
         """Some rows N of every matrix (w1 or w3 out of w13); error fields are the whole's."""

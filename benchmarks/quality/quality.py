@@ -8,18 +8,20 @@ and prints it. A point whose row is in the file already is not measured again.
 
 Every layer is calibrated on what the quantized layers before it put out, as `mcmoe quantize` does:
 one compression a point. With --compose, calibration is on the 16-bit model instead: the model is
-compressed once at every width, kept in --cache, and points are put together from these.
+compressed once at every width without tuning, kept in --cache, and points are put together from
+these.
 
 --methods are ways to choose the widths for one budget:
 
     recipe     what the recipe does
+    pmq        the paper's integer program with the recipe's errors
     uniform    one width for all, where the budget is one
     random     any widths of that sum in every layer, a draw a row (5 draws)
     frequency  by how often an expert is used
     weight     by the routing weight it is given
     hessian    by the trace of its Hessians times the squared change of its weights
 
-The last three, as `recipe`, minimise a sum of costs within a layer's budget; frequency and weight
+The last three, as `pmq`, minimise a sum of costs within a layer's budget; frequency and weight
 multiply 4^-bits, what a uniform quantizer loses.
 
 No solver needs to be installed. --set changes traits of the recipes, for ablations:
@@ -55,12 +57,13 @@ from mcmoe_vllm.text import load_tokenizer, strided_windows
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 CANDIDATES = (1, 2, 3)
-METHODS = ("recipe", "uniform", "random", "frequency", "weight", "hessian")
+METHODS = ("recipe", "pmq", "uniform", "random", "frequency", "weight", "hessian")
 DRAWS = 5
 KEYS = ("model", "method", "recipe", "changes", "nominal_bits", "seed", "draw", "sequential",
         "text", "windows", "calibration", "samples")  # fmt: skip
 
 Bits = tuple[tuple[int, ...], ...]
+Widths = tuple[Bits, Bits]  # of w13 and of w2, a row for every layer
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ class Bench:
             samples=given.samples,
             seed=seed,
             device=given.device,
-            candidate_bits=CANDIDATES,
             **more,
         )
 
@@ -103,13 +105,14 @@ class Bench:
             write_json(file, [asdict(layer) for layer in found])
         return [LayerSignificance(**layer) for layer in read_json(file)]
 
-    def plan(self, bits: Bits, nominal: float) -> Plan:
+    def plan(self, bits: Widths, nominal: float) -> Plan:
         architecture = find_architecture(self.base.model.checkpoint.config)
         return Plan(
             model=str(self.model),
             architecture=architecture.name,
             layers=tuple(architecture.moe_layers(self.base.model.checkpoint.tensors)),
-            bits=bits,
+            bits=bits[0],
+            w2_bits=bits[1],
             candidate_bits=(1, 2, 3, 4),
             group_size=128,
             dense_bits=4,
@@ -122,59 +125,67 @@ class Bench:
         if not output.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan.to_dict())
-            options = self.options(output, recipe, seed, plan=str(folder / "plan.json"))
+            plan_file = str(folder / "plan.json")
+            options = self.options(output, recipe, seed, plan=plan_file, resume=True)
             pipeline.quantize(options)
         return output
 
     def compressed(
-        self, bits: Bits, nominal: float, recipe: Recipe, seed: int, scratch: Path
+        self, bits: Widths, nominal: float, recipe: Recipe, seed: int, scratch: Path
     ) -> tuple[evaluation.LoadedModel, float]:
         """A model with these widths, and its true bits per expert weight."""
         plan = self.plan(bits, nominal)
         if recipe.sequential:
-            output = self.compress(scratch / str(time.time_ns()), plan, recipe, seed)
-            loaded = evaluation.load_streamed(open_checkpoint(output), self.arguments.device)
-            return loaded, read_json(output / "report.json")["average_bits"]["experts"]
-        parts = {}
-        for width in sorted({b for row in bits for b in row}):
-            uniform = self.plan(tuple((width,) * len(row) for row in bits), width)
+            return self.load(self.compress(scratch / "point", plan, recipe, seed))
+        parts, true = {}, {}
+        for width in sorted({b for rows in bits for row in rows for b in row}):
+            same = tuple((width,) * len(row) for row in bits[0])
             folder = self.folder(recipe, seed) / f"{width}-bit"
-            output = self.compress(folder, uniform, recipe, seed)
-            loaded = evaluation.load_streamed(open_checkpoint(output), self.arguments.device)
-            true = read_json(output / "report.json")["average_bits"]["experts"]
-            parts[width] = (loaded, true)
-        return compose(plan, {width: loaded for width, (loaded, _) in parts.items()}), float(
-            np.mean([parts[b][1] for row in bits for b in row])
-        )
+            output = self.compress(folder, self.plan((same, same), width), recipe, seed)
+            parts[width], true[width] = self.load(output)
+        used = [true[b] for row in plan.pairs() for w13, w2 in row for b in (w13, w13, w2)]
+        return compose(plan, parts), float(np.mean(used))
+
+    def load(self, output: Path) -> tuple[evaluation.LoadedModel, float]:
+        loaded = evaluation.load_streamed(open_checkpoint(output), self.arguments.device)
+        return loaded, float(read_json(output / "report.json")["average_bits"]["experts"])
 
 
 def compose(plan: Plan, parts: dict[int, evaluation.LoadedModel]) -> evaluation.LoadedModel:
     """A model whose experts come from one compressed model for each width."""
-    widths = dict(zip(plan.layers, plan.bits, strict=True))
+    widths = dict(zip(plan.layers, plan.pairs(), strict=True))
 
     class Composed(evaluation.LoadedModel):
         def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-            return parts[widths[layer][expert]].expert(layer, expert)
+            found = [parts[width].expert(layer, expert) for width in widths[layer][expert]]
+            assert found[0] is not None and found[1] is not None
+            return found[0][0], found[1][1]
 
     return Composed(**vars(next(iter(parts.values()))))
 
 
 def allocate(
-    method: str, layers: Sequence[LayerSignificance], budget: int, recipe: Recipe, draw: int
-) -> Bits | None:
-    """Widths of every expert within `budget` summed bits a layer; None where there are none."""
+    method: str, layers: Sequence[LayerSignificance], bits: float, recipe: Recipe, draw: int
+) -> Widths | None:
+    """Widths of every expert for an average of codes; None where the method has none."""
     num_experts = len(layers[0].tokens)
+    budget = round(bits * num_experts)
+    if method == "recipe" and recipe.allocation == "sensitivity":
+        w13, w2, _ = pipeline.allocate_sensitivity(layers, recipe.candidate_bits, bits, 128, recipe)
+        return w13, w2
     if method == "uniform":
         width, rest = divmod(budget, num_experts)
-        return None if rest else tuple((width,) * num_experts for _ in layers)
-    if method == "random":
+        rows = None if rest else tuple((width,) * num_experts for _ in layers)
+    elif method == "random":
         rng = np.random.default_rng(draw)
-        return tuple(random_widths(rng, num_experts, budget) for _ in layers)
-    floors = [CANDIDATES.index(3), CANDIDATES.index(2)]
-    return tuple(
-        tuple(CANDIDATES[c] for c in choose(costs, CANDIDATES, budget, floors))
-        for costs in (layer_costs(method, layer, recipe) for layer in layers)
-    )
+        rows = tuple(random_widths(rng, num_experts, budget) for _ in layers)
+    else:
+        floors = [CANDIDATES.index(3), CANDIDATES.index(2)]
+        rows = tuple(
+            tuple(CANDIDATES[c] for c in choose(costs, CANDIDATES, budget, floors))
+            for costs in (layer_costs(method, layer, recipe) for layer in layers)
+        )
+    return None if rows is None else (rows, rows)
 
 
 def layer_costs(method: str, layer: LayerSignificance, recipe: Recipe) -> np.ndarray:
@@ -186,9 +197,10 @@ def layer_costs(method: str, layer: LayerSignificance, recipe: Recipe) -> np.nda
     if method == "weight":
         return weight[:, None] * ideal
     if method == "hessian":
-        return np.array(layer.trace_error)
+        return np.array(layer.trace_error)[:, : len(CANDIDATES)]
     importance = frequency**recipe.alpha * weight**recipe.beta
-    return importance[:, None] * np.array(layer.reconstruction_error) ** recipe.gamma
+    errors = np.array(layer.reconstruction_error)[:, : len(CANDIDATES)]
+    return importance[:, None] * errors**recipe.gamma
 
 
 def random_widths(rng: np.random.Generator, num_experts: int, budget: int) -> tuple[int, ...]:
@@ -203,8 +215,7 @@ def evaluate_point(
     bench: Bench, row: dict[str, Any], recipe: Recipe, scratch: Path
 ) -> dict[str, Any] | None:
     layers = bench.measured(recipe, row["seed"])
-    budget = round(row["nominal_bits"] * len(layers[0].tokens))
-    bits = allocate(row["method"], layers, budget, recipe, row["draw"])
+    bits = allocate(row["method"], layers, row["nominal_bits"], recipe, row["draw"])
     if bits is None:
         return None
     began = time.perf_counter()
@@ -212,7 +223,7 @@ def evaluate_point(
     seconds = time.perf_counter() - began
     hidden = evaluation.final_hidden(loaded, bench.tokens)
     figures = evaluation.compare(loaded, hidden, bench.base, bench.base_hidden, bench.tokens)
-    widths = ["".join(map(str, widths)) for widths in bits]
+    widths = [["".join(map(str, row)) for row in rows] for rows in bits]
     return {"true_bits": true_bits, **figures, "bits": widths, "seconds": round(seconds, 1)}
 
 
@@ -243,12 +254,8 @@ def main() -> None:
     hidden = evaluation.final_hidden(base, tokens)
     bench = Bench(arguments, arguments.model, tokens, base, hidden)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    done = (
-        [json.loads(line) for line in arguments.results.open()]
-        if arguments.results.exists()
-        else []
-    )
-    known = {tuple(row.get(key) for key in KEYS) for row in map(json.loads, done)}
+    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    known = {tuple(row.get(key) for key in KEYS) for row in map(json.loads, lines)}
 
     def record(row: dict[str, Any]) -> None:
         row |= {"run": run, **machine(arguments.commit)}
@@ -276,7 +283,7 @@ def main() -> None:
     for name in arguments.recipes:
         recipe = replace(RECIPES[name], **changes)
         if arguments.compose:
-            recipe = replace(recipe, sequential=False)
+            recipe = replace(recipe, sequential=False, tuning_passes=0)
         points = [
             (method, bits, seed, draw)
             for seed in arguments.seeds

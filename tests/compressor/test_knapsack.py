@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from mcmoe_vllm import knapsack
 from mcmoe_vllm.knapsack import choose
 
 
@@ -44,3 +45,20 @@ def test_equal_costs_leave_nothing_of_the_budget():
 def test_a_budget_that_is_too_small():
     with pytest.raises(ValueError, match="budget of 4"):
         choose(np.zeros((5, 2)), (1, 2), 4)
+
+
+def test_many_items_are_within_one_step_of_the_optimum(monkeypatch):
+    rng = np.random.default_rng(0)
+    sizes = (9, 14, 18, 27)
+    costs = rng.exponential(size=(60, 1)) * 4.0 ** -np.arange(4) * rng.uniform(0.5, 1, (60, 4))
+    costs[3, :3] = np.inf  # pinned
+    exact = choose(costs, sizes, 1000)
+    monkeypatch.setattr(knapsack, "EXACT_STEPS", 0)
+    quick = choose(costs, sizes, 1000)
+    rows = np.arange(60)
+    assert sum(sizes[c] for c in quick) <= 1000 and quick[3] == 3
+    step = np.ptp(costs[np.isfinite(costs).all(axis=1)], axis=1).max()
+    assert costs[rows, quick].sum() <= costs[rows, exact].sum() + step
+    assert choose(costs, sizes, 10_000).tolist() == costs.argmin(axis=1).tolist()
+    with pytest.raises(ValueError, match="budget of 500"):
+        choose(costs, sizes, 500)

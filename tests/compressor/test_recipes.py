@@ -12,6 +12,8 @@ from mcmoe_vllm.recipes import ALLOWED, BEST, PAPER, RECIPES
 def test_the_papers_traits():
     assert PAPER.to_dict() == {
         "name": "paper",
+        "allocation": "pmq",
+        "candidate_bits": [1, 2, 3],
         "alpha": 1.0,
         "beta": 1.5,
         "gamma": 1.0,  # the published widths, not the 2 of the text
@@ -20,12 +22,15 @@ def test_the_papers_traits():
         "error_norm": "windows",
         "routing_score": "softmax",
         "method": "gptq",
+        "hessian_weighting": "equal",
         "compensated_bits": 4,
         "range_search": "norm",
         "binary_scale": "mean",
         "refinements": 0,
         "zeros": "integer",
         "sequential": True,
+        "tuning_passes": 0,
+        "tuning_rate": 1e-2,  # of no effect
         "keep_rounding": False,
         "router_bits": 4,
     }
