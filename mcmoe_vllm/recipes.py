@@ -76,7 +76,7 @@ class Recipe:
     def problems(self) -> list[str]:
         """What is out of range, a sentence each."""
         return [
-            f"{name} is {getattr(self, name)!r}, allowed are {allowed}"
+            f"{name} is {getattr(self, name)!r}, allowed are {_in_words(allowed)}"
             for name, allowed in ALLOWED.items()
             if getattr(self, name) not in allowed
         ]
@@ -105,6 +105,11 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "keep_rounding": (True, False),
     "router_bits": (4, 16),
 }
+
+
+def _in_words(allowed: Sequence[Any]) -> str:
+    return f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else str(list(allowed))
+
 
 # The published widths follow from gamma = 1 (the paper's text says 2), the published accuracy from
 # GPTQ that compensates inside a block at 4 bits alone.

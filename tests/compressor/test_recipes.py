@@ -41,7 +41,11 @@ def test_both_recipes_are_valid_and_every_wrong_trait_is_named():
     assert not PAPER.problems() and not BEST.problems()
     wrong = replace(BEST, scope="expert", router_bits=3, refinements=-1)
     problems = "; ".join(wrong.problems())
-    for words in ("scope is 'expert'", "router_bits is 3", "refinements is -1"):
+    for words in (
+        "scope is 'expert'",
+        "router_bits is 3",
+        "refinements is -1, allowed are 0 to 99",
+    ):
         assert words in problems
     assert set(ALLOWED) <= set(BEST.to_dict())
 
