@@ -68,15 +68,13 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--scope",
         choices=("layer", "global"),
-        default="layer",
         help="one budget per layer, as in the paper, or one over all layers",
     )
     target.add_argument(
         "--candidate-bits",
         type=_integers,
-        default=(1, 2, 3),
         metavar="1,2,3",
-        help="widths to choose from, out of 0 (dropped) to 4",
+        help="widths to choose from, out of 0 (dropped) to 4 (default: of the recipe)",
     )
     target.add_argument("--group-size", type=int, default=128, help="32, 64 or 128 (default)")
     target.add_argument(
@@ -89,17 +87,25 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=BITS",
         help="fix widths, e.g. 'layers.0.*=3' or 'layers.*.experts.5=1'; may be repeated",
     )
-    significance = parser.add_argument_group("significance and quantizer")
-    for name, default, meaning in (
-        ("alpha", 1.0, "frequency"),
-        ("beta", 1.5, "routing weight"),
-        ("gamma", 1.0, "reconstruction error"),
+    recipe = parser.add_argument_group("recipe; its traits change one by one with the other flags")
+    recipe.add_argument(
+        "--recipe",
+        choices=("best", "paper"),
+        help="best: the most accurate (default); paper: as MC-MoE was published",
+    )
+    for name, meaning in (
+        ("alpha", "frequency"),
+        ("beta", "routing weight"),
+        ("gamma", "reconstruction error"),
     ):
-        significance.add_argument(
-            f"--{name}", type=float, default=default, help=f"exponent of the {meaning}"
-        )
-    significance.add_argument(
-        "--method", choices=("gptq", "rtn"), default="gptq", help="error compensation or rounding"
+        recipe.add_argument(f"--{name}", type=float, help=f"exponent of the {meaning}")
+    recipe.add_argument(
+        "--method", choices=("gptq", "rtn"), help="error compensation, or rounding to nearest"
+    )
+    recipe.add_argument(
+        "--tuning-passes",
+        type=int,
+        help="passes over the calibration text that tune scales, norms and routers; 0 = none",
     )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -136,9 +142,10 @@ def _options(parsed: argparse.Namespace, plan: str | None):  # type: ignore[no-u
         model=parsed.model,
         output=parsed.output,
         bits=parsed.bits,
+        recipe=parsed.recipe,
         scope=parsed.scope,
         group_size=parsed.group_size,
-        candidate_bits=tuple(sorted(parsed.candidate_bits)),
+        candidate_bits=parsed.candidate_bits,
         dense_bits=parsed.dense_bits,
         calibration=parsed.calibration,
         samples=parsed.samples,
@@ -147,6 +154,7 @@ def _options(parsed: argparse.Namespace, plan: str | None):  # type: ignore[no-u
         alpha=parsed.alpha,
         beta=parsed.beta,
         gamma=parsed.gamma,
+        tuning_passes=parsed.tuning_passes,
         pins=tuple(parsed.pin),
         plan=plan,
         target_drop=getattr(parsed, "target_drop", None),
@@ -198,11 +206,22 @@ def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
     )
     _add_measuring_flags(parser)
     parser.add_argument("-o", "--output", default="plan.json", help="file to write (plan.json)")
+    parser.add_argument(
+        "--sweep",
+        type=_numbers,
+        metavar="1.5,2,3",
+        help="print the KL that each of these averages is expected to cost, and write nothing",
+    )
 
 
 def _run_plan(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.pipeline import plan
+    from mcmoe_vllm.pipeline import plan, sweep
 
+    if parsed.sweep:
+        print(" bits  expected KL (nats per token, before tuning)")
+        for bits, divergence in sweep(_options(parsed, None), parsed.sweep):
+            print(f"{bits:5.2f}  {divergence:.4f}")
+        return
     plan(_options(parsed, None))
     print(parsed.output)
 
@@ -398,6 +417,13 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,3") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1.5,2,3") from None
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ class QuantizationConfig:
 class Plan:
     """The width of every expert, and what it was decided on.
 
-    layers: decoder layers with experts; bits[row][expert]: widths, a row per entry of `layers`.
+    layers: decoder layers with experts; bits[row][expert]: widths, a row per entry of `layers`;
+    w2_bits: those of the down projections, empty where `bits` holds for all three.
     options: the settings of the measurement and the allocation (report only).
     """
 
@@ -168,6 +169,7 @@ class Plan:
     group_size: int
     dense_bits: int
     nominal_bits: float
+    w2_bits: tuple[tuple[int, ...], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -182,10 +184,15 @@ class Plan:
         if len({len(row) for row in self.bits}) > 1:
             wrong.append("rows of bits have different lengths")
         allowed = set(self.candidate_bits)
-        for layer, row in zip(self.layers, self.bits, strict=False):
-            bad = sorted({b for b in row if b not in allowed})
-            if bad:
-                wrong.append(f"layer {layer} has widths {bad}, allowed are {sorted(allowed)}")
+        for rows in (self.bits, self.w2_bits):
+            for layer, row in zip(self.layers, rows, strict=False):
+                bad = sorted({b for b in row if b not in allowed})
+                if bad:
+                    wrong.append(f"layer {layer} has widths {bad}, allowed are {sorted(allowed)}")
+        if [len(row) for row in self.w2_bits] not in ([], [len(row) for row in self.bits]):
+            wrong.append("w2_bits and bits have rows of different lengths")
+        elif any((a == 0) != (b == 0) for row in self.pairs() for a, b in row):
+            wrong.append("an expert is dropped in bits or in w2_bits alone")
         wrong += check_candidate_bits(self.candidate_bits)
         if self.group_size not in GROUP_SIZES:
             wrong.append(f"group_size is {self.group_size}, allowed are {GROUP_SIZES}")
@@ -207,12 +214,20 @@ class Plan:
 
     def average_bits(self) -> float:
         """Mean width over all experts, as the paper counts it: codes alone."""
-        total = sum(sum(row) for row in self.bits)
-        return total / (len(self.bits) * self.num_experts)
+        total = sum(2 * w13 + w2 for row in self.pairs() for w13, w2 in row)
+        return total / (3 * len(self.bits) * self.num_experts)
+
+    def pairs(self) -> list[list[tuple[int, int]]]:
+        """For every layer and expert the width of gate and up, and that of the down projection."""
+        rows = zip(self.bits, self.w2_bits or self.bits, strict=True)
+        return [list(zip(w13, w2, strict=True)) for w13, w2 in rows]
 
     def to_dict(self) -> dict[str, Any]:
         value = asdict(self)
-        value["bits"] = ["".join(map(str, row)) for row in self.bits]
+        for name in ("bits", "w2_bits"):
+            value[name] = ["".join(map(str, row)) for row in value[name]]
+        if not self.w2_bits:
+            del value["w2_bits"]
         return value
 
     @classmethod
@@ -221,7 +236,9 @@ class Plan:
         if not isinstance(value, dict):
             raise UserError(f"{source} is no plan: it holds a {type(value).__name__}")
         required = {
-            name for name in cls.__dataclass_fields__ if name not in ("options", "format_version")
+            name
+            for name in cls.__dataclass_fields__
+            if name not in ("options", "format_version", "w2_bits")
         }
         missing, unknown = required - set(value), set(value) - set(cls.__dataclass_fields__)
         if missing or unknown:
@@ -234,7 +251,10 @@ class Plan:
                 **{
                     **value,
                     "layers": tuple(int(i) for i in value["layers"]),
-                    "bits": tuple(tuple(int(d) for d in row) for row in value["bits"]),
+                    **{
+                        name: tuple(tuple(int(d) for d in row) for row in value.get(name, ()))
+                        for name in ("bits", "w2_bits")
+                    },
                     "candidate_bits": tuple(int(b) for b in value["candidate_bits"]),
                 }
             )

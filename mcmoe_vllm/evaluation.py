@@ -214,8 +214,11 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
     return packing.dequantize(packed, scale, bits)
 
 
-def load_streamed(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
-    """A 16-bit or mcmoe checkpoint ready to run layer by layer.
+def load_streamed(
+    checkpoint: Checkpoint, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """A 16-bit or mcmoe checkpoint ready to run layer by layer; float32 on every device unless
+    asked otherwise, so that figures do not depend on it.
 
     Raises UserError for unsupported architectures and other quantization methods.
     """
@@ -226,7 +229,7 @@ def load_streamed(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
         checkpoint if quantization is None else _with_dense_weights(checkpoint),
         architecture,
         device=choose_device(device),
-        dtype=torch.float32,  # on every device, so that figures do not depend on it
+        dtype=dtype,
         read=checkpoint.read_weights if quantization is None else _DenseReader(checkpoint),
     )
     num_experts = int(getattr(model.config, architecture.num_experts))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from mcmoe_kernels import packing
-from mcmoe_vllm import __version__, allocation, quantizer, report, significance
+from mcmoe_vllm import __version__, allocation, quantizer, report, significance, tuning
 from mcmoe_vllm.checkpoint import (
     Checkpoint,
     copy_side_files,
@@ -46,23 +48,36 @@ from mcmoe_vllm.config import (
     write_json,
 )
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.evaluation import load_streamed
+from mcmoe_vllm.evaluation import LoadedModel, load_streamed, mean_divergences
 from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import MAX_DROP
 from mcmoe_vllm.pruning_calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
+from mcmoe_vllm.recipes import RECIPES, Recipe
 from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 
 DENSE_WIDTH = 4
+PROBE_TOKENS = 16384  # that tell what widths change and what a change costs the model
+ROUTER = "mlp.gate"
 MAX_SEQUENCE_LENGTH = 2048
-SCOPES = ("layer", "global")
-METHODS = ("gptq", "rtn")
-RESULT_FIELDS = (  # what an interrupted job may not change
-    "bits", "scope", "group_size", "candidate_bits", "dense_bits", "calibration", "samples",
-    "sequence_length", "seed", "method", "alpha", "beta", "gamma", "pins",
+RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
+    "bits", "group_size", "dense_bits", "calibration", "samples",
+    "sequence_length", "seed", "pins",
 )  # fmt: skip
+PLAN_TRAITS = (  # traits that a given plan has already decided
+    "alpha", "beta", "gamma", "scope", "error_method", "error_norm", "routing_score",
+)  # fmt: skip
+OVERRIDES = (
+    "alpha",
+    "beta",
+    "gamma",
+    "scope",
+    "method",
+    "candidate_bits",
+    "tuning_passes",
+)  # traits with a flag of their own
 
 
 @dataclass(frozen=True)
@@ -70,26 +85,32 @@ class QuantizeOptions:
     """Everything that `mcmoe quantize` can be told; the names are those of its flags.
 
     model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to
-    write; bits: average width over expert weights; pins: "layers.0.*=3"; plan: a plan.json to use
-    instead of measuring; target_drop: share of expert activations for online pruning, None =
-    not calibrated; sequence_length: None = min(2048, the model's maximum).
+    write; bits: average width over expert weights; recipe: one or its name, None = the plan's or
+    "best";
+    scope, candidate_bits, method, alpha, beta, gamma, tuning_passes: traits of the recipe, None =
+    as the recipe says;
+    pins: "layers.0.*=3"; plan: a plan.json to use instead of measuring; target_drop: share of
+    expert activations for online pruning, None = not calibrated; sequence_length: None =
+    min(2048, the model's maximum).
     Raises UserError listing every value out of range.
     """
 
     model: str
     output: str
     bits: float = 2.5
-    scope: str = "layer"
+    recipe: Recipe | str | None = None
+    scope: str | None = None
     group_size: int = 128
-    candidate_bits: tuple[int, ...] = (1, 2, 3)
+    candidate_bits: tuple[int, ...] | None = None
     dense_bits: int = 4
     calibration: str = DEFAULT_DATASET
     samples: int = 128
     sequence_length: int | None = None
-    method: str = "gptq"
-    alpha: float = 1.0
-    beta: float = 1.5
-    gamma: float = 1.0
+    method: str | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    tuning_passes: int | None = None
     pins: tuple[str, ...] = ()
     plan: str | None = None
     target_drop: float | None = None
@@ -101,14 +122,16 @@ class QuantizeOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        wrong = check_candidate_bits(self.candidate_bits)
-        allowed = (
-            ("scope", self.scope, SCOPES),
+        allowed: list[tuple[str, Any, Sequence[Any]]] = [
             ("group_size", self.group_size, GROUP_SIZES),
             ("dense_bits", self.dense_bits, DENSE_BITS),
-            ("method", self.method, METHODS),
-        )
-        wrong += [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+        ]
+        if isinstance(self.recipe, str):
+            allowed.append(("recipe", self.recipe, tuple(RECIPES)))
+        wrong = [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+        wrong += check_candidate_bits(self.candidate_bits or (1,))
+        if not wrong:
+            wrong += self.traits.problems()
         if self.target_drop is not None and not 0 < self.target_drop <= MAX_DROP:
             wrong.append(f"target_drop is {self.target_drop}, allowed are shares up to {MAX_DROP}")
         if self.samples < 1:
@@ -118,18 +141,30 @@ class QuantizeOptions:
         if not math.isfinite(self.bits):
             wrong.append(f"bits is {self.bits}, needs a finite number")
         elif not wrong and self.plan is None:
-            low, high = min(self.candidate_bits), max(self.candidate_bits)
+            candidates = self.traits.candidate_bits
+            low, high = min(candidates), max(candidates)
             if not low <= self.bits <= high:
                 wrong.append(
-                    f"bits is {self.bits}, the candidates {sorted(self.candidate_bits)} allow "
+                    f"bits is {self.bits}, the candidates {sorted(candidates)} allow "
                     f"{low} to {high}; choose other --candidate-bits out of {CANDIDATE_BITS}"
                 )
         if wrong:
             raise UserError("\n".join(wrong))
 
     @property
+    def traits(self) -> Recipe:
+        """The recipe with what the options say otherwise."""
+        given = {name: getattr(self, name) for name in OVERRIDES}
+        changed = {name: value for name, value in given.items() if value is not None}
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else RECIPES[self.recipe or "best"]
+        return replace(recipe, **changed)
+
+    @property
     def is_uniform(self) -> bool:
-        return self.bits in self.candidate_bits and not self.pins
+        """Whether one width for all is asked for: nothing is measured then."""
+        traits = self.traits
+        several = traits.allocation == "sensitivity" and len(traits.candidate_bits) > 1
+        return self.bits in traits.candidate_bits and not self.pins and not several
 
 
 @dataclass(frozen=True)
@@ -162,6 +197,14 @@ class _Job:
         return w13.to(device, torch.float32), weights[down].to(device, torch.float32)
 
 
+@dataclass(frozen=True)
+class QuantizedExpert:
+    """w13 [2I, H] and w2 [H, I], each as a batch of one."""
+
+    w13: quantizer.Quantized
+    w2: quantizer.Quantized
+
+
 def plan(options: QuantizeOptions) -> Plan:
     """Measure every layer, choose the widths, write them to `options.output` (plan.json).
 
@@ -180,6 +223,39 @@ def plan(options: QuantizeOptions) -> Plan:
     work.remove()
     report.print_plan(result, _size_table(job, result))
     return result
+
+
+def measure(options: QuantizeOptions) -> list[significance.LayerSignificance]:
+    """The significance of every layer at every candidate width; needs no solver, writes nothing.
+
+    Raises UserError for anything that the user can mend.
+    """
+    with report.Progress() as progress, tempfile.TemporaryDirectory() as folder:
+        job = _prepare(options, progress, allocates=False)
+        work = _open_work(job, Path(folder), "measure")
+        return _measure_layers(job, work, sorted(options.traits.candidate_bits))
+
+
+def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[float, float]]:
+    """Average bits and the KL to the 16-bit model in nats that they are expected to cost before
+    tuning, from one measurement.
+
+    Raises UserError for budgets out of range, and for a recipe that measures no KL.
+    """
+    traits = options.traits
+    if traits.allocation != "sensitivity":
+        raise UserError(f"recipe {traits.name} measures no KL to sweep; use --recipe best")
+    candidates = sorted(traits.candidate_bits)
+    wrong = [bits for bits in budgets if not candidates[0] <= bits <= candidates[-1]]
+    if wrong:
+        raise UserError(
+            f"sweep holds {wrong}, the candidates allow {candidates[0]} to {candidates[-1]}"
+        )
+    measured = measure(options)
+    return [
+        (bits, allocate_sensitivity(measured, candidates, bits, options.group_size, traits)[2])
+        for bits in budgets
+    ]
 
 
 def quantize(options: QuantizeOptions) -> dict[str, Any]:
@@ -203,6 +279,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
                 candidate_bits=given.candidate_bits,
                 group_size=given.group_size,
                 dense_bits=given.dense_bits,
+                recipe=options.recipe or _recipe_of(given),
             )
         job = _prepare(options, progress)
         if given is not None:
@@ -213,6 +290,10 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         _require_free_space(work, sizes.total_bytes)
         layers = _quantize_layers(job, work, chosen)
         result = _publish(job, work, chosen, sizes, layers, started)
+        if options.traits.tuning_passes:
+            result["tuning"] = _tune(job, work)
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            write_json(work.checkpoint / "report.json", result)
         if options.target_drop is not None:
             progress.say("calibrating online pruning on the compressed model")
             compressed = open_checkpoint(work.checkpoint)
@@ -226,7 +307,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     return result
 
 
-def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
+def _prepare(options: QuantizeOptions, progress: report.Progress, allocates: bool = True) -> _Job:
     """Everything that can be refused is refused here, before any work."""
     checkpoint = open_checkpoint(resolve_model(options.model, options.revision))
     architecture = find_architecture(checkpoint.config)
@@ -259,8 +340,10 @@ def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
         progress=progress,
     )
     _require_shapes(job)
-    allocation.parse_pins(options.pins, moe_layers, job.num_experts, sorted(options.candidate_bits))
-    if options.plan is None:
+    allocation.parse_pins(
+        options.pins, moe_layers, job.num_experts, sorted(options.traits.candidate_bits)
+    )
+    if allocates and options.plan is None:
         _require_budget(job)
     longest = int(getattr(model.config, "max_position_embeddings", MAX_SEQUENCE_LENGTH))
     length = options.sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
@@ -269,6 +352,9 @@ def _prepare(options: QuantizeOptions, progress: report.Progress) -> _Job:
     tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code)
     progress.say(f"reading calibration text {options.calibration}")
     windows = sample_windows(options.calibration, tokenizer, options.samples, length, options.seed)
+    # The first windows stand for all where fewer are enough.
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
+    windows = windows[order]
     vocabulary = int(model.config.vocab_size)
     if int(windows.max()) >= vocabulary:
         raise UserError(
@@ -325,10 +411,25 @@ def _require_shapes(job: _Job) -> None:
 def _require_budget(job: _Job) -> None:
     """The allocation must be possible before hours are spent on measuring it."""
     options = job.options
-    if not options.is_uniform:
-        candidates = sorted(options.candidate_bits)
-        flat = np.zeros((len(job.moe_layers), job.num_experts, len(candidates)))
-        _allocate(job, flat, candidates)
+    if options.is_uniform:
+        return
+    candidates = sorted(options.traits.candidate_bits)
+    shape = (len(job.moe_layers), job.num_experts, len(candidates))
+    if options.traits.allocation == "pmq":
+        _allocate(job, np.zeros(shape), candidates)
+    else:
+        pins = allocation.parse_pins(options.pins, job.moe_layers, job.num_experts, candidates)
+        costs, widths = allocation.projection_costs(
+            np.zeros((*shape, 2)), np.zeros(shape[0]), candidates
+        )
+        scope = _scope(options.traits)
+        allocation.allocate_projections(
+            costs, widths, options.bits, options.group_size, scope=scope, pins=pins
+        )
+
+
+def _scope(recipe: Recipe) -> allocation.Scope:
+    return "global" if recipe.scope == "global" else "layer"
 
 
 def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
@@ -345,6 +446,7 @@ def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
         "calibration_fingerprint": _fingerprint(job.windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
         **{name: getattr(options, name) for name in RESULT_FIELDS},
+        **_named_traits(options.traits),
     }
     description = json.loads(json.dumps(description))
     _require_parent(path)
@@ -357,9 +459,9 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
     plan_file = work.path / "plan.json"
     if plan_file.exists():
         return Plan.from_dict(read_json(plan_file), str(plan_file))
-    measured = _measure_layers(job, work)
     options = job.options
-    candidates = sorted(options.candidate_bits)
+    candidates = sorted(options.traits.candidate_bits)
+    measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
     factors = allocation.Factors(
         frequency=np.array([m.frequency for m in measured]),
         routing_weight=np.array([m.routing_weight for m in measured]),
@@ -367,28 +469,40 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
         candidate_bits=tuple(candidates),
         layers=tuple(job.moe_layers),
     )
+    traits = options.traits
+    w2_bits: tuple[tuple[int, ...], ...] = ()
     if options.is_uniform:
         costs = np.zeros((len(measured), job.num_experts, len(candidates)))
         chosen = allocation.uniform_allocation(costs, candidates, options.bits)
+        bits, solver, objective = chosen.bits, chosen.solver, chosen.objective
+    elif traits.allocation == "sensitivity":
+        pins = allocation.parse_pins(options.pins, job.moe_layers, job.num_experts, candidates)
+        bits, w2_bits, objective = allocate_sensitivity(
+            measured, candidates, options.bits, options.group_size, traits, pins
+        )
+        solver = "knapsack"
     else:
         costs = allocation.expert_costs(
-            factors, alpha=options.alpha, beta=options.beta, gamma=options.gamma
+            factors, alpha=traits.alpha, beta=traits.beta, gamma=traits.gamma
         )
         chosen = _allocate(job, costs, candidates)
+        bits, solver, objective = chosen.bits, chosen.solver, chosen.objective
     result = Plan(
         model=options.model,
         architecture=job.architecture.name,
         layers=tuple(job.moe_layers),
-        bits=chosen.bits,
+        bits=bits,
+        w2_bits=w2_bits,
         candidate_bits=tuple(candidates),
         group_size=options.group_size,
         dense_bits=options.dense_bits,
         nominal_bits=options.bits,
         options={
             **{name: getattr(options, name) for name in RESULT_FIELDS if name != "bits"},
+            **_named_traits(options.traits),
             "sequence_length": job.windows.shape[1],
-            "solver": chosen.solver,
-            "objective": chosen.objective,
+            "solver": solver,
+            "objective": objective,
             "significance": [asdict(m) for m in measured],
         },
     )
@@ -398,9 +512,31 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
     return Plan.from_dict(read_json(plan_file), str(plan_file))
 
 
+def allocate_sensitivity(
+    measured: Sequence[significance.LayerSignificance],
+    candidates: Sequence[int],
+    bits: float,
+    group_size: int,
+    recipe: Recipe,
+    pins: Mapping[tuple[int, int], int] | None = None,
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], float]:
+    """Widths of w13 and of w2, a row for every layer of experts, and the KL in nats that they are
+    expected to cost."""
+    costs, widths = allocation.projection_costs(
+        np.array([m.projection_errors for m in measured]),
+        np.array([m.sensitivity for m in measured]),
+        candidates,
+    )
+    pairs, objective = allocation.allocate_projections(
+        costs, widths, bits, group_size, scope=_scope(recipe), pins=pins
+    )
+    w13, w2 = (tuple(tuple(pair[i] for pair in row) for row in pairs) for i in (0, 1))
+    return w13, w2, objective
+
+
 def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> allocation.Allocation:
     options = job.options
-    scope: allocation.Scope = "global" if options.scope == "global" else "layer"
+    scope = _scope(options.traits)
     budget, floors = allocation.budget_for_bits(
         options.bits, job.num_experts, len(job.moe_layers), candidates, scope
     )
@@ -414,18 +550,30 @@ def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> alloca
     )
 
 
-def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSignificance]:
+def _measure_layers(
+    job: _Job, work: WorkDirectory, candidates: Sequence[int]
+) -> list[significance.LayerSignificance]:
     """The significance of every layer, on the unquantized model."""
     options, model = job.options, job.model
-    candidates = [] if options.is_uniform else sorted(options.candidate_bits)
+    traits = options.traits
     blocks = [b.cpu() for b in model.embed(job.windows)]
-    start, blocks = work.load_hidden("measure") or (0, blocks)
+    probing = traits.allocation == "sensitivity" and len(candidates) > 0
+    probe = min(range(len(candidates)), key=lambda c: abs(candidates[c] - 2)) if probing else None
+    per_block = blocks[0].shape[0] * blocks[0].shape[1]
+    probe_blocks = min(len(blocks), -(-PROBE_TOKENS // per_block)) if probing else 0
+    probe_tokens = sum(b.shape[0] * b.shape[1] for b in blocks[:probe_blocks])
+    start, kept = work.load_hidden("measure") or (0, blocks)
+    # Behind the blocks: for every layer so far the first of them as they are after a change of
+    # its experts' output.
+    blocks, probes = kept[: len(blocks)], kept[len(blocks) :]
     job.progress.start("measuring", model.num_layers, start)
     for index in range(start, model.num_layers):
         layer = model.load_layer(index)
+        probes = _exact_outputs(job, layer, index, probes) if probes else []
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
-            measured, experts_output = significance.measure_layer(
+            scores = _softmax_scores(layer, routing) if traits.routing_score == "softmax" else None
+            measured, experts_output, change = significance.measure_layer(
                 index,
                 routing,
                 lambda expert, i=index: job.read_expert(i, expert),  # type: ignore[misc]
@@ -433,55 +581,92 @@ def _measure_layers(job: _Job, work: WorkDirectory) -> list[significance.LayerSi
                 candidates,
                 options.group_size,
                 model.activation(),
-                options.method,
+                traits,
+                scores=scores,
+                window=job.windows.shape[1],
+                probe=probe,
+                probe_tokens=probe_tokens if probing else None,
             )
             outputs = _add(outputs, experts_output)
-            work.save_layer("significance", index, asdict(measured))
+            change = change[:probe_tokens]
+            probes += _add(outputs[:probe_blocks], change)
+            saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
+            work.save_layer("significance", index, saved)
             job.progress.layer_done(index, report.describe_measurement(measured))
         else:
             job.progress.layer_done(index, "dense layer, nothing to measure")
         blocks = outputs
         model.release_layer(index)
-        work.save_hidden("measure", index + 1, blocks)
-    return [
-        significance.LayerSignificance(**work.load_layer("significance", i)) for i in job.moe_layers
-    ]
+        work.save_hidden("measure", index + 1, [*blocks, *probes])
+    found = [work.load_layer("significance", i) for i in job.moe_layers]
+    changes = [layer.pop("probe_change") for layer in found]
+    if probing:
+        loaded = LoadedModel(model, job.architecture, None, job.num_experts)
+        others = [probes[i : i + probe_blocks] for i in range(0, len(probes), probe_blocks)]
+        divergences = mean_divergences(loaded, blocks[:probe_blocks], others)
+        for layer_, kl, change_ in zip(found, divergences, changes, strict=True):
+            layer_["sensitivity"] = kl / max(change_, 1e-30)
+    return [significance.LayerSignificance(**layer) for layer in found]
 
 
 def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[str, Any]]:
     """Quantize and write layer after layer, each calibrated on what the quantized layers before
     it put out."""
-    model = job.model
+    model, traits = job.model, job.options.traits
     shards = model.num_layers + 1
     outside = [n for n in job.checkpoint.tensors if not n.startswith("model.layers.")]
     first = work.checkpoint / shard_name(1, shards)
     if not first.exists():
         write_shard(first, job.checkpoint.read_weights(outside))
     blocks = [b.cpu() for b in model.embed(job.windows)]
-    start, blocks = work.load_hidden("quantize") or (0, blocks)
+    follows_exact = not traits.sequential or traits.tuning_passes > 0
+    start, kept = work.load_hidden("quantize") or (0, blocks)
+    # Behind the blocks, where they differ: what the 16-bit model gives the layer.
+    blocks, exact = kept[: len(blocks)], kept[len(blocks) :] or kept
     job.progress.start("quantizing", model.num_layers, start)
     for index in range(start, model.num_layers):
         began = time.perf_counter()
         layer = model.load_layer(index)
         tensors = job.checkpoint.read_weights(model.parameter_names(index))
         lost: dict[str, Any] = {}
+        exact = _exact_outputs(job, layer, index, exact) if follows_exact else []
         if chosen.dense_bits == DENSE_WIDTH:
             lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
+        if traits.router_bits != 16 and index in job.moe_layers:
+            lost["router"] = _quantize_router(job, layer, index, blocks, tensors)
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
-            bits = chosen.bits[job.moe_layers.index(index)]
-            lost["experts"], experts_output = _quantize_experts(job, index, routing, bits, tensors)
-            outputs = _add(outputs, experts_output)
-        blocks = outputs
+            bits = chosen.pairs()[job.moe_layers.index(index)]
+            lost["experts"], experts = _quantize_experts(job, index, routing, bits)
+            _store_experts(job, index, experts, bits, tensors)
+            outputs = _add(outputs, _routed_output(job, routing, experts))
+        blocks = outputs if traits.sequential else exact
         model.release_layer(index)
         write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
         del tensors
         summary = {"layer": index, "seconds": round(time.perf_counter() - began, 3), **lost}
         summary["peak_rss_bytes"] = peak_rss_bytes()
         work.save_layer("layers", index, summary)
-        work.save_hidden("quantize", index + 1, blocks)
+        both = [*blocks, *exact] if traits.sequential else blocks
+        work.save_hidden("quantize", index + 1, both)
         job.progress.layer_done(index, report.describe_layer(summary))
     return [work.load_layer("layers", i) for i in range(model.num_layers)]
+
+
+def _exact_outputs(
+    job: _Job, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the unquantized layer puts out."""
+    model = job.model
+    outputs, routing = _run_blocks(model, layer, index, blocks)
+    if routing is None:
+        return outputs
+
+    def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        w13, w2 = job.read_expert(index, expert)
+        return w13.to(model.dtype), w2.to(model.dtype)
+
+    return _add(outputs, experts_output(routing, read, job.num_experts, model.activation()))
 
 
 def _quantize_dense(
@@ -492,27 +677,12 @@ def _quantize_dense(
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Attention and shared experts to symmetric int4, in the layer and in `tensors`."""
+    traits = job.options.traits
     groups = [
         [name for name in group if _has_module(layer, name)]
         for group in job.architecture.dense_linears
     ]
-    grams: dict[str, torch.Tensor] = {}
-
-    def observe(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            product = significance.gram(rows)
-            grams[name] = grams[name] + product if name in grams else product
-
-        return layer.get_submodule(name).register_forward_pre_hook(hook)
-
-    hooks = [observe(group[0]) for group in groups if group]
-    try:
-        for block in blocks:
-            job.model.run_layer(layer, index, block.to(job.model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    grams = _input_grams(job, layer, index, blocks, [group[0] for group in groups if group])
     result: dict[str, Any] = {}
     for group in groups:
         for name in group:
@@ -524,8 +694,9 @@ def _quantize_dense(
                 hessian,
                 DENSE_WIDTH,
                 job.options.group_size,
-                method=job.options.method,
+                method=traits.method,
                 symmetric=True,
+                recipe=traits,
             )
             linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
             stored = _dense_weight(job, index, name)
@@ -540,75 +711,187 @@ def _quantize_dense(
     return result
 
 
-def _quantize_experts(
+def _quantize_router(
     job: _Job,
+    layer: torch.nn.Module,
     index: int,
-    routing: Routing,
-    bits: Sequence[int],
+    blocks: list[torch.Tensor],
     tensors: dict[str, torch.Tensor],
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """All routed experts of a layer at their widths into `tensors`; their output [T, H]."""
-    options, activation, dtype = job.options, job.model.activation(), job.model.dtype
-    output = torch.zeros_like(routing.hidden, dtype=torch.float32)
+) -> dict[str, Any]:
+    """The router to the recipe's bits, in the layer and in `tensors`: dequantized in the
+    checkpoint's own dtype, which the format wants of a router."""
+    traits = job.options.traits
+    router: Any = layer.get_submodule(ROUTER)
+    stored = _dense_weight(job, index, ROUTER)
+    weight = router.weight.detach().float().unsqueeze(0)
+    hessian = _input_grams(job, layer, index, blocks, [ROUTER])[ROUTER].unsqueeze(0)
+    q = quantizer.quantize(
+        weight,
+        hessian,
+        traits.router_bits,
+        job.options.group_size,
+        method=traits.method,
+        recipe=traits,
+    )
+    tensors[stored] = q.dequantize()[0].to(tensors[stored].dtype).cpu()
+    router.weight.data = tensors[stored].to(router.weight)
+    return {"bits": traits.router_bits, "error": quantizer.relative_error(weight, hessian, q.error)}
+
+
+def _input_grams(
+    job: _Job,
+    layer: torch.nn.Module,
+    index: int,
+    blocks: list[torch.Tensor],
+    names: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """X^T X [K, K] of what each of the layer's linears is given."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def observe(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            product = significance.gram(rows)
+            grams[name] = grams[name] + product if name in grams else product
+
+        return layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [observe(name) for name in names]
+    try:
+        for block in blocks:
+            job.model.run_layer(layer, index, block.to(job.model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grams
+
+
+def _quantize_experts(
+    job: _Job, index: int, routing: Routing, bits: Sequence[tuple[int, int]]
+) -> tuple[dict[str, Any], dict[int, QuantizedExpert]]:
+    """All routed experts of a layer at their widths (w13, w2), dropped ones left out."""
+    options, activation = job.options, job.model.activation()
+    traits = options.traits
+    found: dict[int, QuantizedExpert] = {}
     error = signal = 0.0
     rounding_kept = matrices = 0
     damping = 0.0
-    kept = [e for e in range(job.num_experts) if bits[e]]
+    kept = [e for e in range(job.num_experts) if bits[e][0]]
     for chunk in significance.expert_chunks(len(kept), job.hidden_size, job.expert_width):
         experts = [kept[i] for i in chunk]
         pairs = [job.read_expert(index, e) for e in experts]
         w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         del pairs
-        hessian13, hessian2 = significance.expert_hessians(routing, experts, w13, activation)
-        widths = torch.tensor([bits[e] for e in experts], device=w13.device)
+        hessian13, hessian2 = significance.expert_hessians(
+            routing, experts, w13, activation, traits.hessian_weighting
+        )
+        widths = torch.tensor([bits[e] for e in experts], device=w13.device).unbind(1)
         quantized = []
-        for weight, hessian, splits in ((w13, hessian13, 2), (w2, hessian2, 1)):
+        matrices_ = ((w13, hessian13, widths[0], 2), (w2, hessian2, widths[1], 1))
+        for weight, hessian, width, splits in matrices_:
             q = quantizer.quantize(
-                weight, hessian, widths, options.group_size, method=options.method, splits=splits
-            )
+                weight, hessian, width, options.group_size, method=traits.method, splits=splits,
+                recipe=traits,
+            )  # fmt: skip
             error += float(q.error.sum())
             signal += float(((weight @ hessian) * weight).sum())
             rounding_kept += int((~q.gptq_kept).sum())
             matrices += q.gptq_kept.numel()
             damping = max(damping, float(q.damping.max()))
             quantized.append(q)
-        q13, q2 = quantized
         del hessian13, hessian2, w13, w2
-        half = q13.codes.shape[1] // 2
         for position, expert in enumerate(experts):
-            names = job.architecture.expert_weights(index, expert)
-            parts = (
-                q13.select(slice(0, half)),
-                q13.select(slice(half, None)),
-                q2,
-            )
-            for name, part in zip(names, parts, strict=True):
-                prefix = name.removesuffix("weight")
-                codes = part.codes[position].cpu()
-                tensors[prefix + "weight_packed"] = packing.pack(codes, bits[expert])
-                tensors[prefix + "weight_scale"] = packing.interleave_scale(
-                    part.scale[position], part.zero[position]
-                ).cpu()
-        d13 = dict(zip(experts, q13.dequantize(), strict=True))
-        d2 = dict(zip(experts, q2.dequantize(), strict=True))
-        output += experts_output(
-            routing,
-            lambda e, d13=d13, d2=d2: (  # type: ignore[misc]
-                (d13[e].to(dtype), d2[e].to(dtype)) if e in d13 else None
-            ),
-            job.num_experts,
-            activation,
-        )
+            found[expert] = QuantizedExpert(*(q.matrix(position) for q in quantized))
     tokens = significance.count_tokens(routing, job.num_experts)
     return {
-        "bits": list(bits),
+        "bits": [list(pair) for pair in bits],
         "error": math.sqrt(max(error, 0.0) / signal) if signal else 0.0,
         "rounding_kept": rounding_kept,
         "matrices": matrices,
         "damping": damping,
         "tokens": tokens,
         "starved": significance.starved_experts(tokens),
-    }, output
+    }, found
+
+
+def _tune(job: _Job, work: WorkDirectory) -> dict[str, Any]:
+    """Tune the finished checkpoint in its place; the mean KL before and after.
+
+    What changed is kept in a file of its own first, so that a job killed while it rewrites shards
+    tunes nothing twice.
+    """
+    traits, folder = job.options.traits, work.checkpoint
+    kept = work.path / "tuned.safetensors"
+    summary = work.path / "tuned.json"
+    if not summary.exists():
+        found = work.load_hidden("quantize")
+        assert found is not None
+        compressed = open_checkpoint(folder)
+        tuned = tuning.tune_model(
+            load_streamed(compressed, str(job.model.device), job.model.dtype),
+            job.windows,
+            found[1][-len(found[1]) // 2 :] if traits.sequential else found[1],
+            passes=traits.tuning_passes,
+            rate=traits.tuning_rate,
+            seed=job.options.seed,
+            report=lambda step, steps, loss: job.progress.say(
+                f"tuning step {step}/{steps}: KL {loss:.4f}"
+            ),
+        )
+        dtypes = compressed.read(list(tuned.tensors)) if tuned.tensors else {}
+        write_shard(kept, {n: t.to(dtypes[n].dtype) for n, t in tuned.tensors.items()})
+        write_json(summary, {"before": tuned.before, "after": tuned.after})
+    changed = load_file(kept)
+    compressed = open_checkpoint(folder)
+    by_shard: dict[str, list[str]] = {}
+    for name, info in compressed.tensors.items():
+        by_shard.setdefault(Path(info.shard).name, []).append(name)
+    for shard, names in by_shard.items():
+        if set(names) & set(changed):
+            tensors = compressed.read(names)
+            write_shard(folder / shard, {n: changed.get(n, t) for n, t in tensors.items()})
+    write_index(folder, sorted(by_shard))
+    return dict(read_json(summary))
+
+
+def _store_experts(
+    job: _Job,
+    index: int,
+    experts: Mapping[int, QuantizedExpert],
+    bits: Sequence[tuple[int, int]],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """The experts' packed codes, scales and zeros into `tensors`."""
+    for expert, matrices in experts.items():
+        half = matrices.w13.codes.shape[1] // 2
+        parts = (
+            matrices.w13.select(slice(0, half)),
+            matrices.w13.select(slice(half, None)),
+            matrices.w2,
+        )
+        names = job.architecture.expert_weights(index, expert)
+        w13, w2 = bits[expert]
+        for name, part, width in zip(names, parts, (w13, w13, w2), strict=True):
+            prefix = name.removesuffix("weight")
+            tensors[prefix + "weight_packed"] = packing.pack(part.codes[0].cpu(), width)
+            tensors[prefix + "weight_scale"] = packing.interleave_scale(
+                part.scale[0], part.zero[0]
+            ).cpu()
+
+
+def _routed_output(
+    job: _Job, routing: Routing, experts: Mapping[int, QuantizedExpert]
+) -> torch.Tensor:
+    """What the quantized experts put out, [T, H]."""
+
+    def dequantize(expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if expert not in experts:
+            return None
+        pair = (experts[expert].w13, experts[expert].w2)
+        w13, w2 = (q.dequantize()[0].to(job.model.dtype) for q in pair)
+        return w13, w2
+
+    return experts_output(routing, dequantize, job.num_experts, job.model.activation())
 
 
 def _publish(
@@ -631,18 +914,16 @@ def _publish(
         "model": sizes.model_bits,
     }
     group = chosen.group_size
-    recipe = {
-        name: chosen.options.get(name)
-        for name in ("scope", "method", "alpha", "beta", "gamma", "solver", "pins",
-                     "calibration", "samples", "sequence_length", "seed")
-        if chosen.options.get(name) is not None
-    }  # fmt: skip
-    recipe["mcmoe_version"] = __version__
+    known = (*PLAN_TRAITS, "solver", "pins", "calibration", "samples", "sequence_length", "seed")
+    decided = {n: chosen.options[n] for n in known if chosen.options.get(n) is not None}
+    recipe = {**_named_traits(options.traits), **decided, "mcmoe_version": __version__}
     quantization = QuantizationConfig(
         group_size={"w13": group, "w2": group, "dense": group},
         expert_bits={
-            layer: ("".join(map(str, row)),) * 2  # type: ignore[misc]
-            for layer, row in zip(chosen.layers, chosen.bits, strict=True)
+            layer: ("".join(map(str, w13)), "".join(map(str, w2)))
+            for layer, w13, w2 in zip(
+                chosen.layers, chosen.bits, chosen.w2_bits or chosen.bits, strict=True
+            )
         },
         dense_bits=chosen.dense_bits,
         dense_modules=job.architecture.dense if chosen.dense_bits == DENSE_WIDTH else (),
@@ -675,6 +956,7 @@ def _publish(
             for entry in layers
             if entry.get("experts", {}).get("starved")
         },
+        "recipe": recipe,
         "plan": chosen.to_dict(),
     }
     with explain_os_errors(f"writing {folder}"):
@@ -694,10 +976,10 @@ def _publish(
 def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
     hidden, width, group = job.hidden_size, job.expert_width, chosen.group_size
     expert_bytes = sum(
-        2 * packing.packed_bytes(width, hidden, b, group)
-        + packing.packed_bytes(hidden, width, b, group)
-        for row in chosen.bits
-        for b in row
+        2 * packing.packed_bytes(width, hidden, w13, group)
+        + packing.packed_bytes(hidden, width, w2, group)
+        for row in chosen.pairs()
+        for w13, w2 in row
     )
     expert_parameters = len(chosen.layers) * job.num_experts * 3 * hidden * width
     other_bytes = 0
@@ -742,10 +1024,42 @@ def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
     return [b + p.view_as(b).to(b.dtype) for b, p in zip(blocks, parts, strict=True)]
 
 
+def _named_traits(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's traits with its name as "recipe"."""
+    traits = recipe.to_dict()
+    return {"recipe": traits.pop("name"), **traits}
+
+
+def _recipe_of(plan: Plan) -> str | None:
+    """The name of the recipe that a plan was made by, if it is known here."""
+    name = plan.options.get("recipe")
+    return name if name in RECIPES else None
+
+
+def _softmax_scores(layer: torch.nn.Module, routing: Routing) -> torch.Tensor:
+    """The routed experts' shares of the softmax over all experts, float32 [T, k]."""
+    router: Any = layer.get_submodule(ROUTER)
+    weight = router.weight.float()
+    parts = [
+        (hidden.to(weight).matmul(weight.t()).softmax(-1).gather(1, ids.to(weight.device))).cpu()
+        for hidden, ids in zip(
+            routing.hidden.split(significance.ROWS),
+            routing.ids.split(significance.ROWS),
+            strict=True,
+        )
+    ]
+    return torch.cat(parts)
+
+
 def _dense_weight(job: _Job, layer: int, linear: str) -> str:
     """Checkpoint name of a dense linear's weight; `linear` is transformers' name in the layer."""
-    on_disk = linear.replace("mlp.", f"{job.architecture.block}.", 1)
-    return f"model.layers.{layer}.{on_disk}.weight"
+    return _stored_name(job, layer, f"{linear}.weight")
+
+
+def _stored_name(job: _Job, layer: int, parameter: str) -> str:
+    """Checkpoint name of a layer's parameter; `parameter` is transformers' name in the layer."""
+    on_disk = parameter.replace("mlp.", f"{job.architecture.block}.", 1)
+    return f"model.layers.{layer}.{on_disk}"
 
 
 def _has_module(layer: torch.nn.Module, name: str) -> bool:

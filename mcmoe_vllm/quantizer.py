@@ -7,13 +7,19 @@ that is sign(w) * s/2.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from mcmoe_vllm.recipes import BEST, Recipe
+
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323, section 3)
+REFINE_DAMPING = 0.05  # of the mean diagonal
 SHRINK_GRID = 24  # candidates for how far a group's range is clipped
 SHRINK_MIN = {2: 0.40, 3: 0.55, 4: 0.70}  # the smallest range worth trying, by width
+NORM_GRID = tuple(0.9 + 0.2 * i / 100 for i in range(101))  # shares of the range, range_search norm
+NORM_POWER = 2.4
+METHODS = ("gptq", "rtn", "minmax")
 BLOCK = 128  # columns between two updates of the whole rest of the matrix
 SUB_BLOCK = 32  # columns between two updates of the rest of the block
 MAX_SCALE = 65280.0  # the largest value exact in both bfloat16 and float16
@@ -36,6 +42,11 @@ class Quantized:
     def dequantize(self) -> torch.Tensor:
         """(q - z) * s, float32 [B, N, K]."""
         return _dequantize(self.codes, self.scale, self.zero)
+
+    def matrix(self, position: int) -> "Quantized":
+        """One matrix of the batch, as a batch of one."""
+        one = slice(position, position + 1)
+        return Quantized(*(getattr(self, f.name)[one].clone() for f in fields(self)))
 
     def select(self, rows: slice) -> "Quantized":
         """Some rows N of every matrix (w1 or w3 out of w13); error fields are the whole's."""
@@ -65,13 +76,16 @@ def quantize(
     method: str = "gptq",
     symmetric: bool = False,
     splits: int = 1,
+    recipe: Recipe = BEST,
 ) -> Quantized:
-    """Quantize a batch of matrices, each with the better of GPTQ and round to nearest.
+    """Quantize a batch of matrices with GPTQ, or with round to nearest where that is better and
+    the recipe keeps it.
 
     weight: [B, N, K], any float dtype; hessian: [B, K, K] float32, undamped;
     bits: [B] integers in 1..4 or one for all; method: "gptq" or "rtn";
     symmetric: zero fixed at 2^(bits-1) (the dense int4 format);
-    splits: stacked matrices in N that choose between GPTQ and rounding on their own.
+    splits: stacked matrices in N that choose between GPTQ and rounding on their own;
+    recipe: its traits of the quantizer, `method` apart.
     Raises ValueError for shapes that do not fit or widths out of range.
     """
     b, n, k = weight.shape
@@ -79,26 +93,32 @@ def quantize(
         raise ValueError(f"hessian is {tuple(hessian.shape)}, weights need {(b, k, k)}")
     if k % group_size or n % splits:
         raise ValueError(f"{k} columns in groups of {group_size}, {n} rows in {splits} matrices")
-    if method not in ("gptq", "rtn"):
-        raise ValueError(f"method is {method!r}, allowed are 'gptq' and 'rtn'")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, allowed are {METHODS}")
     widths = torch.as_tensor(bits, device=weight.device).expand(b)
     if int(widths.min()) < 1 or int(widths.max()) > 4:
         raise ValueError(f"bits are {widths.tolist()}, allowed is 1..4")
 
     w = weight.float().transpose(1, 2).contiguous()  # [B, K, N]: columns lie side by side
     hessian = hessian.float()
-    fit = _GroupFit(widths, symmetric)
+    search = "full" if method == "minmax" else recipe.range_search
+    fit = _GroupFit(widths, symmetric, search, recipe.binary_scale, recipe.zeros)
     rounded = _round_to_nearest(w, hessian, fit, group_size)
     rounded_error = _split_errors(w, rounded, hessian, splits)
     damping = torch.zeros(b, device=w.device)
-    if method == "rtn":
+    if method != "gptq":
         kept = torch.zeros_like(rounded_error, dtype=torch.bool)
         best, error = rounded, rounded_error
     else:
         inverse, damping = _inverse_cholesky(hessian)
-        compensated = _gptq(w, hessian, inverse, fit, group_size)
+        within = widths >= (1 if symmetric else recipe.compensated_bits)
+        compensated = _gptq(w, hessian, inverse, fit, group_size, within)
+        if recipe.refinements:
+            compensated = _refine(w, _damp(hessian), compensated, fit, recipe.refinements)
         error = _split_errors(w, compensated, hessian, splits)
         kept = error <= rounded_error
+        if not recipe.keep_rounding:
+            kept = torch.ones_like(kept)
         rows = kept.repeat_interleave(n // splits, dim=1).unsqueeze(1)  # [B, 1, N]
         best = (
             torch.where(rows, compensated[0], rounded[0]),
@@ -123,23 +143,43 @@ def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
 
 
 class _GroupFit:
-    """Scale and zero of a group by search, for B matrices of different widths at once."""
+    """Scale and zero of a group by search, for B matrices of different widths at once.
 
-    def __init__(self, bits: torch.Tensor, symmetric: bool):
+    search: "hessian", "norm" (as `Recipe.range_search`) or "full" (the range as it is).
+    """
+
+    def __init__(
+        self,
+        bits: torch.Tensor,
+        symmetric: bool,
+        search: str = "hessian",
+        binary_scale: str = "hessian",
+        zeros: str = "integer",
+    ):
         column = bits.view(-1, 1).float()  # broadcasts over [B, N]
         self.max_code = 2**column - 1
         self.binary = column == 1
         self.symmetric = symmetric
-        shrink_min = torch.tensor([SHRINK_MIN.get(int(b), 1.0) for b in bits], device=bits.device)
-        steps = torch.linspace(0, 1, SHRINK_GRID, device=bits.device).view(-1, 1, 1)
-        self.shrink = 1 - steps * (1 - shrink_min.view(1, -1, 1))  # [grid, B, 1]
+        self.real_zeros = zeros == "real"
+        self.weighted_binary = binary_scale == "hessian"
+        self.power = NORM_POWER if search == "norm" else 2.0
+        self.weighted = search == "hessian"
+        if search == "hessian":
+            shrink_min = torch.tensor(
+                [SHRINK_MIN.get(int(b), 1.0) for b in bits], device=bits.device
+            )
+            steps = torch.linspace(0, 1, SHRINK_GRID, device=bits.device).view(-1, 1, 1)
+            self.shrink = 1 - steps * (1 - shrink_min.view(1, -1, 1))  # [grid, B, 1]
+        else:
+            grid = NORM_GRID if search == "norm" else (1.0,)
+            self.shrink = torch.tensor(grid, device=bits.device).view(-1, 1, 1)
 
     def __call__(
         self, w: torch.Tensor, importance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """w [B, G, N], importance [B, G] >= 0 (the Hessian's diagonal) -> scale, zero [B, N].
 
-        Minimises sum importance * (w - deq)^2 over clipped ranges; 1 bit in closed form.
+        Minimises sum importance * |w - deq|^power over ranges; 1 bit in closed form.
         """
         # A group that no input reaches still needs a sensible scale.
         importance = importance + 1e-6 * importance.mean(1, keepdim=True) + 1e-20
@@ -157,18 +197,25 @@ class _GroupFit:
                 zero = middle.expand_as(scale)
             else:
                 scale = round_scale((high - low) * shrink / self.max_code)
-                zero = torch.clamp(torch.round(-low * shrink / scale), min=0)
-                zero = torch.minimum(zero, self.max_code)
+                zero = -low * shrink / scale
+                zero = zero if self.real_zeros else zero.round()
+                zero = torch.minimum(zero.clamp(min=0), self.max_code)
             q = torch.round(w / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
             q = torch.minimum(q, self.max_code.unsqueeze(1))
             difference = (q - zero.unsqueeze(1)) * scale.unsqueeze(1) - w
-            error = (difference.square_() * importance).sum(1)
+            if self.power == 2:
+                difference = difference.square_()
+            else:
+                difference = difference.abs_().pow_(self.power)
+            error = (difference * importance if self.weighted else difference).sum(1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
         if bool(self.binary.any()):
-            mean = (w.abs() * importance).sum(1) / importance.sum(1)
+            mean = w.abs().mean(1)
+            if self.weighted_binary:
+                mean = (w.abs() * importance).sum(1) / importance.sum(1)
             best_scale = torch.where(self.binary, round_scale(2 * mean), best_scale)
             best_zero = torch.where(self.binary, 0.5, best_zero)
         return best_scale, best_zero
@@ -197,14 +244,21 @@ def _round_to_nearest(
 
 
 def _gptq(
-    w: torch.Tensor, hessian: torch.Tensor, inverse: torch.Tensor, fit: _GroupFit, group_size: int
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    inverse: torch.Tensor,
+    fit: _GroupFit,
+    group_size: int,
+    within: torch.Tensor,
 ) -> _Codes:
     """Column by column, each column's error is moved onto the columns that are still to come
-    (GPTQ, Algorithm 1). `inverse` [B, K, K] is the upper Cholesky factor of H^-1.
+    (GPTQ, Algorithm 1). `inverse` [B, K, K] is the upper Cholesky factor of H^-1; matrices that
+    `within` [B] excludes move it onto the blocks to come alone.
 
     Updates are lazy on two levels, which changes the memory traffic and not the result.
     """
     w = w.clone()
+    moved = within.view(-1, 1, 1).to(w.dtype)
     k = w.shape[1]
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     codes, scales, zeros = torch.empty_like(w), [], []
@@ -225,16 +279,93 @@ def _gptq(
                 error = (w[:, j] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
                 block_errors[:, j - block] = error
                 if j + 1 < sub_end:
-                    row = inverse[:, j, j + 1 : sub_end].unsqueeze(2)
+                    row = inverse[:, j, j + 1 : sub_end].unsqueeze(2) * moved
                     w[:, j + 1 : sub_end].addcmul_(row, error.unsqueeze(1), value=-1)
             if sub_end < block_end:
-                factor = inverse[:, sub:sub_end, sub_end:block_end].transpose(1, 2)
+                factor = inverse[:, sub:sub_end, sub_end:block_end].transpose(1, 2) * moved
                 w[:, sub_end:block_end] -= factor @ block_errors[:, sub - block : sub_end - block]
         if block_end < k:
             w[:, block_end:] -= (
                 inverse[:, block:block_end, block_end:].transpose(1, 2) @ block_errors
             )
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def _refine(
+    w: torch.Tensor, hessian: torch.Tensor, codes: _Codes, fit: _GroupFit, rounds: int
+) -> _Codes:
+    """Scales by least squares under the codes, then each code under the scales and all other
+    codes, in turn; w [B, K, N]. Rows that end up worse keep what they had. Zeros stay."""
+    q, scale, zero = codes
+    group_size = q.shape[1] // scale.shape[1]
+    target = hessian @ w
+    start = _row_errors(w, codes, hessian)
+    for _ in range(rounds):
+        scale = _refit_scales(q, scale, zero, hessian, target)
+        q = _descend(w, hessian, (q, scale, zero), fit, group_size)
+    better = (_row_errors(w, (q, scale, zero), hessian) < start).unsqueeze(1)
+    return torch.where(better, q, codes[0]), torch.where(better, scale, codes[1]), zero
+
+
+def _damp(hessian: torch.Tensor) -> torch.Tensor:
+    """The Hessian that refinement minimises: more of the diagonal than calibration saw, because a
+    minimum fits its sample closer than GPTQ's one pass does."""
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+    return hessian + REFINE_DAMPING * mean * torch.eye(hessian.shape[1], device=hessian.device)
+
+
+def _refit_scales(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    hessian: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """The scales [B, K/G, N] that minimise tr(D H D^T) under codes and zeros: for every row a
+    linear system of K/G unknowns. target: H w, [B, K, N]."""
+    groups = scale.shape[1]
+    levels = q.unflatten(1, (groups, -1)) - zero.unsqueeze(2)  # [B, K/G, G, N]
+    grams = []
+    for g in range(groups):
+        columns = slice(g * levels.shape[2], (g + 1) * levels.shape[2])
+        product = hessian[:, :, columns] @ levels[:, g]  # [B, K, N]
+        grams.append((product.unflatten(1, (groups, -1)) * levels).sum(2))
+    matrix = torch.stack(grams, 2).permute(0, 3, 1, 2)  # [B, N, K/G, K/G]
+    right = (target.unflatten(1, (groups, -1)) * levels).sum(2).transpose(1, 2)  # [B, N, K/G]
+    # A group of zero levels has no say; a little of its old scale keeps the system regular.
+    ridge = 1e-4 * matrix.diagonal(dim1=2, dim2=3) + 1e-20
+    matrix = matrix + torch.diag_embed(ridge)
+    right = right + ridge * scale.transpose(1, 2)
+    solved = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1).transpose(1, 2)
+    sound = solved.isfinite() & (solved > scale / 4) & (solved < scale * 4)
+    return round_scale(torch.where(sound, solved, scale))
+
+
+def _descend(
+    w: torch.Tensor, hessian: torch.Tensor, codes: _Codes, fit: _GroupFit, group_size: int
+) -> torch.Tensor:
+    """One sweep of coordinate descent: codes [B, K, N], each set to its best given all others."""
+    q, scale, zero = codes
+    q = q.clone()
+    deq = ((q.unflatten(1, (scale.shape[1], -1)) - zero.unsqueeze(2)) * scale.unsqueeze(2)).flatten(
+        1, 2
+    )
+    slope = hessian @ (w - deq)  # [B, K, N]
+    for sub in range(0, w.shape[1], SUB_BLOCK):
+        end = min(sub + SUB_BLOCK, w.shape[1])
+        local = slope[:, sub:end].clone()
+        moves = torch.empty_like(local)
+        for j in range(sub, end):
+            s, z = scale[:, j // group_size], zero[:, j // group_size]
+            curvature = hessian[:, j, j].view(-1, 1).clamp(min=1e-30)
+            wanted = deq[:, j] + local[:, j - sub] / curvature
+            new = fit.encode(wanted, s, z)
+            move = (new - q[:, j]) * s
+            q[:, j] = new
+            moves[:, j - sub] = move
+            local.addcmul_(hessian[:, sub:end, j].unsqueeze(2), move.unsqueeze(1), value=-1)
+        slope[:, end:] -= hessian[:, end:, sub:end] @ moves
+    return q
 
 
 def _inverse_cholesky(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,8 +400,12 @@ def _split_errors(
     w: torch.Tensor, codes: _Codes, hessian: torch.Tensor, splits: int
 ) -> torch.Tensor:
     """tr(D H D^T) of each stacked matrix, [B, splits], with the undamped Hessian."""
+    return _row_errors(w, codes, hessian).unflatten(1, (splits, -1)).sum(-1)
+
+
+def _row_errors(w: torch.Tensor, codes: _Codes, hessian: torch.Tensor) -> torch.Tensor:
+    """d H d^T of each row, [B, N]."""
     q, scale, zero = codes
     grouped = q.unflatten(1, (scale.shape[1], -1))
     d = w - ((grouped - zero.unsqueeze(2)) * scale.unsqueeze(2)).flatten(1, 2)  # [B, K, N]
-    per_row = ((hessian @ d) * d).sum(1)  # [B, N]
-    return per_row.unflatten(1, (splits, -1)).sum(-1)
+    return ((hessian @ d) * d).sum(1)

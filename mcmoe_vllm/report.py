@@ -111,12 +111,12 @@ def describe_layer(summary: Mapping[str, Any]) -> str:
     parts = []
     experts = summary.get("experts")
     if experts:
-        counts = Counter(experts["bits"])
+        counts = Counter(b for w13, w2 in experts["bits"] for b in (w13, w13, w2))
         widths = " ".join(f"{counts[b]}x{b}" for b in sorted(counts))
         tokens = experts["tokens"]
         least = min(range(len(tokens)), key=tokens.__getitem__)
         parts += [
-            f"experts x bits {widths}",
+            f"matrices x bits {widths}",
             f"error {experts['error']:.4f}",
             f"least sampled expert {least}: {tokens[least]} tokens",
         ]
@@ -135,17 +135,19 @@ def print_plan(plan: Plan, sizes: Sizes) -> None:
 
     table = Table(title=f"Bits per expert ({plan.architecture})")
     table.add_column("layer", justify="right")
-    table.add_column("experts 0.." + str(plan.num_experts - 1), overflow="fold")
+    second = " (w13, w2)" if plan.w2_bits else ""
+    table.add_column(f"experts 0..{plan.num_experts - 1}{second}", overflow="fold")
     for bits in plan.candidate_bits:
         table.add_column(f"{bits}-bit", justify="right")
     table.add_column("average", justify="right")
-    for layer, row in zip(plan.layers, plan.bits, strict=True):
-        counts = Counter(row)
+    for layer, pairs in zip(plan.layers, plan.pairs(), strict=True):
+        counts = Counter(b for w13, w2 in pairs for b in (w13, w13, w2))
+        lines = ["".join(map(str, row)) for row in zip(*pairs, strict=True)]
         table.add_row(
             str(layer),
-            "".join(map(str, row)),
-            *(str(counts[b]) for b in plan.candidate_bits),
-            f"{sum(row) / len(row):.3f}",
+            "\n".join(dict.fromkeys(lines)),
+            *(f"{counts[b] / 3:.3g}" for b in plan.candidate_bits),
+            f"{sum(2 * w13 + w2 for w13, w2 in pairs) / (3 * len(pairs)):.3f}",
         )
     console = Console(stderr=True, highlight=False)
     console.print(table)
@@ -234,7 +236,7 @@ def write_model_card(
         license="other" if has_licence else None,
         license_link="LICENSE" if has_licence else None,
     )
-    counts = Counter(b for row in plan.bits for b in row)
+    counts = Counter(b for row in plan.pairs() for w13, w2 in row for b in (w13, w13, w2))
     widths = "\n".join(f"| {b} | {counts[b]} |" for b in sorted(counts))
     calibration = result["calibration"]
     name = Path(plan.model).name
@@ -265,7 +267,7 @@ vllm serve {name}-mcmoe
 | bits per expert weight, scales and zeros counted | 16 | {sizes.expert_bits:.3f} |
 | bits per weight of the whole model | 16 | {sizes.model_bits:.3f} |
 
-| bits | experts |
+| bits | expert matrices |
 |---|---|
 {widths}
 

@@ -5,11 +5,13 @@ Frobenius norm of the change of the MoE block's output when expert i alone goes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mcmoe_vllm import quantizer
+from mcmoe_vllm.recipes import BEST, Recipe
 from mcmoe_vllm.streaming import Routing, expert_hidden, run_expert
 
 # Fewer rows than this leave a Hessian that says little; the expert is completed with tokens of
@@ -27,7 +29,13 @@ class LayerSignificance:
 
     tokens: calibration tokens routed to the expert; frequency: tokens / all tokens;
     routing_weight: sum of the weights it was given / all tokens;
-    reconstruction_error[expert][candidate]: eps, Frobenius norm.
+    reconstruction_error[expert][candidate]: eps, Frobenius norm over the tokens probed;
+    projection_errors[expert][candidate]: the same with w13 alone and with w2 alone quantized, for
+    the allocation "sensitivity"; empty for "pmq";
+    trace_error[expert][candidate]: sum over the matrices of the Hessian's mean diagonal times the
+    squared change of the weights (HAWQ-V2's estimate of eps^2, for comparison);
+    sensitivity: KL in nats per token that a unit of squared error of the output causes, None for
+    "pmq".
     """
 
     layer: int
@@ -35,8 +43,11 @@ class LayerSignificance:
     frequency: list[float]
     routing_weight: list[float]
     reconstruction_error: list[list[float]]
+    projection_errors: list[list[list[float]]]
+    trace_error: list[list[float]]
     rounding_kept: int
     matrices: int
+    sensitivity: float | None = None
 
     @property
     def starved(self) -> list[int]:
@@ -84,18 +95,28 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
 
 
 def expert_hessians(
-    routing: Routing, experts: Sequence[int], w13: torch.Tensor, activation: Activation
+    routing: Routing,
+    experts: Sequence[int],
+    w13: torch.Tensor,
+    activation: Activation,
+    weighting: str = "equal",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Input Gram matrices of w13 [C, H, H] and w2 [C, I, I] for experts with weights
-    w13 [C, 2I, H]."""
+    w13 [C, 2I, H]. weighting: as `Recipe.hessian_weighting`."""
     first, second = [], []
     for position, expert in enumerate(experts):
-        x = routing.hidden[calibration_rows(routing, expert)].to(w13.device)
-        first.append(gram(x))
+        rows = calibration_rows(routing, expert)
+        x = routing.hidden[rows].to(w13.device)
+        scale = torch.ones(len(rows), 1, device=x.device, dtype=x.dtype)
+        own = routing.tokens_of(expert)[1]
+        if weighting == "routing" and own.numel():
+            scale[: own.numel()] = own.to(scale).unsqueeze(1)
+            scale[own.numel() :] = own.min().to(scale)
+        first.append(gram(x * scale))
         weight = w13[position].to(x.dtype)
         inner = torch.zeros(weight.shape[0] // 2, weight.shape[0] // 2, device=x.device)
-        for part in x.split(ROWS):
-            inner += gram(expert_hidden(part, weight, activation))
+        for part, share in zip(x.split(ROWS), scale.split(ROWS), strict=True):
+            inner += gram(expert_hidden(part, weight, activation) * share)
         second.append(inner)
     return torch.stack(first), torch.stack(second)
 
@@ -122,62 +143,118 @@ def measure_layer(
     candidate_bits: Sequence[int],
     group_size: int,
     activation: Activation,
-    method: str,
-) -> tuple[LayerSignificance, torch.Tensor]:
-    """Measure one layer and compute its routed experts' output, float32 [T, H].
+    recipe: Recipe = BEST,
+    *,
+    scores: torch.Tensor | None = None,
+    window: int | None = None,
+    probe: int | None = None,
+    probe_tokens: int | None = None,
+) -> tuple[LayerSignificance, torch.Tensor, torch.Tensor]:
+    """Measure one layer and compute its routed experts' output, float32 [T, H], and the change of
+    it if all experts are quantized at candidate number `probe` ([T, H], zero for None). Errors and
+    change are of the first `probe_tokens` tokens alone (default: of all).
 
     routing: all calibration tokens; read_expert: expert -> (w13 [2I, H], w2 [H, I]);
-    method: the quantizer whose error is measured, "gptq" or "rtn".
+    recipe: its traits of significance; scores [T, k]: what `routing_weight` sums (default: the
+    routing's weights); window: tokens of a window, for the error norm "windows".
     """
+    scored = routing if scores is None else replace(routing, weights=scores)
+    if recipe.error_norm == "total" or window is None:
+        window = routing.hidden.shape[0]
+    windows = -(-routing.hidden.shape[0] // window)
     tokens = count_tokens(routing, num_experts)
     total = routing.hidden.shape[0]
     output = torch.zeros_like(routing.hidden, dtype=torch.float32)
     errors: list[list[float]] = []
+    projection_errors: list[list[list[float]]] = []
+    trace_errors: list[list[float]] = []
+    changes = torch.zeros_like(output)
+    limit = total if probe_tokens is None else probe_tokens
     weight_sums: list[float] = []
     rounding_kept = matrices = 0
+    how: dict[str, Any] = {"method": recipe.error_method, "recipe": recipe}
     for chunk in expert_chunks(num_experts, *_hidden_and_width(read_expert(0))):
         pairs = [read_expert(e) for e in chunk]
         w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         del pairs
-        hessian13, hessian2 = expert_hessians(routing, chunk, w13, activation)
+        hessian13, hessian2 = expert_hessians(
+            routing, chunk, w13, activation, recipe.hessian_weighting
+        )
         candidates: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # None: dropped
         for bits in candidate_bits:
             if bits == 0:
                 candidates.append(None)
                 continue
-            q13 = quantizer.quantize(w13, hessian13, bits, group_size, method=method, splits=2)
-            q2 = quantizer.quantize(w2, hessian2, bits, group_size, method=method)
+            q13 = quantizer.quantize(w13, hessian13, bits, group_size, splits=2, **how)
+            q2 = quantizer.quantize(w2, hessian2, bits, group_size, **how)
             candidates.append((q13.dequantize(), q2.dequantize()))
             rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
             matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
+        traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
         del hessian13, hessian2
         for position, expert in enumerate(chunk):
             rows, weights = routing.tokens_of(expert)
-            weight_sums.append(float(weights.float().sum()))
-            squares = [0.0] * len(candidates)
+            trace_errors.append(
+                [
+                    sum(
+                        float(trace[position] * (w[position] - d[position]).square().sum())
+                        if d is not None
+                        else float(trace[position] * w[position].square().sum())
+                        for trace, w, d in zip(traces, (w13, w2), pair or (None, None), strict=True)
+                    )
+                    for pair in candidates
+                ]
+            )
+            weight_sums.append(float(scored.tokens_of(expert)[1].float().sum()))
+            parts = 2 if recipe.allocation == "sensitivity" else 1
+            squares = torch.zeros(len(candidates), parts, windows, dtype=torch.float64)
+            exact = (w13[position], w2[position])
             for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
                 x = routing.hidden[rows[part]].to(w13.device)
                 scale = weights[part].float().to(w13.device).unsqueeze(1)
-                y = _weighted_output(x, scale, w13[position], w2[position], activation)
+                y = _weighted_output(x, scale, *exact, activation)
                 output.index_add_(0, rows[part], y.to(output.device))
+                probed = rows[part][: int((rows[part] < limit).sum())]  # rows ascend
+                x, scale, y = (t[: len(probed)] for t in (x, scale, y))
                 for column, pair in enumerate(candidates):
-                    if pair is None:
-                        change = y
-                    else:
-                        d13, d2 = pair[0][position], pair[1][position]
-                        change = y - _weighted_output(x, scale, d13, d2, activation)
-                    squares[column] += float(change.double().square().sum())
-            errors.append([square**0.5 for square in squares])
+                    for number, weight in enumerate(_changed(exact, pair, position, parts)):
+                        if weight is None:
+                            change = -y
+                        else:
+                            change = _weighted_output(x, scale, *weight, activation) - y
+                        of_rows = change.double().square().sum(1).cpu()
+                        squares[column, number].index_add_(0, probed.cpu() // window, of_rows)
+                        if column == probe:
+                            changes.index_add_(0, probed, change.to(changes.device))
+            norms = squares.sqrt().sum(2)
+            errors.append(norms.square().sum(1).sqrt().tolist())
+            projection_errors.append(norms.tolist() if parts == 2 else [])
     significance = LayerSignificance(
         layer=layer,
         tokens=tokens,
         frequency=[n / total for n in tokens],
         routing_weight=[w / total for w in weight_sums],
         reconstruction_error=errors,
+        projection_errors=projection_errors,
+        trace_error=trace_errors,
         rounding_kept=rounding_kept,
         matrices=matrices,
     )
-    return significance, output
+    return significance, output, changes
+
+
+def _changed(
+    exact: tuple[torch.Tensor, torch.Tensor],
+    quantized: tuple[torch.Tensor, torch.Tensor] | None,
+    position: int,
+    parts: int,
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The expert's weights as a candidate leaves them: both changed, or each alone. None: dropped,
+    which counts as the first's error."""
+    if quantized is None:
+        return [None, exact][:parts]
+    w13, w2 = quantized[0][position], quantized[1][position]
+    return [(w13, w2)] if parts == 1 else [(w13, exact[1]), (exact[0], w2)]
 
 
 def _weighted_output(

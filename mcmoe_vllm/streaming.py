@@ -87,8 +87,10 @@ class StreamedModel:
         with torch.device(device):
             body.rotary_emb = type(body.rotary_emb)(config=self.config)
         self.num_layers = len(body.layers)
+        self._head: torch.Tensor | None = None
         self._layer_arguments: dict[int, list[dict[str, Any]]] = {}
 
+    @torch.no_grad()
     def embed(self, windows: torch.Tensor) -> list[torch.Tensor]:
         """Token windows [S, L] to blocks of hidden states [B, L, hidden]."""
         body = self.skeleton.model
@@ -146,13 +148,25 @@ class StreamedModel:
     def release_layer(self, index: int) -> None:
         self.skeleton.model.layers[index].to("meta")
 
-    @torch.no_grad()
     def run_layer(
-        self, layer: nn.Module, index: int, block: torch.Tensor
+        self,
+        layer: nn.Module,
+        index: int,
+        block: torch.Tensor,
+        changed: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, Routing | None]:
         """One block through a loaded layer, without its routed experts; and what they would be
-        given (None for a dense layer)."""
-        output = layer(block, **self._layer_arguments[block.shape[0]][index])
+        given (None for a dense layer). changed: parameters to use instead of the layer's, by their
+        names in it; gradients flow to these alone."""
+        windows = block.shape[0]
+        if windows not in self._layer_arguments:
+            self._layer_arguments[windows] = _record_layer_arguments(self.skeleton.model, block)
+        arguments = self._layer_arguments[windows][index]
+        if changed is None:
+            with torch.no_grad():
+                output = layer(block, **arguments)
+        else:
+            output = torch.func.functional_call(layer, dict(changed), (block,), arguments)
         output = output[0] if isinstance(output, tuple) else output
         tap = getattr(layer.mlp, "experts", None)
         if not isinstance(tap, _RoutedExpertsTap):
@@ -163,16 +177,27 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, blocks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Final hidden states to float32 logits [L, vocabulary], window by window."""
-        norm = self.skeleton.model.norm
-        tied = "lm_head.weight" not in self.checkpoint
-        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        tensors = self._read(["model.norm.weight", head])
-        weight = tensors["model.norm.weight"].to(self.device, self.dtype)
-        norm.load_state_dict({"weight": weight}, assign=True)
-        head_weight = tensors[head].to(self.device, self.dtype)
+        self._load_head()
         for block in blocks:
             for window in block:
-                yield nn.functional.linear(norm(window.to(self.device)), head_weight).float()
+                yield self.head(window.to(self.device))
+
+    def head(self, window: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [L, H] to float32 logits [L, vocabulary]; gradients may flow."""
+        self._load_head()
+        assert self._head is not None
+        return nn.functional.linear(self.skeleton.model.norm(window), self._head).float()
+
+    def _load_head(self) -> None:
+        if self._head is not None:
+            return
+        tied = "lm_head.weight" not in self.checkpoint
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        tensors = self._read(["model.norm.weight", name])
+        weight = tensors["model.norm.weight"].to(self.device, self.dtype)
+        self.skeleton.model.norm.load_state_dict({"weight": weight}, assign=True)
+        self.skeleton.model.norm.requires_grad_(False)
+        self._head = tensors[name].to(self.device, self.dtype)
 
     def activation(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The experts' activation function."""

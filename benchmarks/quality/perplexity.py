@@ -67,6 +67,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Plan:
             model=arguments.model,
             output=str(folder / "plan.json"),
             bits=2.5,
+            recipe="paper",
             calibration=arguments.calibration,
             seed=arguments.seed,
         )

@@ -493,3 +493,49 @@ def test_missing_solver_is_explained(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ortools.math_opt.python", None)
     with pytest.raises(UserError, match="pip install"):
         allocation.allocate_bits(np.ones((1, 2, 2)), (1, 2), scope="layer", layer_budget=4)
+
+
+def test_projection_costs_by_hand():
+    errors = np.array([[[[3.0, 1.0], [2.0, 0.5]]]])  # one expert, 2 widths, (w13, w2)
+    costs, pairs = allocation.projection_costs(errors, np.array([0.5]), (1, 2))
+    assert dict(zip(pairs, costs[0, 0].tolist(), strict=True)) == {
+        (1, 1): 5.0, (1, 2): 4.625, (2, 1): 2.5, (2, 2): 2.125,
+    }  # fmt: skip
+    dropped = allocation.projection_costs(errors, np.array([1.0]), (0, 2))[1]
+    assert dropped == [(0, 0), (2, 2)]  # never one of the two
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_projections_are_allocated_within_true_bits(scope, group_size):
+    rng = np.random.default_rng(3)
+    slope = rng.exponential(size=(3, 4, 1, 2))
+    errors = slope * 2.0 ** -np.arange(4)[:, None]  # widths 0 to 3
+    sensitivities = np.array([1.0, 4.0, 0.1])
+    costs, pairs = allocation.projection_costs(errors, sensitivities, (0, 1, 2, 3))
+    chosen, objective = allocation.allocate_projections(
+        costs, pairs, 2.0, group_size, scope=scope, pins={(0, 1): 3}
+    )
+    overhead = 32 / group_size
+
+    def true_bits(rows):
+        used = [w for row in rows for w13, w2 in row for w in (w13, w13, w2)]
+        return sum(w + overhead * (w > 0) for w in used)
+
+    for rows in [chosen] if scope == "global" else [[row] for row in chosen]:
+        most = 3 * 4 * len(rows) * (2.0 + overhead)
+        assert most - 3 * (1 + overhead) < true_bits(rows) <= most  # and little is left
+    assert chosen[0][1] == (3, 3)
+    assert objective == pytest.approx(
+        sum(costs[i, e, pairs.index(p)] for i, row in enumerate(chosen) for e, p in enumerate(row))
+    )
+    if scope == "global":  # the layer that matters most gets the most
+        widths = [sum(2 * a + b for a, b in row) for row in chosen]
+        assert widths[1] > widths[2]
+
+
+def test_pins_beyond_the_budget_of_projections_are_refused():
+    costs, pairs = allocation.projection_costs(np.ones((1, 2, 3, 2)), np.ones(1), (1, 2, 3))
+    pins = {(0, 0): 3, (0, 1): 3}
+    with pytest.raises(UserError, match="2 bits are below the smallest"):
+        allocation.allocate_projections(costs, pairs, 2, 128, scope="global", pins=pins)

@@ -93,11 +93,17 @@ DAMAGES = {
         lambda m: [(m / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], [],
         "no usable tokenizer",
     ),
-    "bits above": (lambda m: None, ["--bits", "3.5"], "allow 1 to 3"),
-    "bits below": (lambda m: None, ["--bits", "0.5"], "allow 1 to 3"),
+    "bits above": (lambda m: None, ["--bits", "4.5"], "allow 1 to 4"),
+    "bits above the paper's": (
+        lambda m: None, ["--bits", "3.5", "--recipe", "paper"], "allow 1 to 3",
+    ),
+    "bits below": (lambda m: None, ["--bits", "0.5"], "allow 1 to 4"),
     "bits no number": (lambda m: None, ["--bits", "nan"], "finite"),
     "impossible budget": (
         lambda m: None, ["--bits", "1.25", "--pin", "layers.*=3"], "smallest",
+    ),
+    "impossible budget of the paper's": (
+        lambda m: None, ["--bits", "1.25", "--recipe", "paper", "--pin", "layers.*=3"], "smallest",
     ),
     "wrong pins": (
         lambda m: None, ["--pin", "layers.9.*=3", "--pin", "layers.0.*=7"], "matches no expert",
@@ -194,7 +200,9 @@ def test_output_must_be_new_and_its_parent_must_exist(capsys, model, tmp_path, c
 def test_a_plan_of_another_model_is_refused(capsys, model, tmp_path, tiny_models, calibration_text):
     small = ("--calibration", calibration_text, "--samples", "4", "--sequence-length", "64")
     plan_file = tmp_path / "plan.json"
-    code, out, _ = run(capsys, "plan", model, "-o", plan_file, "--bits", "2", *small)
+    code, out, _ = run(
+        capsys, "plan", model, "-o", plan_file, "--bits", "2", "--recipe", "paper", *small
+    )
     assert code == 0 and out.strip() == str(plan_file)
     other = tiny_models("qwen3_moe")
     code, _, err = run(

@@ -17,7 +17,8 @@ import json, sys
 from mcmoe_vllm.pipeline import QuantizeOptions, quantize
 model, output, text = sys.argv[1:]
 result = quantize(QuantizeOptions(model=model, output=output, calibration=text, bits=2.0,
-                                  samples=4, sequence_length=128, method="rtn"))
+                                  candidate_bits=(2,), tuning_passes=0, samples=4,
+                                  sequence_length=128, method="rtn"))
 print(json.dumps({"peak": result["peak_rss_bytes"], "bytes": result["bytes"]["original"]}))
 """
 

@@ -1,10 +1,15 @@
 """GPTQ against a textbook version, and everything that must never come out of a quantizer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mcmoe_kernels import packing
 from mcmoe_vllm import quantizer
+from mcmoe_vllm.recipes import BEST, PAPER
+
+GPTQ_ALONE = replace(BEST, refinements=0)
 
 
 def correlated(batch=2, rows=24, columns=256, samples=400, seed=0):
@@ -45,7 +50,7 @@ def textbook_gptq(weight, hessian, bits, group_size):
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_gptq_equals_the_textbook(bits, group_size):
     weight, hessian = correlated(batch=1)
-    q = quantizer.quantize(weight, hessian, bits, group_size)
+    q = quantizer.quantize(weight, hessian, bits, group_size, recipe=GPTQ_ALONE)
     assert q.gptq_kept.all()
     expected = textbook_gptq(weight[0], hessian[0], bits, group_size).float()
     # float32 against float64 can move a near tie, and with it what follows in that row alone; a
@@ -67,9 +72,142 @@ def test_gptq_wins_clearly_where_inputs_are_correlated(bits, gain):
 def test_gptq_is_rounding_where_inputs_are_independent(bits):
     weight, _ = correlated()
     hessian = torch.eye(256).expand(2, 256, 256)
-    gptq = quantizer.quantize(weight, hessian, bits, 128)
+    gptq = quantizer.quantize(weight, hessian, bits, 128, recipe=GPTQ_ALONE)
     rounded = quantizer.quantize(weight, hessian, bits, 128, method="rtn")
     assert torch.equal(gptq.dequantize(), rounded.dequantize())
+
+
+@pytest.mark.parametrize("bits, gain", [(1, 1.2), (2, 1.1), (3, 1.1), (4, 1.1)])
+def test_refinement_wins_clearly_where_inputs_are_correlated(bits, gain):
+    weight, hessian = correlated()
+    refined = quantizer.quantize(weight, hessian, bits, 32)
+    gptq = quantizer.quantize(weight, hessian, bits, 32, recipe=GPTQ_ALONE)
+    assert refined.error.sum() * gain < gptq.error.sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_refinement_never_worsens_a_row(bits):
+    weight, hessian = correlated(columns=128)
+    hessian = quantizer._damp(hessian)  # what refinement minimises
+    w = weight.transpose(1, 2)
+    fit = quantizer._GroupFit(torch.tensor([bits, bits]), False)
+    before = quantizer._round_to_nearest(w, hessian, fit, 32)
+    after = quantizer._refine(w, hessian, before, fit, 2)
+    errors = [quantizer._row_errors(w, codes, hessian) for codes in (before, after)]
+    assert (errors[1] <= errors[0]).all() and (errors[1] < errors[0]).any()
+
+
+def test_refitted_scales_are_the_least_squares_ones():
+    weight, hessian = correlated(batch=1, rows=3, columns=64)
+    w = weight.transpose(1, 2)
+    fit = quantizer._GroupFit(torch.tensor([3]), False)
+    q, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 32)
+    fitted = quantizer._refit_scales(q, scale, zero, hessian, hessian @ w)[0, :, 0]
+    # Row 0 as one least-squares problem in its two scales.
+    levels = torch.zeros(64, 2, dtype=torch.float64)
+    for g in range(2):
+        part = slice(32 * g, 32 * g + 32)
+        levels[part, g] = (q[0, part, 0] - zero[0, g, 0]).double()
+    h = hessian[0].double()
+    expected = torch.linalg.solve(levels.T @ h @ levels, levels.T @ h @ weight[0, 0].double())
+    torch.testing.assert_close(fitted.double(), expected, rtol=2**-8, atol=0)  # bf16 rounding
+
+
+def test_descent_sets_each_code_to_its_best_given_the_others():
+    weight, hessian = correlated(batch=1, rows=4, columns=64)
+    w = weight.transpose(1, 2)
+    fit = quantizer._GroupFit(torch.tensor([2]), False)
+    q, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 64)
+    for _ in range(20):
+        q = quantizer._descend(w, hessian, (q, scale, zero), fit, 64)
+    least = quantizer._row_errors(w, (q, scale, zero), hessian)
+    for column in range(64):  # no single change of a code is better
+        for code in range(4):
+            changed = q.clone()
+            changed[:, column] = code
+            error = quantizer._row_errors(w, (changed, scale, zero), hessian)
+            assert (error >= least * (1 - 1e-4)).all()
+
+
+def paper_reference(weight, hessian, bits):
+    """Independent reading of the published code on one matrix: scales per group of 128 from the
+    plain norm, and error that leaves a block of 128 columns only (except at 4 bits)."""
+    w, k = weight.clone(), weight.shape[1]
+    damped = hessian + quantizer.DAMPING * hessian.diagonal().mean() * torch.eye(k)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped.double()), upper=True).float()
+    result = torch.empty_like(w)
+    for start in range(0, k, 128):
+        block = w[:, start : start + 128].clone()
+        if bits == 1:
+            scale, zero = 2 * block.abs().mean(1), torch.full((len(w),), 0.5)
+        else:
+            low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
+            least = torch.full((len(w),), torch.inf)
+            scale, zero = torch.ones(len(w)), torch.zeros(len(w))
+            for step in range(101):
+                tried = quantizer.round_scale((high - low) * (0.9 + 0.002 * step) / (2**bits - 1))
+                share = torch.tensor(0.9 + 0.2 * step / 100)
+                z = torch.round(-low * share / tried)
+                q = torch.round(block / tried[:, None] + z[:, None]).clamp(0, 2**bits - 1)
+                error = ((q - z[:, None]) * tried[:, None] - block).abs().pow(2.4).sum(1)
+                better = error < least
+                least = torch.where(better, error, least)
+                scale, zero = torch.where(better, tried, scale), torch.where(better, z, zero)
+        scale = quantizer.round_scale(scale)
+        errors = torch.empty_like(block)
+        for j in range(128):
+            q = torch.round(block[:, j] / scale + zero).clamp(0, 2**bits - 1)
+            result[:, start + j] = (q - zero) * scale
+            column = start + j
+            errors[:, j] = (block[:, j] - result[:, column]) / upper[column, column]
+            if bits > 3:
+                block[:, j + 1 :] -= torch.outer(
+                    errors[:, j], upper[column, column + 1 : start + 128]
+                )
+        w[:, start + 128 :] -= errors @ upper[start : start + 128, start + 128 :]
+    return result
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_papers_quantizer_equals_an_independent_reading(bits):
+    weight, hessian = correlated(batch=1)
+    q = quantizer.quantize(weight, hessian, bits, 128, recipe=PAPER)
+    moved_rows = (q.dequantize()[0] != paper_reference(weight[0], hessian[0], bits)).any(1).sum()
+    assert moved_rows <= 3  # near ties, as in the textbook test
+
+
+@pytest.mark.parametrize(
+    "trait, bits",
+    [
+        ({"compensated_bits": 1}, 2),
+        ({"range_search": "hessian"}, 2),
+        ({"binary_scale": "hessian"}, 1),
+        ({"refinements": 1}, 2),
+        ({"zeros": "real"}, 2),
+    ],
+)
+def test_every_trait_of_the_papers_quantizer_matters(trait, bits):
+    weight, hessian = correlated(batch=1)
+    weight += 0.1
+    published = quantizer.quantize(weight, hessian, bits, 128, recipe=PAPER).dequantize()
+    other = quantizer.quantize(weight, hessian, bits, 128, recipe=replace(PAPER, **trait))
+    assert not torch.equal(published, other.dequantize())
+
+
+def test_the_paper_never_rounds_what_gptq_made_worse(monkeypatch):
+    weight, _ = correlated(batch=1)
+    hessian = torch.eye(256).unsqueeze(0)
+    gptq = quantizer._gptq
+
+    def failing(*arguments):
+        codes, scale, zero = gptq(*arguments)
+        return codes * 0, scale, zero
+
+    monkeypatch.setattr(quantizer, "_gptq", failing)
+    kept = quantizer.quantize(weight, hessian, 2, 128, recipe=PAPER)
+    rounded = quantizer.quantize(weight, hessian, 2, 128, recipe=GPTQ_ALONE)
+    assert kept.gptq_kept.all() and not kept.codes.any()
+    assert not rounded.gptq_kept.any() and rounded.codes.any()
 
 
 def test_error_is_the_undamped_objective_and_the_better_is_kept():

@@ -1,10 +1,13 @@
 """Factors against their definition, and experts that calibration hardly reaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from mcmoe_vllm import quantizer, significance
+from mcmoe_vllm.recipes import BEST, PAPER
 from mcmoe_vllm.streaming import Routing, experts_output
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
@@ -28,11 +31,14 @@ def layer():
     return experts, Routing(hidden, ids, weights)
 
 
-def measure(layer, candidates=(1, 2, 3), method="gptq"):
+PMQ = replace(BEST, allocation="pmq")
+
+
+def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
     experts, routing = layer
     return significance.measure_layer(
-        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, method
-    )
+        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, recipe, **more
+    )[:2]
 
 
 def block_output(experts, routing):
@@ -60,11 +66,11 @@ def test_output_and_counts_follow_the_definition(layer):
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_error_is_the_change_of_the_block_output(layer, method):
-    measured, exact = measure(layer, (2,), method)
+    measured, exact = measure(layer, (2,), replace(PMQ, error_method=method))
     experts, routing = layer
     for expert in (0, 2):
         h13, h2 = significance.expert_hessians(
-            routing, [expert], experts[expert][0].unsqueeze(0), silu
+            routing, [expert], experts[expert][0].unsqueeze(0), silu, "routing"
         )
         q13 = quantizer.quantize(
             experts[expert][0].unsqueeze(0), h13, 2, 32, method=method, splits=2
@@ -115,3 +121,89 @@ def test_gram_is_a_sum_over_rows():
     rows = torch.randn(significance.ROWS + 3, 8)
     expected = rows.double().t() @ rows.double()
     torch.testing.assert_close(significance.gram(rows).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_the_papers_traits_of_significance(layer):
+    """Summed norms of windows, rounding over the whole range, shares of the whole softmax."""
+    experts, routing = layer
+    scores = torch.rand(TOKENS, 2)
+    measured, exact = measure(layer, (2,), PAPER, scores=scores, window=100)
+    by_hand = [float(scores[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
+    assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
+    hessians = significance.expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
+    changed = list(experts)
+    changed[0] = tuple(
+        quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="minmax", recipe=PAPER).dequantize()[0]
+        for w, h in zip(experts[0], hessians, strict=True)
+    )
+    difference = block_output(changed, routing) - exact
+    summed = float(difference.unflatten(0, (6, 100)).flatten(1).norm(dim=1).sum())
+    assert measured.reconstruction_error[0][0] == pytest.approx(summed, rel=1e-3)
+
+
+def test_trace_error_by_hand(layer):
+    measured, _ = measure(layer, (2,), replace(PMQ, error_method="rtn"))
+    experts, routing = layer
+    hessians = significance.expert_hessians(
+        routing, [0], experts[0][0].unsqueeze(0), silu, "routing"
+    )
+    expected = 0.0
+    for w, h in zip(experts[0], hessians, strict=True):
+        q = quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="rtn", splits=1)
+        change = w - q.dequantize()[0]
+        expected += float(h[0].trace() / len(h[0]) * change.square().sum())
+    assert measured.trace_error[0][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
+    experts, routing = layer
+    measured, exact, change = significance.measure_layer(
+        7, routing, experts.__getitem__, EXPERTS, (1, 2), 32, silu, BEST, probe=1
+    )
+    h13, h2 = significance.expert_hessians(
+        routing, [0], experts[0][0].unsqueeze(0), silu, "routing"
+    )
+    q13 = quantizer.quantize(experts[0][0].unsqueeze(0), h13, 2, 32, splits=2).dequantize()[0]
+    q2 = quantizer.quantize(experts[0][1].unsqueeze(0), h2, 2, 32).dequantize()[0]
+    alone = []
+    for pair in ((q13, experts[0][1]), (experts[0][0], q2)):
+        alone.append(block_output([pair, *experts[1:]], routing) - exact)
+    norms = [float(difference.norm()) for difference in alone]
+    assert measured.projection_errors[0][1] == pytest.approx(norms, rel=1e-3)
+    rows = (routing.ids == 0).any(1) & ~(routing.ids == 1).any(1)  # no other expert's change
+    others = routing.ids[rows]
+    assert set(others.flatten().tolist()) == {0, 2}
+    third = significance.measure_layer(
+        7, Routing(routing.hidden[rows], others, routing.weights[rows]), experts.__getitem__,
+        EXPERTS, (1, 2), 32, silu, BEST, probe=None,
+    )[2]  # fmt: skip
+    assert not third.any() and change.any()
+    total = sum(float(torch.tensor(e[1]).square().sum()) for e in measured.projection_errors)
+    # Changes of different experts and projections hardly correlate: their squares add.
+    assert float(change.square().sum()) == pytest.approx(total, rel=0.2)
+
+
+def test_errors_can_be_of_the_first_tokens_alone(layer):
+    experts, routing = layer
+    first = Routing(routing.hidden[:200], routing.ids[:200], routing.weights[:200])
+    recipe = replace(BEST, error_method="minmax")  # needs no Hessian, which all tokens make
+    arguments = (experts.__getitem__, EXPERTS, (2,), 32, silu, recipe)
+    alone = significance.measure_layer(7, first, *arguments, probe=0)
+    among = significance.measure_layer(7, routing, *arguments, probe=0, probe_tokens=200)
+    for a, b in zip(alone[0].projection_errors, among[0].projection_errors, strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-4)
+    torch.testing.assert_close(among[2][:200], alone[2], rtol=1e-4, atol=1e-5)
+    assert not among[2][200:].any() and among[0].tokens == [600, 595, 5, 0]
+
+
+def test_hessians_weighted_by_routing_are_those_of_the_weighted_inputs(layer):
+    experts, routing = layer
+    rows, weights = routing.tokens_of(1)
+    x = routing.hidden[rows] * weights.unsqueeze(1)
+    h13, h2 = significance.expert_hessians(
+        routing, [1], experts[1][0].unsqueeze(0), silu, "routing"
+    )
+    torch.testing.assert_close(h13[0], x.t() @ x, rtol=1e-4, atol=1e-3)
+    gate, up = (routing.hidden[rows] @ experts[1][0].t()).chunk(2, dim=1)
+    inner = silu(gate) * up * weights.unsqueeze(1)
+    torch.testing.assert_close(h2[0], inner.t() @ inner, rtol=1e-4, atol=1e-3)

@@ -60,18 +60,17 @@ def routings(checkpoint, evaluation_text):
 
 def expert_layer(checkpoint, index):
     config = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
-    bits = config.bits(index, "w13")
     prefix = f"model.layers.{index}.block_sparse_moe.experts"
 
-    def matrices(*projections):
+    def matrices(group, *projections):
         packed, scale = [], []
         for expert in range(8):
             names = [f"{prefix}.{expert}.{p}.weight" for p in projections]
             packed.append(torch.cat([*checkpoint.read([f"{n}_packed" for n in names]).values()]))
             scale.append(torch.cat([*checkpoint.read([f"{n}_scale" for n in names]).values()]))
-        return ExpertMatrices(bits, tuple(packed), tuple(scale))
+        return ExpertMatrices(config.bits(index, group), tuple(packed), tuple(scale))
 
-    return ExpertLayer(256, 128, matrices("w1", "w3"), matrices("w2"))
+    return ExpertLayer(256, 128, matrices("w13", "w1", "w3"), matrices("w2", "w2"))
 
 
 def exact_and_bound(layer, x, weights, ids):

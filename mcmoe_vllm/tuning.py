@@ -1,0 +1,232 @@
+"""Tuning: what stays real in a quantized model answers for what rounding changed.
+
+Scales of experts, routers and norms are moved by gradient descent on the KL divergence to the
+16-bit model, over the calibration text. Codes and zeros stay, and so does everything else, so the
+checkpoint keeps its size and layout.
+
+The model is held packed in main memory and unpacked layer by layer; activations are recomputed on
+the way back, so that a device needs room for one layer and a batch of hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mcmoe_kernels import packing
+from mcmoe_vllm.evaluation import LoadedModel
+from mcmoe_vllm.quantizer import round_scale
+from mcmoe_vllm.streaming import run_expert
+
+HELD_OUT = 8  # one window in so many decides whether tuning helped
+BATCH_TOKENS = 1024
+WARM_UP = 0.1  # of the steps
+NORMS_AND_ROUTER = ("norm.weight", "mlp.gate.weight")  # ends of their names in a layer
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """tensors: what changed, by checkpoint name, as it is to be stored; before, after: mean KL to
+    the 16-bit model per token on windows that were held out (nats)."""
+
+    tensors: dict[str, torch.Tensor]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """An expert matrix as it is stored (main memory), and the logarithm by which its scales grow,
+    float32 [N, K/G] on the device."""
+
+    name: str
+    bits: int
+    packed: torch.Tensor
+    scale: torch.Tensor
+    stretch: torch.Tensor
+
+    def dequantize(self, device: torch.device) -> torch.Tensor:
+        """float32 [N, K]; gradients flow to the stretch."""
+        scale, zero = (t.float() for t in packing.split_scale(self.scale.to(device)))
+        codes = packing.unpack(self.packed.to(device), self.bits).float()
+        levels = codes.unflatten(-1, (scale.shape[-1], -1)) - zero.unsqueeze(-1)
+        return (levels * (scale * self.stretch.exp()).unsqueeze(-1)).flatten(-2)
+
+    def stored(self) -> torch.Tensor:
+        """The tensor of scales and zeros with the new scales."""
+        scale, zero = packing.split_scale(self.scale)
+        grown = round_scale(scale.float() * self.stretch.detach().cpu().exp())
+        return packing.interleave_scale(grown, zero.float())
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A norm or router: its stored value, its size, and its move in units of that."""
+
+    name: str
+    value: torch.Tensor
+    unit: torch.Tensor
+    move: torch.Tensor
+
+    def moved(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.value + self.unit * self.move).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    module: torch.nn.Module
+    parameters: dict[str, _Parameter]
+    experts: dict[int, tuple[_Matrix, _Matrix, _Matrix]]  # gate, up, down
+
+
+def tune_model(
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    teacher: Sequence[torch.Tensor],
+    *,
+    passes: int,
+    rate: float,
+    seed: int,
+    report: Callable[[int, int, float], None] = lambda *_: None,
+) -> Tuned:
+    """Tune a quantized model towards what the 16-bit model says.
+
+    windows: tokens [S, L]; teacher: the 16-bit model's final hidden states of them, blocks
+    [B, L, H]; passes: over the windows; rate: largest step, relative to a value's size.
+    report: called with step, steps and loss. `tensors` is empty if the held-out windows say that
+    nothing was gained.
+    """
+    model = loaded.model
+    layers = [_load_layer(loaded, index) for index in range(model.num_layers)]
+    learned = [p.move for layer in layers for p in layer.parameters.values()]
+    learned += [m.stretch for layer in layers for e in layer.experts.values() for m in e]
+    for value in learned:
+        value.requires_grad_(True)
+    states = [state for block in teacher for state in block]
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    held = [i for i in range(len(windows)) if i % HELD_OUT == HELD_OUT - 1] or [0]
+    fitted = [i for i in range(len(windows)) if i not in held] or held
+
+    def divergence(chosen: Sequence[int], learn: bool) -> float:
+        """Mean KL over the chosen windows; with `learn` its gradients are added."""
+        inputs = [model.embed(windows[list(chosen)])[0]]
+        for index, layer in enumerate(layers):
+            with torch.no_grad():
+                inputs.append(_run(loaded, layer, index, inputs[-1]))
+        final = inputs.pop().detach().requires_grad_(learn)
+        total = 0.0
+        for row, i in enumerate(chosen):
+            with torch.no_grad():
+                q = next(model.logits([states[i].to(model.device, model.dtype)[None]]))
+                log_q = q.log_softmax(-1)
+            with torch.set_grad_enabled(learn):
+                log_p = model.head(final[row]).log_softmax(-1)
+                loss = (log_q.exp() * (log_q - log_p)).sum(-1).mean() / len(chosen)
+                total += loss.item()
+            if learn:
+                loss.backward()
+        gradient = final.grad
+        for index in reversed(range(len(layers)) if learn else ()):
+            given = inputs[index].detach().requires_grad_(True)
+            with torch.enable_grad():
+                output = _run(loaded, layers[index], index, given)
+            output.backward(gradient)
+            gradient = given.grad
+        return total
+
+    def mean_divergence() -> float:
+        parts = [held[i : i + size] for i in range(0, len(held), size)]
+        return sum(divergence(part, False) * len(part) for part in parts) / len(held)
+
+    before = mean_divergence()
+    optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.95))
+    steps = passes * -(-len(fitted) // size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    generator = torch.Generator().manual_seed(seed)
+    step = 0
+    for _ in range(passes):
+        order = torch.randperm(len(fitted), generator=generator).tolist()
+        for start in range(0, len(order), size):
+            optimizer.zero_grad(set_to_none=True)
+            loss = divergence([fitted[i] for i in order[start : start + size]], True)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            report(step, steps, loss)
+    after = mean_divergence()
+    for index in range(model.num_layers):
+        model.release_layer(index)
+    if not after < before:
+        return Tuned({}, before, before)
+    tensors = {}
+    for layer in layers:
+        for parameter in layer.parameters.values():
+            tensors[parameter.name] = parameter.moved(torch.float32).detach().cpu()
+        for matrices in layer.experts.values():
+            tensors |= {m.name: m.stored() for m in matrices}
+    return Tuned(tensors, before, after)
+
+
+def _load_layer(loaded: LoadedModel, index: int) -> _Layer:
+    model, config = loaded.model, loaded.quantization
+    assert config is not None
+    module = model.load_layer(index)
+    names = {model.architecture.module_name(n): n for n in model.parameter_names(index)}
+    parameters = {}
+    for name, value in module.named_parameters():
+        value.requires_grad_(False)
+        if name.endswith(NORMS_AND_ROUTER):
+            exact = value.detach().float()
+            unit = exact.square().mean().sqrt()
+            stored = names[f"model.layers.{index}.{name}"]
+            parameters[name] = _Parameter(stored, exact, unit, torch.zeros_like(exact))
+    experts = {}
+    if index in config.expert_bits:
+        for e, (b13, b2) in enumerate(
+            zip(config.bits(index, "w13"), config.bits(index, "w2"), strict=True)
+        ):
+            if b13:
+                weights = zip(
+                    model.architecture.expert_weights(index, e), (b13, b13, b2), strict=True
+                )
+                gate, up, down = (_load_matrix(loaded, name, bits) for name, bits in weights)
+                experts[e] = (gate, up, down)
+    return _Layer(module, parameters, experts)
+
+
+def _load_matrix(loaded: LoadedModel, name: str, bits: int) -> _Matrix:
+    prefix = name.removesuffix("weight")
+    checkpoint = loaded.model.checkpoint
+    packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
+    shape = (scale.shape[0], scale.shape[1] // 2)
+    stretch = torch.zeros(shape, device=loaded.model.device)
+    return _Matrix(prefix + "weight_scale", bits, packed, scale, stretch)
+
+
+def _run(loaded: LoadedModel, layer: _Layer, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    """A block [B, L, H] through a decoder layer with its parameters as they are now."""
+    model = loaded.model
+    changed = {name: p.moved(model.dtype) for name, p in layer.parameters.items()}
+    output, routing = model.run_layer(layer.module, index, hidden, changed)
+    if routing is None:
+        return output
+    total = torch.zeros_like(routing.hidden, dtype=torch.float32)
+    for e, matrices in layer.experts.items():
+        rows, weights = routing.tokens_of(e)
+        if not rows.numel():
+            continue
+        gate, up, down = (m.dequantize(model.device).to(model.dtype) for m in matrices)
+        y = run_expert(routing.hidden[rows], torch.cat([gate, up]), down, model.activation())
+        total = total.index_add(0, rows, y.float() * weights.float().unsqueeze(1))
+    return output + total.view_as(output).to(output.dtype)
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the largest rate: a linear rise, then half a cosine."""
+    rise = max(1, int(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

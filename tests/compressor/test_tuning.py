@@ -1,0 +1,95 @@
+"""Tuning on a tiny model: what it may change, where it must win, and when it stands back."""
+
+import pytest
+import torch
+
+from mcmoe_vllm import evaluation, tuning
+from mcmoe_vllm.checkpoint import open_checkpoint
+from mcmoe_vllm.pipeline import QuantizeOptions, quantize
+
+PASSES, RATE = 2, 1e-2
+
+
+@pytest.fixture(scope="module")
+def untuned(tiny_models, tmp_path_factory, calibration_text):
+    """A 16-bit model, its 2-bit checkpoint, windows, and the 16-bit model's states of them."""
+    source, output = tiny_models("mixtral"), tmp_path_factory.mktemp("untuned") / "out"
+    quantize(
+        QuantizeOptions(
+            str(source), str(output), bits=2, calibration=str(calibration_text), samples=8,
+            sequence_length=128, recipe="paper",
+        )
+    )  # fmt: skip
+    windows = torch.randint(0, 8192, (24, 64), generator=torch.Generator().manual_seed(0))
+    base = evaluation.load_streamed(open_checkpoint(source), "cpu")
+    return open_checkpoint(output), windows, evaluation.final_hidden(base, windows)
+
+
+def tune(untuned, rate=RATE, teacher=None):
+    checkpoint, windows, states = untuned
+    loaded = evaluation.load_streamed(checkpoint, "cpu")
+    return tuning.tune_model(loaded, windows, teacher or states, passes=PASSES, rate=rate, seed=0)
+
+
+def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
+    tuned = tune(untuned)
+    assert tuned.after < 0.97 * tuned.before
+    checkpoint = untuned[0]
+    stored = checkpoint.read(list(tuned.tensors))
+    for name, tensor in tuned.tensors.items():
+        assert tensor.shape == stored[name].shape
+        if name.endswith("weight_scale"):
+            assert torch.equal(tensor[:, 1::2], stored[name][:, 1::2])  # zeros stay
+            scale = tensor[:, ::2].float()
+            assert torch.equal(scale, scale.bfloat16().float()) and (scale > 0).all()
+    kinds = {name.split(".")[-2] for name in tuned.tensors}
+    assert kinds == {"w1", "w2", "w3", "gate", "input_layernorm", "post_attention_layernorm"}
+
+
+def test_its_divergence_is_that_of_the_evaluation(untuned):
+    checkpoint, windows, states = untuned
+    loaded = evaluation.load_streamed(checkpoint, "cpu")
+    held = [i for i in range(len(windows)) if i % tuning.HELD_OUT == tuning.HELD_OUT - 1]
+    hidden = torch.cat(evaluation.final_hidden(loaded, windows))[held]
+    teacher = torch.cat(states)[held]
+    expected = evaluation.mean_divergences(loaded, [teacher], [[hidden]])[0]
+    assert tune(untuned, rate=1e-9).before == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(untuned):
+    """One step of descent changes the loss as the recomputed gradient promises."""
+    checkpoint, windows, states = untuned
+    losses = []
+    for rate in (1e-5, 1e-4):
+        seen = []
+        loaded = evaluation.load_streamed(checkpoint, "cpu")
+        tuning.tune_model(
+            loaded, windows, states, passes=PASSES, rate=rate, seed=0,
+            report=lambda step, steps, loss, seen=seen: seen.append(loss),
+        )  # fmt: skip
+        losses.append(sum(seen[len(seen) // 2 :]))
+    # Adam's first steps follow the gradient's sign: a tenfold rate falls tenfold, and it falls.
+    still = sum_of_second_pass(untuned)
+    assert (still - losses[1]) / (still - losses[0]) == pytest.approx(10, rel=0.2)
+
+
+def sum_of_second_pass(untuned):
+    checkpoint, windows, states = untuned
+    seen = []
+    tuning.tune_model(
+        evaluation.load_streamed(checkpoint, "cpu"), windows, states, passes=PASSES, rate=0.0,
+        seed=0, report=lambda step, steps, loss: seen.append(loss),
+    )  # fmt: skip
+    return sum(seen[len(seen) // 2 :])
+
+
+def test_nothing_changes_where_there_is_nothing_to_gain(untuned):
+    checkpoint, windows, _ = untuned
+    own = evaluation.final_hidden(evaluation.load_streamed(checkpoint, "cpu"), windows)
+    tuned = tune(untuned, teacher=own)
+    assert tuned.tensors == {} and tuned.after == tuned.before
+
+
+def test_steps_that_lead_astray_are_taken_back(untuned):
+    tuned = tune(untuned, rate=3.0)
+    assert tuned.tensors == {} and tuned.after == tuned.before
