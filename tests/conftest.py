@@ -19,6 +19,9 @@ EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"
 # Larger trained models and text that a checkout may have beside it; tests that use them skip.
 SHARED = ROOT.parent / "shared"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a core for each worker
+
 # Compiled artifacts outlive edits of the plugin: they belong to this checkout alone.
 for variable, folder in (
     ("HF_HOME", "huggingface"),

@@ -27,8 +27,17 @@ START_SECONDS = 300
 ENGINE_SECONDS = 600
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker(pytest.mark.xdist_group("engine"))
+
+
 def engine_environment(**settings: str) -> dict[str, str]:
     values = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    if "PYTEST_XDIST_WORKER" in os.environ:  # spinning threads would starve the tests beside them
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "0"
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**inherited, **values, **settings}
 
