@@ -1,4 +1,5 @@
-"""Checkpoints, servers and engines for the end-to-end tests. One engine runs at a time."""
+"""Checkpoints, servers and engines for the end-to-end tests. One engine runs at a time, with
+pytest-xdist one for each of its workers."""
 
 import contextlib
 import json
@@ -27,17 +28,12 @@ START_SECONDS = 300
 ENGINE_SECONDS = 600
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent):
-                item.add_marker(pytest.mark.xdist_group("engine"))
-
-
 def engine_environment(**settings: str) -> dict[str, str]:
     values = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    if "PYTEST_XDIST_WORKER" in os.environ:  # spinning threads would starve the tests beside them
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "0"
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:  # a core for each: threads that spin would starve the other's engine
+        cores = os.cpu_count() or 1
+        values["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % cores)
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**inherited, **values, **settings}
 
