@@ -48,7 +48,7 @@ from mcmoe_vllm.config import (
     write_json,
 )
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.evaluation import LoadedModel, load_streamed, mean_divergences
+from mcmoe_vllm.evaluation import LoadedModel, load_streamed, mean_divergences, window_length
 from mcmoe_vllm.memory import peak_rss_bytes
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import MAX_DROP
@@ -61,7 +61,6 @@ from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 DENSE_WIDTH = 4
 PROBE_TOKENS = 16384  # that tell what widths change and what a change costs the model
 ROUTER = "mlp.gate"
-MAX_SEQUENCE_LENGTH = 2048
 RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
     "bits", "group_size", "dense_bits", "calibration", "samples",
     "sequence_length", "seed", "pins",
@@ -69,15 +68,9 @@ RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits
 PLAN_TRAITS = (  # traits that a given plan has already decided
     "alpha", "beta", "gamma", "scope", "error_method", "error_norm", "routing_score",
 )  # fmt: skip
-OVERRIDES = (
-    "alpha",
-    "beta",
-    "gamma",
-    "scope",
-    "method",
-    "candidate_bits",
-    "tuning_passes",
-)  # traits with a flag of their own
+OVERRIDES = (  # traits with a flag of their own
+    "alpha", "beta", "gamma", "scope", "method", "candidate_bits", "tuning_passes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -345,10 +338,7 @@ def _prepare(options: QuantizeOptions, progress: report.Progress, allocates: boo
     )
     if allocates and options.plan is None:
         _require_budget(job)
-    longest = int(getattr(model.config, "max_position_embeddings", MAX_SEQUENCE_LENGTH))
-    length = options.sequence_length or min(MAX_SEQUENCE_LENGTH, longest)
-    if length > longest:
-        raise UserError(f"sequence_length is {length}, the model's maximum is {longest}")
+    length = window_length(checkpoint, options.sequence_length)
     tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code)
     progress.say(f"reading calibration text {options.calibration}")
     windows = sample_windows(options.calibration, tokenizer, options.samples, length, options.seed)

@@ -129,21 +129,13 @@ def measure(
     x = torch.randn(
         tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator
     )
-    weights, ids = routes[0].topk_weights.clone(), routes[0].topk_ids.clone()
-
-    def load(route: Route) -> None:
-        weights.copy_(route.topk_weights)
-        ids.copy_(route.topk_ids)
-
     config = {}
     if call is None:
-        chosen = choose_config(x.device, shape_of(layer, ids.shape[1]), tokens)
+        chosen = choose_config(x.device, shape_of(layer, routes[0].topk_ids.shape[1]), tokens)
         config = {"config": dump_config(chosen)}
-        run = lambda: fused_experts(x, layer, weights, ids)  # noqa: E731
-    else:
-        run = lambda: call(x, weights, ids)  # noqa: E731
+        call = lambda x, weights, ids: fused_experts(x, layer, weights, ids)  # noqa: E731
     repeats = arguments.repeats if tokens <= 512 else max(3, arguments.repeats // 3)
-    timing = time_call(run, routes, load, repeats, arguments.flush)
+    timing = time_call(call, x, routes, repeats, arguments.flush)
     return {
         "active_experts": sum(len(active_slots(layer, r)) for r in routes) / len(routes),
         "touched_bits": sum(touched_bits(layer, r) for r in routes) / len(routes),

@@ -125,16 +125,10 @@ def measure(
     x = torch.randn(tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16)
     total, count = 0.0, 0
     for index, drawn in routes.items():
-        weights, ids = drawn[0].topk_weights.clone(), drawn[0].topk_ids.clone()
-
-        def load(route: Route, weights: torch.Tensor = weights, ids: torch.Tensor = ids) -> None:
-            weights.copy_(route.topk_weights)
-            ids.copy_(route.topk_ids)
-
-        run = lambda w=weights, i=ids, ratio=ratios[index]: fused_experts(  # noqa: E731
-            x, layer, w, i, prune_ratio=ratio
+        run = lambda x, weights, ids, ratio=ratios[index]: fused_experts(  # noqa: E731
+            x, layer, weights, ids, prune_ratio=ratio
         )
-        total += time_call(run, drawn, load, 5).median * len(drawn)
+        total += time_call(run, x, drawn, 5).median * len(drawn)
         count += len(drawn)
     return total / count
 

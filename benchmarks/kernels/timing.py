@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from layers import Route
 
 FLUSH_BYTES = 1 << 28
 
@@ -32,23 +33,24 @@ def flush(how: str) -> None:
 
 
 def time_call(
-    call: Callable[[], object],
-    routes: Sequence[object],
-    load: Callable[[object], None],
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object],
+    x: torch.Tensor,
+    routes: Sequence[Route],
     repeats: int,
     how: str = "read",
 ) -> Timing:
-    """load(route) fills the inputs that the graph of `call` reads."""
-    load(routes[0])
+    """call(x, topk_weights, topk_ids) on routes of one shape."""
+    weights, ids = routes[0].topk_weights.clone(), routes[0].topk_ids.clone()
     for _ in range(2):
-        call()
+        call(x, weights, ids)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        call(x, weights, ids)
     medians, everything = [], []
     for route in routes:
-        load(route)
+        weights.copy_(route.topk_weights)
+        ids.copy_(route.topk_ids)
         graph.replay()
         events = []
         for _ in range(repeats):

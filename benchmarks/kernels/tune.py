@@ -125,14 +125,8 @@ def tune(shapes: list[str], tokens: list[int], routes: int) -> list[dict]:
 
 def measure(layer, routes: list[Route], tokens: int, config: Config) -> float:
     x = torch.randn(tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16)
-    weights, ids = routes[0].topk_weights.clone(), routes[0].topk_ids.clone()
-
-    def load(route: Route) -> None:
-        weights.copy_(route.topk_weights)
-        ids.copy_(route.topk_ids)
-
-    run = lambda: fused_experts(x, layer, weights, ids, config)  # noqa: E731
-    return time_call(run, routes, load, 5 if tokens <= 512 else 3).median
+    run = lambda x, weights, ids: fused_experts(x, layer, weights, ids, config)  # noqa: E731
+    return time_call(run, x, routes, 5 if tokens <= 512 else 3).median
 
 
 def main() -> None:

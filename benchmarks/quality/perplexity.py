@@ -92,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = Path(arguments.model)
     tokenizer = load_tokenizer(model)
-    length = min(2048, int(open_checkpoint(model).config["max_position_embeddings"]))
+    length = evaluation.window_length(open_checkpoint(model), None)
     tokens = strided_windows(arguments.text, tokenizer, evaluation.WINDOWS, length)
     base, base_hidden = logits_of(arguments.model, tokens)
     with tempfile.TemporaryDirectory() as temporary:

@@ -216,7 +216,7 @@ def main() -> None:
     checkpoint = open_checkpoint(Path(arguments.model))
     loaded = evaluation.load_streamed(checkpoint)
     tokenizer = load_tokenizer(Path(arguments.model))
-    length = min(2048, int(checkpoint.config["max_position_embeddings"]))
+    length = evaluation.window_length(checkpoint, None)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
     calibration = sample_windows(arguments.calibration, tokenizer, arguments.samples, length, 0)
     base = evaluation.final_hidden(loaded, tokens)

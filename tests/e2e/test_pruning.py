@@ -8,6 +8,7 @@ import torch
 from mcmoe_vllm.checkpoint import open_checkpoint
 from mcmoe_vllm.evaluation import final_hidden, load_streamed
 from mcmoe_vllm.pruning import Pruning, PruningTable
+from tests.logprobs import assert_equal_numbers, difference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -47,16 +48,6 @@ def table(calibrated):
     return PruningTable.from_dict(settings["pruning"])
 
 
-def distance(measured, reference):
-    return (torch.as_tensor(measured) - reference).abs()
-
-
-def assert_equal_numbers(measured, reference):
-    """float32 on both sides: what is left is the order of summation."""
-    error = distance(measured, reference)
-    assert error.mean() <= 2e-3 and (error <= 0.05).float().mean() >= 0.99
-
-
 def sequences_of(prompts, result):
     return [prompt + tokens for prompt, tokens in zip(prompts, result["tokens"], strict=True)]
 
@@ -67,7 +58,7 @@ def test_a_calibrated_checkpoint_is_pruned_by_default(
     result = run_engine(calibrated, prompts)
     assert "pruning in 4 layers" in result["log"]
     assert_equal_numbers(result["logprobs"], streamed(prompts, table.layer_ratios()))
-    assert distance(result["logprobs"], streamed(prompts, {})).mean() > 0.01
+    assert difference(result["logprobs"], streamed(prompts, {})).mean() > 0.01
 
 
 def test_pieces_and_guesses_are_pruned_alike(calibrated, table, prompts, run_engine, streamed):
@@ -102,7 +93,7 @@ def test_decode_only_leaves_prompts_alone(calibrated, table, prompts, run_engine
     expected = streamed(sequences, table.layer_ratios(), first=60)
     assert_equal_numbers(result["logprobs"], expected[:, :59])
     assert_equal_numbers(result["output_logprobs"], expected[:, 59:])
-    assert distance(result["output_logprobs"], streamed(sequences, {})[:, 59:]).mean() > 0.01
+    assert difference(result["output_logprobs"], streamed(sequences, {})[:, 59:]).mean() > 0.01
 
 
 def test_neighbours_and_lack_of_memory_change_no_text(
