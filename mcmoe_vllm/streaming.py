@@ -14,6 +14,7 @@ from torch import nn
 
 from mcmoe_vllm.checkpoint import Checkpoint
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.memory import return_freed_memory
 from mcmoe_vllm.models import Architecture
 
 BLOCK_TOKENS = 8192  # tokens that go through a layer at once
@@ -147,6 +148,7 @@ class StreamedModel:
 
     def release_layer(self, index: int) -> None:
         self.skeleton.model.layers[index].to("meta")
+        return_freed_memory()
 
     def run_layer(
         self,

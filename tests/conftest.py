@@ -20,7 +20,8 @@ EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"
 SHARED = ROOT.parent / "shared"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a core for each worker
+    torch.set_num_threads(1)  # a core for each worker, and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Compiled artifacts outlive edits of the plugin: they belong to this checkout alone.
 for variable, folder in (

@@ -110,7 +110,7 @@ DAMAGES = {
     ),
     "wrong candidates": (lambda m: None, ["--candidate-bits", "2,5"], "not among"),
     "wrong group size": (lambda m: None, ["--group-size", "100"], "allowed are [32, 64, 128]"),
-    "too long windows": (lambda m: None, ["--sequence-length", "4096"], "maximum is 256"),
+    "too long windows": (lambda m: None, ["--sequence-length", "4096"], "allowed are 2 to 256"),
     "too many samples": (lambda m: None, ["--samples", "100000"], "too short"),
     "wrong device": (lambda m: None, ["--device", "gpu"], "device is 'gpu'"),
     "missing plan": (lambda m: None, ["--plan", "nowhere.json"], "does not exist"),
