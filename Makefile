@@ -61,7 +61,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 install-gpu:
 	@echo "Installing vLLM for CUDA and the tools into .venv ..." >&2
-	@$(PIP) install -e ".[vllm,gpu,test,dev]"
+	@$(PIP) install -e ".[vllm,gpu,tasks,test,dev]"
 
 # torch comes first, from PyTorch's CPU index if that answers and else from where pip is configured
 # to look: plain PyPI has only the CUDA build. --no-compile: compiling every file doubles the time.

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mcmoe_vllm import __version__
 from mcmoe_vllm.errors import UserError
@@ -347,12 +348,19 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
         commands,
         "eval",
         _run_eval,
-        "Measure perplexity, and KL divergence to a base model.",
+        "Measure perplexity, KL divergence to a base model, and scores on tasks.",
         "mcmoe eval mixtral-2.5bit --against mistralai/Mixtral-8x7B-v0.1 --text eval.jsonl",
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--against", metavar="BASE", help="the original model")
-    parser.add_argument("--text", required=True, metavar="FILE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="text to predict, .jsonl or plain")
+    what.add_argument(
+        "--tasks",
+        type=_words,
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness, scored through vLLM",
+    )
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--windows", type=int, default=256, help="windows to score (default 256)")
     parser.add_argument("--sequence-length", type=int)
@@ -365,10 +373,39 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--num-fewshot", type=int, help="examples before each question")
+    tasks.add_argument("--limit", type=float, help="documents of each task (below 1: a share)")
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own")
+    tasks.add_argument(
+        "--engine-args",
+        type=_object,
+        metavar="JSON",
+        help="""further arguments of vLLM, such as '{"gpu_memory_utilization": 0.8}'""",
+    )
 
 
 def _run_eval(parsed: argparse.Namespace) -> None:
     from mcmoe_vllm.config import write_json
+
+    if parsed.tasks:
+        from mcmoe_vllm.tasks import evaluate_tasks, print_scores
+
+        scores = evaluate_tasks(
+            parsed.model,
+            parsed.tasks,
+            against=parsed.against,
+            num_fewshot=parsed.num_fewshot,
+            limit=parsed.limit,
+            include_path=parsed.include_path,
+            pruning=parsed.pruning,
+            engine=parsed.engine_args,
+            trust_remote_code=parsed.trust_remote_code,
+        )
+        print_scores(parsed.model, scores, parsed.against)
+        if parsed.json:
+            write_json(parsed.json, [score.to_dict() for score in scores])
+        return
     from mcmoe_vllm.evaluation import evaluate, print_evaluation
 
     result = evaluate(
@@ -410,6 +447,20 @@ def _switch(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return found
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -1,0 +1,78 @@
+"""Scores of tasks: what is read out of the harness's results, and what is refused."""
+
+import pytest
+
+from mcmoe_vllm import tasks
+from mcmoe_vllm.errors import UserError
+
+FOUND = {
+    "results": {
+        "arc": {
+            "alias": "arc",
+            "acc,none": 0.45,
+            "acc_stderr,none": 0.01,
+            "acc_norm,none": 0.5,
+            "acc_norm_stderr,none": "N/A",
+        },
+        "gsm8k": {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.0},
+        "wikitext": {"word_perplexity,none": 12.0, "word_perplexity_stderr,none": "N/A"},
+    },
+    "higher_is_better": {
+        "arc": {"acc": True, "acc_norm": True},
+        "gsm8k": {"exact_match": True},
+        "wikitext": {"word_perplexity": False},
+    },
+    "n-samples": {"arc": {"original": 1172, "effective": 100}, "gsm8k": {}, "wikitext": {}},
+}
+BASE = {
+    "results": {
+        "arc": {"acc,none": 0.5, "acc_stderr,none": 0.02, "acc_norm,none": 0.4},
+        "gsm8k": {"exact_match,strict-match": 0.0},
+        "wikitext": {"word_perplexity,none": 10.0},
+    }
+}
+
+
+def test_scores_are_joined_with_the_bases():
+    scores = {(s.task, s.metric): s for s in tasks.join_scores(FOUND, BASE)}
+    assert list(scores) == [
+        ("arc", "acc"),
+        ("arc", "acc_norm"),
+        ("gsm8k", "exact_match (strict-match)"),
+        ("wikitext", "word_perplexity"),
+    ]
+    acc = scores["arc", "acc"]
+    assert (acc.score, acc.stderr, acc.samples) == (0.45, 0.01, 100)
+    assert (acc.base_score, acc.base_stderr) == (0.5, 0.02)
+    assert acc.recovery == pytest.approx(0.9)
+    assert scores["arc", "acc_norm"].recovery == pytest.approx(1.25)
+    assert scores["arc", "acc_norm"].stderr is None
+
+
+def test_no_recovery_where_less_is_better_or_the_base_scores_nothing():
+    scores = {s.task: s for s in tasks.join_scores(FOUND, BASE)}
+    assert scores["wikitext"].base_score == 10.0
+    assert scores["wikitext"].recovery is None and scores["gsm8k"].recovery is None
+    assert all(s.base_score is None and s.recovery is None for s in tasks.join_scores(FOUND, None))
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vllm and lm_eval.*mcmoe-vllm\[tasks\]"):
+        tasks.evaluate_tasks("model", ["arc_easy"])
+
+
+def test_unknown_tasks_are_all_named_with_near_ones(monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(tasks, "find_spec", lambda name: True)
+    with pytest.raises(UserError) as error:
+        tasks.evaluate_tasks("model", ["arc_easi", "arc_easy", "no_such_thing_at_all"])
+    assert "arc_easi (near: arc_easy" in str(error.value)
+    assert "no_such_thing_at_all" in str(error.value)
+
+
+def test_include_path_must_be_a_folder(monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(tasks, "find_spec", lambda name: True)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        tasks.evaluate_tasks("model", ["mine"], include_path=str(tmp_path / "nowhere"))
