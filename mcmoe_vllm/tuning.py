@@ -1,8 +1,8 @@
 """Tuning: what stays real in a quantized model answers for what rounding changed.
 
-Scales of experts, routers and norms are moved by gradient descent on the KL divergence to the
-16-bit model, over the calibration text. Codes and zeros stay, and so does everything else, so the
-checkpoint keeps its size and layout.
+Scales (of experts and of int4 linears), routers and norms are moved by gradient descent on the KL
+divergence to the 16-bit model, over the calibration text. Codes and zeros stay, and so does
+everything else, so the checkpoint keeps its size and layout.
 
 The model is held packed in main memory and unpacked layer by layer; activations are recomputed on
 the way back, so that a device needs room for one layer and a batch of hidden states.
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from mcmoe_kernels import packing
+from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint
 from mcmoe_vllm.evaluation import LoadedModel
 from mcmoe_vllm.quantizer import round_scale
 from mcmoe_vllm.streaming import run_expert
 
 HELD_OUT = 8  # one window in so many decides whether tuning helped
 BATCH_TOKENS = 1024
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of the way tuned, in the order in which they are tried
 WARM_UP = 0.1  # of the steps
 NORMS_AND_ROUTER = ("norm.weight", "mlp.gate.weight")  # ends of their names in a layer
 
@@ -74,11 +76,32 @@ class _Parameter:
     def moved(self, dtype: torch.dtype) -> torch.Tensor:
         return (self.value + self.unit * self.move).to(dtype)
 
+    def stored(self) -> torch.Tensor:
+        return self.moved(torch.float32).detach().cpu()
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """An int4 linear: its weights dequantized [N, K], its scales [K/G, N] as they are stored, and
+    the logarithm by which these grow, [N, K/G]."""
+
+    name: str
+    value: torch.Tensor
+    scale: torch.Tensor
+    move: torch.Tensor
+
+    def moved(self, dtype: torch.dtype) -> torch.Tensor:
+        groups = self.value.unflatten(1, (self.move.shape[1], -1))
+        return (groups * self.move.exp().unsqueeze(-1)).flatten(1).to(dtype)
+
+    def stored(self) -> torch.Tensor:
+        return self.scale.float() * self.move.detach().cpu().t().exp()
+
 
 @dataclass(frozen=True)
 class _Layer:
     module: torch.nn.Module
-    parameters: dict[str, _Parameter]
+    parameters: dict[str, _Parameter | _Linear]
     experts: dict[int, tuple[_Matrix, _Matrix, _Matrix]]  # gate, up, down
 
 
@@ -100,7 +123,8 @@ def tune_model(
     nothing was gained.
     """
     model = loaded.model
-    layers = [_load_layer(loaded, index) for index in range(model.num_layers)]
+    stored = open_checkpoint(model.checkpoint.path)
+    layers = [_load_layer(loaded, stored, index) for index in range(model.num_layers)]
     learned = [p.move for layer in layers for p in layer.parameters.values()]
     learned += [m.stretch for layer in layers for e in layer.experts.values() for m in e]
     for value in learned:
@@ -156,7 +180,7 @@ def tune_model(
             schedule.step()
             step += 1
             report(step, steps, loss)
-    after = mean_divergence()
+    after = shorten(learned, before, mean_divergence)
     for index in range(model.num_layers):
         model.release_layer(index)
     if not after < before:
@@ -164,25 +188,53 @@ def tune_model(
     tensors = {}
     for layer in layers:
         for parameter in layer.parameters.values():
-            tensors[parameter.name] = parameter.moved(torch.float32).detach().cpu()
+            tensors[parameter.name] = parameter.stored()
         for matrices in layer.experts.values():
             tensors |= {m.name: m.stored() for m in matrices}
     return Tuned(tensors, before, after)
 
 
-def _load_layer(loaded: LoadedModel, index: int) -> _Layer:
+@torch.no_grad()
+def shorten(moves: Sequence[torch.Tensor], before: float, measure: Callable[[], float]) -> float:
+    """Keep the share of SHARES of all moves, or none of them, that `measure` likes best; returns
+    what it says of that. before: what it says of no move. Steps that are too long for a model that
+    is nearly right already still point the right way."""
+    ends = [move.clone() for move in moves]
+    best, kept = before, 0.0
+
+    def go(share: float) -> None:
+        for move, end in zip(moves, ends, strict=True):
+            move.copy_(end * share)
+
+    for share in SHARES:
+        go(share)
+        found = measure()
+        if found < best:
+            best, kept = found, share
+        elif kept:
+            break
+    go(kept)
+    return best
+
+
+def _load_layer(loaded: LoadedModel, checkpoint: Checkpoint, index: int) -> _Layer:
     model, config = loaded.model, loaded.quantization
     assert config is not None
     module = model.load_layer(index)
     names = {model.architecture.module_name(n): n for n in model.parameter_names(index)}
-    parameters = {}
+    parameters: dict[str, _Parameter | _Linear] = {}
     for name, value in module.named_parameters():
         value.requires_grad_(False)
+        stored = names.get(f"model.layers.{index}.{name}", name)
+        scales = stored.removesuffix("weight") + "scales"
         if name.endswith(NORMS_AND_ROUTER):
             exact = value.detach().float()
             unit = exact.square().mean().sqrt()
-            stored = names[f"model.layers.{index}.{name}"]
             parameters[name] = _Parameter(stored, exact, unit, torch.zeros_like(exact))
+        elif scales in checkpoint:
+            scale = checkpoint.read([scales])[scales]
+            still = torch.zeros(scale.t().shape, device=model.device)
+            parameters[name] = _Linear(scales, value.detach().float(), scale, still)
     experts = {}
     if index in config.expert_bits:
         for e, (b13, b2) in enumerate(
@@ -192,17 +244,18 @@ def _load_layer(loaded: LoadedModel, index: int) -> _Layer:
                 weights = zip(
                     model.architecture.expert_weights(index, e), (b13, b13, b2), strict=True
                 )
-                gate, up, down = (_load_matrix(loaded, name, bits) for name, bits in weights)
+                gate, up, down = (
+                    _load_matrix(checkpoint, name, bits, model.device) for name, bits in weights
+                )
                 experts[e] = (gate, up, down)
     return _Layer(module, parameters, experts)
 
 
-def _load_matrix(loaded: LoadedModel, name: str, bits: int) -> _Matrix:
+def _load_matrix(checkpoint: Checkpoint, name: str, bits: int, device: torch.device) -> _Matrix:
     prefix = name.removesuffix("weight")
-    checkpoint = loaded.model.checkpoint
     packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
     shape = (scale.shape[0], scale.shape[1] // 2)
-    stretch = torch.zeros(shape, device=loaded.model.device)
+    stretch = torch.zeros(shape, device=device)
     return _Matrix(prefix + "weight_scale", bits, packed, scale, stretch)
 
 
