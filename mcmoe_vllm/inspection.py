@@ -525,9 +525,10 @@ def _wrong_values(tensor: torch.Tensor, pair: _Pair) -> Iterator[str]:
         bad, allowed = zero != 0.5, "0.5"
     else:
         most = (1 << pair.bits) - 1
+        steps = 2 if pair.bits == 2 else 1
         # A comparison with NaN is false: written so that NaN is bad.
-        bad = ~((zero >= 0) & (zero <= most) & (zero == zero.round()))
-        allowed = f"integers 0..{most}"
+        bad = ~((zero >= 0) & (zero <= most) & (steps * zero == (steps * zero).round()))
+        allowed = f"multiples of 0.5 in 0..{most}" if steps == 2 else f"integers 0..{most}"
     if bad.any():
         yield (
             f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at {pair.bits} bits: "

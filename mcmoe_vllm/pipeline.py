@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits
     "sequence_length", "seed", "pins",
 )  # fmt: skip
 PLAN_TRAITS = (  # traits that a given plan has already decided
-    "alpha", "beta", "gamma", "scope", "error_method", "error_norm", "routing_score",
+    "alpha", "beta", "gamma", "scope", "error_method", "error_refinements", "error_norm",
+    "routing_score",
 )  # fmt: skip
 OVERRIDES = (  # traits with a flag of their own
     "alpha", "beta", "gamma", "scope", "method", "candidate_bits", "tuning_passes",
@@ -766,32 +768,36 @@ def _quantize_experts(
     error = signal = 0.0
     rounding_kept = matrices = 0
     damping = 0.0
+    quantize = partial(
+        quantizer.quantize, group_size=options.group_size, method=traits.method, recipe=traits
+    )
     kept = [e for e in range(job.num_experts) if bits[e][0]]
+    shared = significance.shared_gram(routing, traits.shared_tokens, job.model.device)
     for chunk in significance.expert_chunks(len(kept), job.hidden_size, job.expert_width):
         experts = [kept[i] for i in chunk]
         pairs = [job.read_expert(index, e) for e in experts]
         w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         del pairs
-        hessian13, hessian2 = significance.expert_hessians(
-            routing, experts, w13, activation, traits.hessian_weighting
-        )
+        weighting = traits.hessian_weighting
+        hessian13 = significance.input_hessians(routing, experts, weighting, shared)
         widths = torch.tensor([bits[e] for e in experts], device=w13.device).unbind(1)
-        quantized = []
-        matrices_ = ((w13, hessian13, widths[0], 2), (w2, hessian2, widths[1], 1))
-        for weight, hessian, width, splits in matrices_:
-            q = quantizer.quantize(
-                weight, hessian, width, options.group_size, method=traits.method, splits=splits,
-                recipe=traits,
-            )  # fmt: skip
+        q13 = quantize(w13, hessian13, widths[0], splits=2)
+        given = q13.dequantize() if traits.answers else w13
+        hessian2, cross = significance.inner_hessians(
+            routing, experts, given, w13, activation, weighting
+        )
+        if traits.answers:
+            w2 = quantizer.answer_inputs(w2, hessian2, cross)
+        q2 = quantize(w2, hessian2, widths[1], splits=1)
+        for weight, hessian, q in ((w13, hessian13, q13), (w2, hessian2, q2)):
             error += float(q.error.sum())
-            signal += float(((weight @ hessian) * weight).sum())
+            signal += float(((weight.float() @ hessian) * weight).sum())
             rounding_kept += int((~q.gptq_kept).sum())
             matrices += q.gptq_kept.numel()
             damping = max(damping, float(q.damping.max()))
-            quantized.append(q)
-        del hessian13, hessian2, w13, w2
+        del hessian13, hessian2, cross, given, w13, w2
         for position, expert in enumerate(experts):
-            found[expert] = QuantizedExpert(*(q.matrix(position) for q in quantized))
+            found[expert] = QuantizedExpert(q13.matrix(position), q2.matrix(position))
     tokens = significance.count_tokens(routing, job.num_experts)
     return {
         "bits": [list(pair) for pair in bits],

@@ -2,8 +2,8 @@
 
 All matrices of one shape are quantized in one batch, each at a width of its own: B matrices
 W[B, N, K] with Hessians H[B, K, K] = X^T X of their inputs. Every width shares one formula,
-w = (q - z) * s with q in 0..2^bits-1: integer zeros at 2 to 4 bits, z = 0.5 at 1 bit, where
-that is sign(w) * s/2.
+w = (q - z) * s with q in 0..2^bits-1: integer zeros at 3 and 4 bits, multiples of 1/2 at 2 bits,
+z = 0.5 at 1 bit, where that is sign(w) * s/2.
 """
 
 import math
@@ -14,7 +14,8 @@ import torch
 from mcmoe_vllm.recipes import BEST, Recipe
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323, section 3)
-REFINE_DAMPING = 0.05  # of the mean diagonal
+REFINE_DAMPING = 0.2  # of the mean diagonal, in experts, which see few tokens each
+DENSE_DAMPING = 0.02  # the same in linears that see all tokens
 SHRINK_GRID = 24  # candidates for how far a group's range is clipped
 SHRINK_MIN = {2: 0.40, 3: 0.55, 4: 0.70}  # the smallest range worth trying, by width
 NORM_GRID = tuple(0.9 + 0.2 * i / 100 for i in range(101))  # shares of the range, range_search norm
@@ -60,6 +61,24 @@ class Quantized:
         )
 
 
+@dataclass(frozen=True)
+class FactoredHessian:
+    """A batch of Hessians as GPTQ needs them; what every width of a matrix shares.
+
+    matrix [B, K, K] float32, undamped; inverse [B, K, K]: the upper Cholesky factor of the damped
+    inverse; damping [B]: as in `Quantized`.
+    """
+
+    matrix: torch.Tensor
+    inverse: torch.Tensor
+    damping: torch.Tensor
+
+
+def factor_hessian(hessian: torch.Tensor) -> FactoredHessian:
+    """hessian [B, K, K] float32, undamped."""
+    return FactoredHessian(hessian, *_inverse_cholesky(hessian))
+
+
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
     """The nearest value exact in bfloat16 and float16, so that every engine and kernel sees the
     same weights; never zero. float32 in and out."""
@@ -69,7 +88,7 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def quantize(
     weight: torch.Tensor,
-    hessian: torch.Tensor,
+    hessian: torch.Tensor | FactoredHessian,
     bits: torch.Tensor | int,
     group_size: int,
     *,
@@ -81,7 +100,8 @@ def quantize(
     """Quantize a batch of matrices with GPTQ, or with round to nearest where that is better and
     the recipe keeps it.
 
-    weight: [B, N, K], any float dtype; hessian: [B, K, K] float32, undamped;
+    weight: [B, N, K], any float dtype; hessian: [B, K, K] float32, undamped, or as factored
+    for several widths;
     bits: [B] integers in 1..4 or one for all; method: "gptq" or "rtn";
     symmetric: zero fixed at 2^(bits-1) (the dense int4 format);
     splits: stacked matrices in N that choose between GPTQ and rounding on their own;
@@ -89,6 +109,8 @@ def quantize(
     Raises ValueError for shapes that do not fit or widths out of range.
     """
     b, n, k = weight.shape
+    factored = hessian if isinstance(hessian, FactoredHessian) else None
+    hessian = hessian.matrix if isinstance(hessian, FactoredHessian) else hessian
     if hessian.shape != (b, k, k):
         raise ValueError(f"hessian is {tuple(hessian.shape)}, weights need {(b, k, k)}")
     if k % group_size or n % splits:
@@ -110,11 +132,13 @@ def quantize(
         kept = torch.zeros_like(rounded_error, dtype=torch.bool)
         best, error = rounded, rounded_error
     else:
-        inverse, damping = _inverse_cholesky(hessian)
+        factored = factored or factor_hessian(hessian)
+        damping = factored.damping
         within = widths >= (1 if symmetric else recipe.compensated_bits)
-        compensated = _gptq(w, hessian, inverse, fit, group_size, within)
+        compensated = _gptq(w, hessian, factored.inverse, fit, group_size, within)
         if recipe.refinements:
-            compensated = _refine(w, _damp(hessian), compensated, fit, recipe.refinements)
+            damped = _damp(hessian, DENSE_DAMPING if symmetric else REFINE_DAMPING)
+            compensated = _refine(w, damped, compensated, fit, recipe.refinements)
         error = _split_errors(w, compensated, hessian, splits)
         kept = error <= rounded_error
         if not recipe.keep_rounding:
@@ -128,6 +152,20 @@ def quantize(
         error = torch.where(kept, error, rounded_error)
     codes, scale, zero = (t.transpose(1, 2).contiguous() for t in best)
     return Quantized(codes.to(torch.uint8), scale, zero, error, kept, damping)
+
+
+def answer_inputs(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """The matrices [B, N, K] that come nearest to W y when they are given z instead of y.
+
+    hessian: Z^T Z, cross: Y^T Z, both [B, K, K]: W (cross + d) (hessian + d)^-1 with the damping d
+    of refinement, so that inputs that calibration hardly saw keep the weights they had.
+    """
+    extra = _damp(hessian, REFINE_DAMPING) - hessian
+    lower, info = torch.linalg.cholesky_ex(hessian + extra)
+    wanted = weight.float() @ (cross + extra)
+    solved = torch.cholesky_solve(wanted.transpose(1, 2), lower).transpose(1, 2)
+    sound = (info == 0).view(-1, 1, 1) & solved.isfinite().all(-1, keepdim=True)
+    return torch.where(sound, solved, weight.float()).contiguous()
 
 
 def relative_error(weight: torch.Tensor, hessian: torch.Tensor, error: torch.Tensor) -> float:
@@ -161,6 +199,7 @@ class _GroupFit:
         self.binary = column == 1
         self.symmetric = symmetric
         self.real_zeros = zeros == "real"
+        self.steps = torch.where(column == 2, 2.0 if zeros == "half" else 1.0, 1.0)  # of zeros
         self.weighted_binary = binary_scale == "hessian"
         self.power = NORM_POWER if search == "norm" else 2.0
         self.weighted = search == "hessian"
@@ -183,6 +222,21 @@ class _GroupFit:
         """
         # A group that no input reaches still needs a sensible scale.
         importance = importance + 1e-6 * importance.mean(1, keepdim=True) + 1e-20
+        if not w.is_cuda:
+            return self.search(w, importance)
+        from mcmoe_kernels.columns import fit_group
+
+        return fit_group(
+            w, importance, self.shrink.expand(-1, w.shape[0], 1)[..., 0], self.max_code[:, 0],
+            self.steps[:, 0],
+            power=self.power, weighted=self.weighted, symmetric=self.symmetric,
+            real_zeros=self.real_zeros, weighted_binary=self.weighted_binary,
+        )  # fmt: skip
+
+    def search(
+        self, w: torch.Tensor, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The definition of `mcmoe_kernels.columns.fit_group`."""
         importance = importance.unsqueeze(-1)
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
         if self.symmetric:
@@ -198,7 +252,7 @@ class _GroupFit:
             else:
                 scale = round_scale((high - low) * shrink / self.max_code)
                 zero = -low * shrink / scale
-                zero = zero if self.real_zeros else zero.round()
+                zero = zero if self.real_zeros else (zero * self.steps).round() / self.steps
                 zero = torch.minimum(zero.clamp(min=0), self.max_code)
             q = torch.round(w / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
             q = torch.minimum(q, self.max_code.unsqueeze(1))
@@ -220,9 +274,12 @@ class _GroupFit:
             best_zero = torch.where(self.binary, 0.5, best_zero)
         return best_scale, best_zero
 
-    def encode(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Codes of w, all [B, N], as floats."""
-        return torch.minimum(torch.round(w / scale + zero).clamp(min=0), self.max_code)
+
+def encode(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: torch.Tensor
+) -> torch.Tensor:
+    """Codes of w, all [B, N], as floats; max_code [B, 1]."""
+    return torch.minimum(torch.round(w / scale + zero).clamp(min=0), max_code)
 
 
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes [B,K,N], scale, zero [B,K/G,N]
@@ -259,6 +316,9 @@ def _gptq(
     """
     w = w.clone()
     moved = within.view(-1, 1, 1).to(w.dtype)
+    compensate = compensate_torch
+    if w.is_cuda:
+        from mcmoe_kernels.columns import compensate
     k = w.shape[1]
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     codes, scales, zeros = torch.empty_like(w), [], []
@@ -268,19 +328,13 @@ def _gptq(
         block_errors = torch.empty_like(w[:, block:block_end])
         for sub in range(block, block_end, SUB_BLOCK):
             sub_end = min(sub + SUB_BLOCK, block_end)
-            for j in range(sub, sub_end):
-                if j % group_size == 0:
-                    columns = slice(j, j + group_size)
-                    scale, zero = fit(w[:, columns], diagonal[:, columns])
-                    scales.append(scale)
-                    zeros.append(zero)
-                q = fit.encode(w[:, j], scale, zero)
-                codes[:, j] = q
-                error = (w[:, j] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
-                block_errors[:, j - block] = error
-                if j + 1 < sub_end:
-                    row = inverse[:, j, j + 1 : sub_end].unsqueeze(2) * moved
-                    w[:, j + 1 : sub_end].addcmul_(row, error.unsqueeze(1), value=-1)
+            if sub % group_size == 0:
+                columns = slice(sub, sub + group_size)
+                scale, zero = fit(w[:, columns], diagonal[:, columns])
+                scales.append(scale)
+                zeros.append(zero)
+            compensate(w, codes, block_errors, scale, zero, inverse, fit.max_code[:, 0],
+                       moved[:, 0, 0], sub, sub_end - sub, sub - block)  # fmt: skip
             if sub_end < block_end:
                 factor = inverse[:, sub:sub_end, sub_end:block_end].transpose(1, 2) * moved
                 w[:, sub_end:block_end] -= factor @ block_errors[:, sub - block : sub_end - block]
@@ -289,6 +343,31 @@ def _gptq(
                 inverse[:, block:block_end, block_end:].transpose(1, 2) @ block_errors
             )
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def compensate_torch(
+    w: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    inverse: torch.Tensor,
+    max_code: torch.Tensor,
+    moved: torch.Tensor,
+    start: int,
+    count: int,
+    at_error: int,
+) -> None:
+    """The definition of `mcmoe_kernels.columns.compensate`."""
+    part = w[:, start : start + count].clone()
+    for i in range(count):
+        j = start + i
+        q = encode(part[:, i], scale, zero, max_code.unsqueeze(1))
+        codes[:, j] = q
+        error = (part[:, i] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
+        errors[:, at_error + i] = error
+        row = (inverse[:, j, j + 1 : start + count] * moved.unsqueeze(1)).unsqueeze(2)
+        part[:, i + 1 :].addcmul_(row, error.unsqueeze(1), value=-1)
 
 
 def _refine(
@@ -307,11 +386,11 @@ def _refine(
     return torch.where(better, q, codes[0]), torch.where(better, scale, codes[1]), zero
 
 
-def _damp(hessian: torch.Tensor) -> torch.Tensor:
+def _damp(hessian: torch.Tensor, share: float) -> torch.Tensor:
     """The Hessian that refinement minimises: more of the diagonal than calibration saw, because a
     minimum fits its sample closer than GPTQ's one pass does."""
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-    return hessian + REFINE_DAMPING * mean * torch.eye(hessian.shape[1], device=hessian.device)
+    return hessian + share * mean * torch.eye(hessian.shape[1], device=hessian.device)
 
 
 def _refit_scales(
@@ -351,21 +430,42 @@ def _descend(
         1, 2
     )
     slope = hessian @ (w - deq)  # [B, K, N]
+    descend = descend_torch
+    if w.is_cuda:
+        from mcmoe_kernels.columns import descend
     for sub in range(0, w.shape[1], SUB_BLOCK):
         end = min(sub + SUB_BLOCK, w.shape[1])
-        local = slope[:, sub:end].clone()
-        moves = torch.empty_like(local)
-        for j in range(sub, end):
-            s, z = scale[:, j // group_size], zero[:, j // group_size]
-            curvature = hessian[:, j, j].view(-1, 1).clamp(min=1e-30)
-            wanted = deq[:, j] + local[:, j - sub] / curvature
-            new = fit.encode(wanted, s, z)
-            move = (new - q[:, j]) * s
-            q[:, j] = new
-            moves[:, j - sub] = move
-            local.addcmul_(hessian[:, sub:end, j].unsqueeze(2), move.unsqueeze(1), value=-1)
+        group = sub // group_size
+        moves = descend(slope, deq, q, scale[:, group].contiguous(), zero[:, group].contiguous(),
+                        hessian, fit.max_code[:, 0], sub, end - sub)  # fmt: skip
         slope[:, end:] -= hessian[:, end:, sub:end] @ moves
     return q
+
+
+def descend_torch(
+    slope: torch.Tensor,
+    deq: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    hessian: torch.Tensor,
+    max_code: torch.Tensor,
+    start: int,
+    count: int,
+) -> torch.Tensor:
+    """The definition of `mcmoe_kernels.columns.descend`."""
+    columns = slice(start, start + count)
+    local = slope[:, columns].clone()
+    moves = torch.empty_like(local)
+    for i in range(count):
+        j = start + i
+        curvature = hessian[:, j, j].view(-1, 1).clamp(min=1e-30)
+        wanted = deq[:, j] + local[:, i] / curvature
+        new = encode(wanted, scale, zero, max_code.unsqueeze(1))
+        moves[:, i] = (new - codes[:, j]) * scale
+        codes[:, j] = new
+        local.addcmul_(hessian[:, columns, j].unsqueeze(2), moves[:, i].unsqueeze(1), value=-1)
+    return moves
 
 
 def _inverse_cholesky(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

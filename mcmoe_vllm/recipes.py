@@ -25,6 +25,7 @@ class Recipe:
     scope: "layer" (a budget for every layer) or "global" (one for all).
     error_method: the quantizer whose error the allocation weighs: "minmax" (round to nearest over
         the whole range), "rtn" (with the recipe's range search) or "gptq".
+    error_refinements: rounds of `refinements` in the quantizer whose error is weighed.
     error_norm: "windows" (sum over windows of each window's Frobenius norm) or "total" (the norm
         over all tokens).
     routing_score: weight of a routed expert: "softmax" (its share among all experts) or "mixed"
@@ -34,6 +35,8 @@ class Recipe:
     method: "gptq" or "rtn".
     hessian_weighting: of the tokens that an expert is calibrated on: "equal", or by the square of
         the "routing" weight that its output is multiplied with.
+    shared_tokens: weight, in tokens of an expert's own, of the mean over all tokens in what w13 is
+        calibrated on; 0 completes experts that few tokens reach, and leaves others alone.
     compensated_bits: smallest width whose error is moved on within a block of 128 columns;
         narrower matrices move it from block to block alone.
     range_search: how a group's range is chosen: "norm" (|error|^2.4, 0.9 to 1.1 of the range),
@@ -41,7 +44,9 @@ class Recipe:
     binary_scale: of a group at 1 bit, twice the "mean" of |w| or its "hessian"-weighted mean.
     refinements: rounds after GPTQ of fitting scales to codes and codes to scales and to each other
         under the whole Hessian; 0 to 99.
-    zeros: "integer", which the format stores, or "real", which only benchmarks can use.
+    zeros: "integer", "half" (multiples of 1/2 at 2 bits, which the format stores too), or "real",
+        which only benchmarks can use.
+    answers: whether w2 is fitted to what the quantized w13 gives it, instead of to what w13 would.
     sequential: whether a layer is calibrated on what the quantized layers before it put out.
     tuning_passes: over the calibration text, to tune the quantized model's scales, norms and
         routers towards the 16-bit model's predictions; 0 to 99.
@@ -58,15 +63,18 @@ class Recipe:
     gamma: float = 1.0
     scope: str = "layer"
     error_method: str = "gptq"
+    error_refinements: int = 0
     error_norm: str = "total"
     routing_score: str = "mixed"
     method: str = "gptq"
     hessian_weighting: str = "routing"
+    shared_tokens: int = 2000
     compensated_bits: int = 1
     range_search: str = "hessian"
     binary_scale: str = "hessian"
     refinements: int = 4
-    zeros: str = "integer"
+    zeros: str = "half"
+    answers: bool = True
     sequential: bool = True
     tuning_passes: int = 0
     tuning_rate: float = 1e-2
@@ -95,12 +103,15 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "routing_score": ("softmax", "mixed"),
     "method": ("gptq", "rtn"),
     "hessian_weighting": ("equal", "routing"),
+    "shared_tokens": range(1_000_001),
     "compensated_bits": (1, 2, 3, 4),
     "range_search": ("norm", "hessian"),
     "binary_scale": ("mean", "hessian"),
     "refinements": range(100),
+    "error_refinements": range(100),
     "tuning_passes": range(100),
-    "zeros": ("integer", "real"),
+    "zeros": ("integer", "half", "real"),
+    "answers": (True, False),
     "sequential": (True, False),
     "keep_rounding": (True, False),
     "router_bits": (4, 16),
@@ -122,15 +133,18 @@ PAPER = Recipe(
     gamma=1.0,
     scope="layer",
     error_method="minmax",
+    error_refinements=0,
     error_norm="windows",
     routing_score="softmax",
     method="gptq",
     hessian_weighting="equal",
+    shared_tokens=0,
     compensated_bits=4,
     range_search="norm",
     binary_scale="mean",
     refinements=0,
     zeros="integer",
+    answers=False,
     sequential=True,
     tuning_passes=0,
     keep_rounding=False,

@@ -94,31 +94,69 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def expert_hessians(
+def shared_gram(routing: Routing, tokens: int, device: torch.device) -> torch.Tensor:
+    """The mean of x x^T over all tokens, times `tokens`: [H, H]."""
+    if not tokens:
+        hidden = routing.hidden.shape[1]
+        return torch.zeros(hidden, hidden, device=device)
+    return gram(routing.hidden.to(device)) * (tokens / len(routing.hidden))
+
+
+def input_hessians(
+    routing: Routing, experts: Sequence[int], weighting: str, shared: torch.Tensor
+) -> torch.Tensor:
+    """X^T X [C, H, H] of what experts are given, and the layer's `shared_gram`, on its device: few
+    tokens say little of an expert's inputs, and all experts of a layer see similar ones.
+
+    weighting: as `Recipe.hessian_weighting`.
+    """
+    found = []
+    for expert in experts:
+        rows, scale = calibration_weights(routing, expert, weighting)
+        own = gram((routing.hidden[rows] * scale).to(shared.device))
+        found.append(own + float(scale.float().square().mean()) * shared)
+    return torch.stack(found)
+
+
+def calibration_weights(
+    routing: Routing, expert: int, weighting: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that calibrate an expert, [T], and what to multiply each with, [T, 1]."""
+    rows = calibration_rows(routing, expert)
+    scale = torch.ones(len(rows), 1, device=rows.device, dtype=routing.hidden.dtype)
+    own = routing.tokens_of(expert)[1]
+    if weighting == "routing" and own.numel():
+        scale[: own.numel()] = own.to(scale).unsqueeze(1)
+        scale[own.numel() :] = own.min().to(scale)
+    return rows, scale
+
+
+def inner_hessians(
     routing: Routing,
     experts: Sequence[int],
-    w13: torch.Tensor,
+    given: torch.Tensor,
+    wanted: torch.Tensor,
     activation: Activation,
-    weighting: str = "equal",
+    weighting: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input Gram matrices of w13 [C, H, H] and w2 [C, I, I] for experts with weights
-    w13 [C, 2I, H]. weighting: as `Recipe.hessian_weighting`."""
-    first, second = [], []
+    """Z^T Z and Y^T Z [C, I, I] of what w2 is given by one w13 (Z) and by another (Y), weights
+    [C, 2I, H]; one sum serves as both where the two are one tensor."""
+    found = []
     for position, expert in enumerate(experts):
-        rows = calibration_rows(routing, expert)
-        x = routing.hidden[rows].to(w13.device)
-        scale = torch.ones(len(rows), 1, device=x.device, dtype=x.dtype)
-        own = routing.tokens_of(expert)[1]
-        if weighting == "routing" and own.numel():
-            scale[: own.numel()] = own.to(scale).unsqueeze(1)
-            scale[own.numel() :] = own.min().to(scale)
-        first.append(gram(x * scale))
-        weight = w13[position].to(x.dtype)
-        inner = torch.zeros(weight.shape[0] // 2, weight.shape[0] // 2, device=x.device)
-        for part, share in zip(x.split(ROWS), scale.split(ROWS), strict=True):
-            inner += gram(expert_hidden(part, weight, activation) * share)
-        second.append(inner)
-    return torch.stack(first), torch.stack(second)
+        rows, scale = calibration_weights(routing, expert, weighting)
+        width = given.shape[1] // 2
+        own, cross = (torch.zeros(width, width, device=given.device) for _ in range(2))
+        for part, share in zip(rows.split(ROWS), scale.split(ROWS), strict=True):
+            x, share = routing.hidden[part].to(given.device), share.to(given.device)
+            z = expert_hidden(x, given[position].to(x.dtype), activation) * share
+            own.addmm_(z.t().float(), z.float())
+            if wanted is not given:
+                y = expert_hidden(x, wanted[position].to(x.dtype), activation) * share
+                cross.addmm_(y.t().float(), z.float())
+        found.append((own, own if wanted is given else cross))
+    hessians, crosses = zip(*found, strict=True)
+    hessian = torch.stack(hessians)
+    return hessian, hessian if wanted is given else torch.stack(crosses)
 
 
 def expert_chunks(
@@ -172,26 +210,35 @@ def measure_layer(
     limit = total if probe_tokens is None else probe_tokens
     weight_sums: list[float] = []
     rounding_kept = matrices = 0
-    how: dict[str, Any] = {"method": recipe.error_method, "recipe": recipe}
-    for chunk in expert_chunks(num_experts, *_hidden_and_width(read_expert(0))):
+    how: dict[str, Any] = {
+        "method": recipe.error_method,
+        "recipe": replace(recipe, refinements=recipe.error_refinements),
+    }
+    first = read_expert(0)
+    shared = shared_gram(routing, recipe.shared_tokens, first[0].device)
+    for chunk in expert_chunks(num_experts, *_hidden_and_width(first)):
         pairs = [read_expert(e) for e in chunk]
         w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         del pairs
-        hessian13, hessian2 = expert_hessians(
-            routing, chunk, w13, activation, recipe.hessian_weighting
+        weighting = recipe.hessian_weighting
+        hessian13 = input_hessians(routing, chunk, weighting, shared)
+        hessian2, _ = inner_hessians(routing, chunk, w13, w13, activation, weighting)
+        traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
+        factored13, factored2 = (
+            quantizer.factor_hessian(h) if recipe.error_method == "gptq" else h
+            for h in (hessian13, hessian2)
         )
         candidates: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # None: dropped
         for bits in candidate_bits:
             if bits == 0:
                 candidates.append(None)
                 continue
-            q13 = quantizer.quantize(w13, hessian13, bits, group_size, splits=2, **how)
-            q2 = quantizer.quantize(w2, hessian2, bits, group_size, **how)
+            q13 = quantizer.quantize(w13, factored13, bits, group_size, splits=2, **how)
+            q2 = quantizer.quantize(w2, factored2, bits, group_size, **how)
             candidates.append((q13.dequantize(), q2.dequantize()))
             rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
             matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
-        traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
-        del hessian13, hessian2
+        del hessian13, hessian2, factored13, factored2
         for position, expert in enumerate(chunk):
             rows, weights = routing.tokens_of(expert)
             trace_errors.append(

@@ -12,7 +12,7 @@ from mcmoe_kernels.packing import interleave_scale, pack
 def random_matrices(
     bits: Sequence[int], rows: int, columns: int, group_size: int, seed: int
 ) -> ExpertMatrices:
-    """Random codes of every value, scales that bfloat16 holds exactly, zeros of every value."""
+    """Random codes of every value, scales exact in bfloat16, every zero that is allowed."""
     generator = torch.Generator().manual_seed(seed)
     packed, scales = [], []
     for b in bits:
@@ -26,6 +26,8 @@ def random_matrices(
         zero = torch.randint(0, 1 << b, (rows, groups), generator=generator).float()
         if b == 1:
             zero = torch.full_like(zero, 0.5)
+        if b == 2:
+            zero = torch.randint(0, 7, zero.shape, generator=generator) / 2
         packed.append(pack(codes, b))
         scales.append(interleave_scale(scale.bfloat16().float(), zero))
     return ExpertMatrices(tuple(bits), tuple(packed), tuple(scales))

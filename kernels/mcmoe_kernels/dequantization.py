@@ -64,18 +64,19 @@ def _weights_asm(shift, position, mask, is_bfloat16, scaled):
 def _place(bits, tile, block, half, is_bfloat16):
     """Where block `block` (of 4), columns 16 * half on, lies in a word: (shift, position).
 
-    The mantissa has room for a few fields side by side, which saves shifts. A zero of 0.5
-    (1 bit) has no exact sum with 2^7 at position 0.
+    The mantissa has room for a few fields side by side, which saves shifts. A zero that is a
+    multiple of 1/2 (1 and 2 bits) has no exact sum with 2^7 at position 0.
     """
     room = 7 if is_bfloat16 else 10
     nibble = 4 * (block // 2)
     offset = {1: 4 * tile + block, 2: 2 * block, 3: nibble, 4: nibble}[bits] + 8 * half
     if bits == 1:
         return (offset - 1, 1)
+    least = 1 if bits == 2 else 0
     for shift in (0, 6, 8, 12, 14):
-        if shift <= offset and offset - shift + bits <= room:
+        if shift + least <= offset and offset - shift + bits <= room:
             return (shift, offset - shift)
-    return (offset, 0)
+    return (offset - least, least)
 
 
 @triton.jit

@@ -181,7 +181,7 @@ def encode_int4(matrices: ExpertMatrices, expert: int) -> Int4Matrix:
     q = unpack(matrices.packed[expert], bits).unflatten(-1, (groups, -1)).float()
     signed = (q - zero.unsqueeze(-1)).flatten(-2)  # [N, K]
     group_size = signed.shape[-1] // groups
-    if bits == 1:  # -0.5 and 0.5
+    if bits <= 2:  # zeros are multiples of 1/2
         signed, scale = signed * 2, scale / 2
     signed = signed.to(torch.int32)
     fits = int(signed.min()) >= -8 and int(signed.max()) <= 7

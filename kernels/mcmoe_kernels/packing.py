@@ -7,9 +7,9 @@ A matrix W[N, K] of codes q in 0..2^bits-1 with groups of G columns is stored as
                                            stream bit i is bit i%8 of byte i//8
     weight_scale   float16 [N, 2*K/G]      scale and zero of each group, interleaved
 
-and means W = (q - zero) * scale. Zeros are integers for 2 to 4 bits and 0.5 for 1 bit (sign
-times half the scale). Eight codes always fill whole bytes, so a slice of K by whole groups is
-a slice of bytes.
+and means W = (q - zero) * scale. Zeros are integers for 3 and 4 bits, multiples of 1/2 for 2 bits
+and 0.5 for 1 bit (sign times half the scale). Eight codes always fill whole bytes, so a slice of K
+by whole groups is a slice of bytes.
 """
 
 import torch

@@ -473,8 +473,10 @@ def test_scales_are_exact_in_bfloat16(folder):
     [
         (1, 0.0, "at 1 bits: 0.5"),
         (1, 1.0, "at 1 bits: 0.5"),
-        (2, 0.5, "at 2 bits: integers 0..3"),
-        (2, 4.0, "at 2 bits: integers 0..3"),
+        (2, 0.25, "at 2 bits: multiples of 0.5 in 0..3"),
+        (2, 3.5, "at 2 bits: multiples of 0.5 in 0..3"),
+        (3, 0.5, "at 3 bits: integers 0..7"),
+        (2, 4.0, "at 2 bits: multiples of 0.5 in 0..3"),
         (3, -1.0, "at 3 bits: integers 0..7"),
         (3, float("nan"), "at 3 bits: integers 0..7"),
         (4, 16.0, "at 4 bits: integers 0..15"),

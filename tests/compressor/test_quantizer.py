@@ -31,7 +31,7 @@ def textbook_gptq(weight, hessian, bits, group_size):
         k
     )
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    fit = quantizer._GroupFit(torch.tensor([bits]), False)
+    fit = quantizer._GroupFit(torch.tensor([bits]), False, zeros=GPTQ_ALONE.zeros)
     result = torch.empty_like(w)
     for j in range(k):
         if j % group_size == 0:
@@ -39,7 +39,7 @@ def textbook_gptq(weight, hessian, bits, group_size):
             scale, zero = fit(
                 w[:, columns].t().unsqueeze(0).float(), hessian.diagonal()[columns].unsqueeze(0)
             )
-        q = fit.encode(w[:, j].unsqueeze(0).float(), scale, zero).double()
+        q = quantizer.encode(w[:, j].unsqueeze(0).float(), scale, zero, fit.max_code).double()
         result[:, j] = ((q - zero) * scale)[0]
         error = (w[:, j] - result[:, j]) / upper[j, j]
         w[:, j + 1 :] -= torch.outer(error, upper[j, j + 1 :])
@@ -88,7 +88,7 @@ def test_refinement_wins_clearly_where_inputs_are_correlated(bits, gain):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_refinement_never_worsens_a_row(bits):
     weight, hessian = correlated(columns=128)
-    hessian = quantizer._damp(hessian)  # what refinement minimises
+    hessian = quantizer._damp(hessian, 0.05)  # what refinement minimises
     w = weight.transpose(1, 2)
     fit = quantizer._GroupFit(torch.tensor([bits, bits]), False)
     before = quantizer._round_to_nearest(w, hessian, fit, 32)
@@ -251,7 +251,8 @@ def test_scales_are_exact_in_both_16_bit_types_and_zeros_are_codes(bits):
     if bits == 1:
         assert (q.zero == 0.5).all()
     else:
-        assert torch.equal(q.zero, q.zero.round())
+        steps = 2 if bits == 2 else 1
+        assert torch.equal(steps * q.zero, (steps * q.zero).round())
         assert q.zero.min() >= 0 and q.zero.max() < 2**bits
     assert q.codes.max() < 2**bits
     packed = packing.pack(q.codes, bits)
@@ -327,3 +328,14 @@ def test_round_scale_covers_the_range_that_both_types_share():
     assert (exact > 0).all() and exact.isfinite().all()
     inside = (values > 2**-14) & (values < quantizer.MAX_SCALE)
     torch.testing.assert_close(exact[inside], values[inside], rtol=2**-8, atol=0)
+
+
+def test_half_zeros_lose_less_at_2_bits_and_nothing_elsewhere():
+    weight, hessian = correlated(rows=64)
+    losses = {}
+    for zeros in ("integer", "half"):
+        recipe = replace(BEST, zeros=zeros)
+        q = [quantizer.quantize(weight, hessian, b, 64, recipe=recipe) for b in (2, 3, 4)]
+        losses[zeros] = [float(each.error.sum()) for each in q]
+    assert losses["half"][0] < 0.97 * losses["integer"][0]
+    assert losses["half"][1:] == losses["integer"][1:]

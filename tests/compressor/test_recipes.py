@@ -19,15 +19,18 @@ def test_the_papers_traits():
         "gamma": 1.0,  # the published widths, not the 2 of the text
         "scope": "layer",
         "error_method": "minmax",
+        "error_refinements": 0,
         "error_norm": "windows",
         "routing_score": "softmax",
         "method": "gptq",
         "hessian_weighting": "equal",
+        "shared_tokens": 0,
         "compensated_bits": 4,
         "range_search": "norm",
         "binary_scale": "mean",
         "refinements": 0,
         "zeros": "integer",
+        "answers": False,
         "sequential": True,
         "tuning_passes": 0,
         "tuning_rate": 1e-2,  # of no effect

@@ -31,7 +31,16 @@ def layer():
     return experts, Routing(hidden, ids, weights)
 
 
-PMQ = replace(BEST, allocation="pmq")
+ALONE = replace(BEST, shared_tokens=0)  # no expert is calibrated on what others are given
+PMQ = replace(ALONE, allocation="pmq")
+MEASURED = replace(ALONE, refinements=BEST.error_refinements)
+
+
+def expert_hessians(routing, experts, w13, activation, weighting="equal", shared_tokens=0):
+    """Of both projections, with what an exact w13 gives w2."""
+    shared = significance.shared_gram(routing, shared_tokens, w13.device)
+    first = significance.input_hessians(routing, experts, weighting, shared)
+    return first, significance.inner_hessians(routing, experts, w13, w13, activation, weighting)[0]
 
 
 def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
@@ -69,13 +78,13 @@ def test_error_is_the_change_of_the_block_output(layer, method):
     measured, exact = measure(layer, (2,), replace(PMQ, error_method=method))
     experts, routing = layer
     for expert in (0, 2):
-        h13, h2 = significance.expert_hessians(
+        h13, h2 = expert_hessians(
             routing, [expert], experts[expert][0].unsqueeze(0), silu, "routing"
         )
-        q13 = quantizer.quantize(
-            experts[expert][0].unsqueeze(0), h13, 2, 32, method=method, splits=2
-        )
-        q2 = quantizer.quantize(experts[expert][1].unsqueeze(0), h2, 2, 32, method=method)
+        how = {"method": method, "recipe": MEASURED}
+        w13, w2 = (w.unsqueeze(0) for w in experts[expert])
+        q13 = quantizer.quantize(w13, h13, 2, 32, splits=2, **how)
+        q2 = quantizer.quantize(w2, h2, 2, 32, **how)
         changed = list(experts)
         changed[expert] = (q13.dequantize()[0], q2.dequantize()[0])
         error = float((block_output(changed, routing) - exact).norm())
@@ -98,7 +107,7 @@ def test_starved_experts_are_reported_and_calibrated_on_other_tokens(layer):
     assert rows[:5].tolist() == [0, 1, 2, 3, 4] and len(rows) == significance.MIN_TOKENS
     rows = significance.calibration_rows(routing, 3)
     assert len(set(rows.tolist())) == significance.MIN_TOKENS and rows.max() > 590
-    hessian, inner = significance.expert_hessians(routing, [3], experts[3][0].unsqueeze(0), silu)
+    hessian, inner = expert_hessians(routing, [3], experts[3][0].unsqueeze(0), silu)
     assert (hessian.diagonal(dim1=1, dim2=2) > 0).all() and inner.isfinite().all()
     assert torch.equal(significance.calibration_rows(routing, 0), torch.arange(TOKENS))
 
@@ -130,7 +139,7 @@ def test_the_papers_traits_of_significance(layer):
     measured, exact = measure(layer, (2,), PAPER, scores=scores, window=100)
     by_hand = [float(scores[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
     assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
-    hessians = significance.expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
+    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
     changed = list(experts)
     changed[0] = tuple(
         quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="minmax", recipe=PAPER).dequantize()[0]
@@ -144,9 +153,7 @@ def test_the_papers_traits_of_significance(layer):
 def test_trace_error_by_hand(layer):
     measured, _ = measure(layer, (2,), replace(PMQ, error_method="rtn"))
     experts, routing = layer
-    hessians = significance.expert_hessians(
-        routing, [0], experts[0][0].unsqueeze(0), silu, "routing"
-    )
+    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
     expected = 0.0
     for w, h in zip(experts[0], hessians, strict=True):
         q = quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="rtn", splits=1)
@@ -158,13 +165,13 @@ def test_trace_error_by_hand(layer):
 def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     experts, routing = layer
     measured, exact, change = significance.measure_layer(
-        7, routing, experts.__getitem__, EXPERTS, (1, 2), 32, silu, BEST, probe=1
+        7, routing, experts.__getitem__, EXPERTS, (1, 2), 32, silu, ALONE, probe=1
     )
-    h13, h2 = significance.expert_hessians(
-        routing, [0], experts[0][0].unsqueeze(0), silu, "routing"
-    )
-    q13 = quantizer.quantize(experts[0][0].unsqueeze(0), h13, 2, 32, splits=2).dequantize()[0]
-    q2 = quantizer.quantize(experts[0][1].unsqueeze(0), h2, 2, 32).dequantize()[0]
+    h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
+    q13 = quantizer.quantize(
+        experts[0][0].unsqueeze(0), h13, 2, 32, splits=2, recipe=MEASURED
+    ).dequantize()[0]
+    q2 = quantizer.quantize(experts[0][1].unsqueeze(0), h2, 2, 32, recipe=MEASURED).dequantize()[0]
     alone = []
     for pair in ((q13, experts[0][1]), (experts[0][0], q2)):
         alone.append(block_output([pair, *experts[1:]], routing) - exact)
@@ -200,10 +207,63 @@ def test_hessians_weighted_by_routing_are_those_of_the_weighted_inputs(layer):
     experts, routing = layer
     rows, weights = routing.tokens_of(1)
     x = routing.hidden[rows] * weights.unsqueeze(1)
-    h13, h2 = significance.expert_hessians(
-        routing, [1], experts[1][0].unsqueeze(0), silu, "routing"
-    )
+    h13, h2 = expert_hessians(routing, [1], experts[1][0].unsqueeze(0), silu, "routing")
     torch.testing.assert_close(h13[0], x.t() @ x, rtol=1e-4, atol=1e-3)
     gate, up = (routing.hidden[rows] @ experts[1][0].t()).chunk(2, dim=1)
     inner = silu(gate) * up * weights.unsqueeze(1)
     torch.testing.assert_close(h2[0], inner.t() @ inner, rtol=1e-4, atol=1e-3)
+
+
+def test_w2_answers_for_what_w13_lost(layer):
+    """Fitted to what the quantized w13 gives it, the expert's output comes nearer; with an exact
+    w13 nothing changes."""
+    experts, routing = layer
+    w13, w2 = (w.unsqueeze(0) for w in experts[0])
+    how = (silu, "routing")
+    shared = significance.shared_gram(routing, 0, w13.device)
+    hessian13 = significance.input_hessians(routing, [0], "routing", shared)
+    q13 = quantizer.quantize(w13, hessian13, 2, 32, splits=2).dequantize()
+    same, cross = significance.inner_hessians(routing, [0], w13, w13, *how)
+    assert cross is same
+    untouched = quantizer.answer_inputs(w2, same, cross)
+    torch.testing.assert_close(untouched, w2, rtol=1e-4, atol=1e-5)
+    hessian, cross = significance.inner_hessians(routing, [0], q13, w13, *how)
+    answering = quantizer.answer_inputs(w2, hessian, cross)
+    exact = block_output(experts, routing)
+    lost = [
+        float((block_output([(q13[0], w[0]), *experts[1:]], routing) - exact).square().sum())
+        for w in (w2, answering)
+    ]
+    assert lost[1] < 0.95 * lost[0]
+
+
+def test_few_tokens_are_outvoted_by_what_all_experts_see(layer):
+    """An expert's Hessian is its own plus so many tokens' worth of the mean, at the mean of its
+    squared weights; none of it without sharing."""
+    experts, routing = layer
+    w13 = experts[2][0].unsqueeze(0)
+    alone, _ = expert_hessians(routing, [2], w13, silu, "routing")
+    shared, _ = expert_hessians(routing, [2], w13, silu, "routing", shared_tokens=300)
+    _, scale = significance.calibration_weights(routing, 2, "routing")
+    mean = routing.hidden.t() @ routing.hidden / TOKENS
+    expected = alone[0] + 300 * scale.square().mean() * mean
+    torch.testing.assert_close(shared[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_sharing_wins_where_an_expert_sees_few_tokens():
+    """Fewer tokens than columns: the error on new tokens falls."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, 64, generator=generator)
+    hidden = torch.randn(4000, 64, generator=generator) @ mix
+    ids = torch.zeros(4000, 1, dtype=torch.long)
+    ids[:40] = 1
+    routing = Routing(hidden, ids, torch.ones(4000, 1))
+    weight = torch.randn(1, 64, 64, generator=generator)
+    fresh = torch.randn(2000, 64, generator=generator) @ mix
+    errors = []
+    for tokens in (0, 300):
+        shared = significance.shared_gram(routing, tokens, weight.device)
+        own = significance.gram(hidden[:40]).unsqueeze(0)
+        q = quantizer.quantize(weight, own + shared, 2, 32).dequantize()
+        errors.append(float((fresh @ (q[0] - weight[0]).t()).square().sum()))
+    assert errors[1] < 0.9 * errors[0]

@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mcmoe_kernels import experts_decode, experts_prefill, experts_warpgroup
+from mcmoe_kernels import columns, experts_decode, experts_prefill, experts_warpgroup
 from mcmoe_kernels.tuning import LayerShape, PrefillConfig, WarpgroupConfig, read_table
 
 WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
@@ -31,6 +31,11 @@ TYPES = {
     "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
     "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
     "counts": "*i64",
+    **dict.fromkeys(("w", "importance", "shrinks", "max_codes", "zero_steps", "scale", "zero",
+                     "scales", "zeros", "codes", "errors", "inverse", "moved", "slope", "deq",
+                     "moves", "hessian"), "*fp32"),
+    **dict.fromkeys(("rows", "columns", "start", "at_error", "error_columns", "batch_stride",
+                     "column_stride", "shrink_count"), "i32"),
 }  # fmt: skip
 
 
@@ -90,6 +95,21 @@ def variants(shape: LayerShape, config, capability: int):
     }, {"num_warps": 2}  # fmt: skip
 
 
+def quantizer_variants():
+    """The same of the quantizer's kernels, which depend on no table."""
+    fit = {
+        "GROUP_SIZE": 128, "POWER": 2.0, "WEIGHTED": True, "SYMMETRIC": False,
+        "REAL_ZEROS": False, "WEIGHTED_BINARY": True,
+    }  # fmt: skip
+    for name, more in (
+        ("fit_group", fit),
+        ("compensate", {"COUNT": 32}),
+        ("descend", {"COUNT": 32}),
+    ):
+        kernel = getattr(columns, f"{name}_kernel")
+        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, {"num_warps": 1}
+
+
 def build(name, kernel, constants, options, capability):
     """Compile one kernel; what ptxas -v says of registers and spills, and its shared memory."""
     names = kernel.arg_names
@@ -119,8 +139,9 @@ def build(name, kernel, constants, options, capability):
     }
 
 
-def build_all(capability, shape, config):
-    return [build(*v, capability) for v in variants(shape, config, capability)]
+def build_all(capability, shape=None, config=None):
+    found = variants(shape, config, capability) if config else quantizer_variants()
+    return [build(*v, capability) for v in found]
 
 
 def main() -> None:
@@ -131,6 +152,7 @@ def main() -> None:
         shape, configs = next(iter(table.items()))
         kinds = dict.fromkeys(type(c) for c in configs.values())
         jobs = [(shape, next(c for c in configs.values() if isinstance(c, k))) for k in kinds]
+        jobs.append(())
     with ProcessPoolExecutor(2) as pool:
         futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]
         for future in futures:

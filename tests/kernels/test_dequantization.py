@@ -74,7 +74,9 @@ def test_weights_of_every_word(bits, tile, scaled, device):
     words = EVERY_WORD.to(device)
     rows = torch.arange(len(words), device=device)
     scale = ((rows % 37 + 1) / 256).bfloat16().float()
-    zero = torch.full_like(scale, 0.5) if bits == 1 else (rows % (1 << bits)).float()
+    zero = (rows % (1 << bits)).float()
+    if bits <= 2:
+        zero = torch.full_like(scale, 0.5) if bits == 1 else rows % 7 / 2
     dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16]
     for dtype in dtypes:
         for block, half in ((b, h) for b in range(4) for h in range(2)):
