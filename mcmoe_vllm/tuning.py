@@ -95,7 +95,7 @@ class _Linear:
         return (groups * self.move.exp().unsqueeze(-1)).flatten(1).to(dtype)
 
     def stored(self) -> torch.Tensor:
-        return self.scale.float() * self.move.detach().cpu().t().exp()
+        return round_scale(self.scale.float() * self.move.detach().cpu().t().exp())
 
 
 @dataclass(frozen=True)

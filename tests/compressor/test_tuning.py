@@ -45,6 +45,7 @@ def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
         if name.endswith(".scales"):
             assert stored[name].dtype == torch.float16
             assert not torch.equal(tensor.to(torch.float16), stored[name])
+            assert torch.equal(tensor, tensor.bfloat16().float())
     kinds = {name.split(".")[-2] for name in tuned.tensors}
     linears = {"q_proj", "k_proj", "v_proj", "o_proj"}
     others = {"w1", "w2", "w3", "gate", "input_layernorm", "post_attention_layernorm"}

@@ -101,13 +101,13 @@ def quantizer_variants():
         "GROUP_SIZE": 128, "POWER": 2.0, "WEIGHTED": True, "SYMMETRIC": False,
         "REAL_ZEROS": False, "WEIGHTED_BINARY": True,
     }  # fmt: skip
-    for name, more in (
-        ("fit_group", fit),
-        ("compensate", {"COUNT": 32}),
-        ("descend", {"COUNT": 32}),
+    for name, more, warps in (
+        ("fit_group", fit, 4),
+        ("compensate", {"COUNT": 32}, 1),
+        ("descend", {"COUNT": 32}, 1),
     ):
         kernel = getattr(columns, f"{name}_kernel")
-        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, {"num_warps": 1}
+        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, {"num_warps": warps}
 
 
 def build(name, kernel, constants, options, capability):
