@@ -77,7 +77,7 @@ class Recipe:
     answers: bool = True
     sequential: bool = True
     tuning_passes: int = 0
-    tuning_rate: float = 1e-2
+    tuning_rate: float = 2e-3
     keep_rounding: bool = True
     router_bits: int = 16
 

@@ -33,7 +33,7 @@ def test_the_papers_traits():
         "answers": False,
         "sequential": True,
         "tuning_passes": 0,
-        "tuning_rate": 1e-2,  # of no effect
+        "tuning_rate": 2e-3,  # of no effect
         "keep_rounding": False,
         "router_bits": 4,
     }
