@@ -412,29 +412,37 @@ def _score_with_vllm(
 
     if find_spec("vllm") is None:
         raise UserError('vLLM is not installed; pip install "mcmoe-vllm[vllm]"')
+    job = {
+        "model": str(path),
+        "length": tokens.shape[1],
+        "windows": tokens.tolist(),
+        "trust_remote_code": trust_remote_code,
+        "additional_config": {} if pruning is None else {"mcmoe": {"pruning": pruning}},
+    }
+    losses = run_engine_program(
+        _VLLM_PROGRAM,
+        job,
+        f"vLLM could not score {path}",
+        # The engine insists on generating a token after a full window; nothing is computed at its
+        # position, so the model's maximum still holds.
+        VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",
+    )
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def run_engine_program(program: str, job: Mapping[str, Any], failure: str, **settings: str) -> Any:
+    """What a Python program writes as JSON. It is given two files, of `job` and for its result,
+    and `settings` in its environment, where else what the user set stays.
+
+    Raises UserError with `failure` and the last lines of its stderr if it writes no result.
+    """
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder, "job.json"), Path(folder, "result.json")
-        job.write_text(
-            json.dumps(
-                {
-                    "model": str(path),
-                    "length": tokens.shape[1],
-                    "windows": tokens.tolist(),
-                    "trust_remote_code": trust_remote_code,
-                    "additional_config": (
-                        {} if pruning is None else {"mcmoe": {"pruning": pruning}}
-                    ),
-                }
-            )
-        )
+        given, result = Path(folder, "job.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(job))
         process = subprocess.run(
-            [sys.executable, "-c", _VLLM_PROGRAM, str(job), str(result)],
-            env={
-                **vllm_environment(),
-                # The engine insists on generating a token after a full window; nothing is
-                # computed at its position, so the model's maximum still holds.
-                "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-            },
+            [sys.executable, "-c", program, str(given), str(result)],
+            env={**defaults, **os.environ, **settings},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -443,14 +451,8 @@ def _score_with_vllm(
         # that, while the process ends, is not asked: some abort.
         if not result.exists():
             tail = "\n".join(process.stderr.strip().splitlines()[-15:])
-            raise UserError(f"vLLM could not score {path}:\n{tail}")
-        return torch.tensor(json.loads(result.read_text()), dtype=torch.float64)
-
-
-def vllm_environment() -> dict[str, str]:
-    """The environment for an engine; what the user set stays."""
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {**defaults, **os.environ}
+            raise UserError(f"{failure}:\n{tail}")
+        return json.loads(result.read_text())
 
 
 def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:

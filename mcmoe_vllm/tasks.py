@@ -7,10 +7,6 @@ recovery is its score over the base model's.
 from __future__ import annotations
 
 import difflib
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -19,7 +15,7 @@ from typing import Any
 
 from mcmoe_vllm.checkpoint import resolve_model
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.evaluation import vllm_environment
+from mcmoe_vllm.evaluation import run_engine_program
 
 NEEDED = {
     "vllm": 'pip install "mcmoe-vllm[vllm]"',
@@ -152,21 +148,8 @@ def _require_tasks(tasks: Sequence[str], include_path: str | None) -> None:
 def _run(model: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's results of one model."""
     path = resolve_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder, "job.json"), Path(folder, "result.json")
-        given.write_text(json.dumps({**job, "engine": {"pretrained": str(path), **job["engine"]}}))
-        process = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, str(given), str(result)],
-            env=vllm_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        # Renamed into place when it is whole; how the engine's process ends is not asked.
-        if not result.exists():
-            tail = "\n".join(process.stderr.strip().splitlines()[-15:])
-            raise UserError(f"lm-eval could not score {path}:\n{tail}")
-        return dict(json.loads(result.read_text()))
+    given = {**job, "engine": {"pretrained": str(path), **job["engine"]}}
+    return dict(run_engine_program(_PROGRAM, given, f"lm-eval could not score {path}"))
 
 
 def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> None:
