@@ -145,15 +145,16 @@ def inner_hessians(
     for position, expert in enumerate(experts):
         rows, scale = calibration_weights(routing, expert, weighting)
         width = given.shape[1] // 2
-        own, cross = (torch.zeros(width, width, device=given.device) for _ in range(2))
+        own = torch.zeros(width, width, device=given.device)
+        cross = own if wanted is given else torch.zeros_like(own)
         for part, share in zip(rows.split(ROWS), scale.split(ROWS), strict=True):
             x, share = routing.hidden[part].to(given.device), share.to(given.device)
             z = expert_hidden(x, given[position].to(x.dtype), activation) * share
             own.addmm_(z.t().float(), z.float())
-            if wanted is not given:
+            if cross is not own:
                 y = expert_hidden(x, wanted[position].to(x.dtype), activation) * share
                 cross.addmm_(y.t().float(), z.float())
-        found.append((own, own if wanted is given else cross))
+        found.append((own, cross))
     hessians, crosses = zip(*found, strict=True)
     hessian = torch.stack(hessians)
     return hessian, hessian if wanted is given else torch.stack(crosses)
