@@ -60,6 +60,7 @@ from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
 
 DENSE_WIDTH = 4
+DEVICE_BYTES = 3 << 30  # of tokens' states that stay on the device while their layer is measured
 PROBE_TOKENS = 16384  # that tell what widths change and what a change costs the model
 ROUTER = "mlp.gate"
 RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
@@ -187,9 +188,9 @@ class _Job:
         """w13 [2I, H] and w2 [H, I] of one expert, float32 on the device."""
         gate, up, down = self.architecture.expert_weights(layer, expert)
         weights = self.checkpoint.read_weights([gate, up, down])
-        w13 = torch.cat([weights[gate], weights[up]])
-        device = self.model.device
-        return w13.to(device, torch.float32), weights[down].to(device, torch.float32)
+        # To the device first: it converts faster, and half the bytes travel.
+        w1, w3, w2 = (weights[name].to(self.model.device).float() for name in (gate, up, down))
+        return torch.cat([w1, w3]), w2
 
 
 @dataclass(frozen=True)
@@ -580,14 +581,15 @@ def _measure_layers(
                 probe_tokens=probe_tokens if probing else None,
             )
             outputs = _add(outputs, experts_output)
-            change = change[:probe_tokens]
-            probes += _add(outputs[:probe_blocks], change)
+            if probing:
+                probes += _to_main_memory(_add(outputs[:probe_blocks], change))
             saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
             work.save_layer("significance", index, saved)
             job.progress.layer_done(index, report.describe_measurement(measured))
         else:
             job.progress.layer_done(index, "dense layer, nothing to measure")
-        blocks = outputs
+        blocks = _to_main_memory(outputs)
+        del outputs, routing
         model.release_layer(index)
         work.save_hidden("measure", index + 1, [*blocks, *probes])
     found = [work.load_layer("significance", i) for i in job.moe_layers]
@@ -632,7 +634,8 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
             lost["experts"], experts = _quantize_experts(job, index, routing, bits)
             _store_experts(job, index, experts, bits, tensors)
             outputs = _add(outputs, _routed_output(job, routing, experts))
-        blocks = outputs if traits.sequential else exact
+        blocks = _to_main_memory(outputs) if traits.sequential else exact
+        del outputs, routing
         model.release_layer(index)
         write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
         del tensors
@@ -652,13 +655,14 @@ def _exact_outputs(
     model = job.model
     outputs, routing = _run_blocks(model, layer, index, blocks)
     if routing is None:
-        return outputs
+        return _to_main_memory(outputs)
 
     def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         w13, w2 = job.read_expert(index, expert)
         return w13.to(model.dtype), w2.to(model.dtype)
 
-    return _add(outputs, experts_output(routing, read, job.num_experts, model.activation()))
+    changes = experts_output(routing, read, job.num_experts, model.activation())
+    return _to_main_memory(_add(outputs, changes))
 
 
 def _quantize_dense(
@@ -869,7 +873,7 @@ def _store_experts(
         w13, w2 = bits[expert]
         for name, part, width in zip(names, parts, (w13, w13, w2), strict=True):
             prefix = name.removesuffix("weight")
-            tensors[prefix + "weight_packed"] = packing.pack(part.codes[0].cpu(), width)
+            tensors[prefix + "weight_packed"] = packing.pack(part.codes[0], width).cpu()
             tensors[prefix + "weight_scale"] = packing.interleave_scale(
                 part.scale[0], part.zero[0]
             ).cpu()
@@ -1004,20 +1008,28 @@ def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
 def _run_blocks(
     model: StreamedModel, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], Routing | None]:
-    """All blocks through a layer, and the routing of all their tokens; results in main memory."""
+    """All blocks through a layer, and the routing of all their tokens; on the device if they are
+    not too large, else in main memory."""
     outputs, routings = [], []
+    kept = model.device if sum(b.nbytes for b in blocks) <= DEVICE_BYTES else torch.device("cpu")
     for block in blocks:
         output, routing = model.run_layer(layer, index, block.to(model.device))
-        outputs.append(output.cpu())
+        outputs.append(output.to(kept))
         if routing is not None:
-            routings.append(Routing(routing.hidden.cpu(), routing.ids.cpu(), routing.weights.cpu()))
+            routings.append(
+                Routing(routing.hidden.to(kept), routing.ids.to(kept), routing.weights.to(kept))
+            )
     return outputs, significance.concatenate(routings) if routings else None
 
 
 def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
     """Blocks [B, L, H] plus the matching rows of [T, H]."""
     parts = rows.split([b.shape[0] * b.shape[1] for b in blocks])
-    return [b + p.view_as(b).to(b.dtype) for b, p in zip(blocks, parts, strict=True)]
+    return [b + p.view_as(b).to(b) for b, p in zip(blocks, parts, strict=True)]
+
+
+def _to_main_memory(blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [block.cpu() for block in blocks]
 
 
 def _named_traits(recipe: Recipe) -> dict[str, Any]:
@@ -1037,7 +1049,11 @@ def _softmax_scores(layer: torch.nn.Module, routing: Routing) -> torch.Tensor:
     router: Any = layer.get_submodule(ROUTER)
     weight = router.weight.float()
     parts = [
-        (hidden.to(weight).matmul(weight.t()).softmax(-1).gather(1, ids.to(weight.device))).cpu()
+        hidden.to(weight)
+        .matmul(weight.t())
+        .softmax(-1)
+        .gather(1, ids.to(weight.device))
+        .to(ids.device)
         for hidden, ids in zip(
             routing.hidden.split(significance.ROWS),
             routing.ids.split(significance.ROWS),

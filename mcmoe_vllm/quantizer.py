@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from mcmoe_vllm.precision import fast_products
 from mcmoe_vllm.recipes import BEST, Recipe
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323, section 3)
@@ -300,6 +301,7 @@ def _round_to_nearest(
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
+@fast_products
 def _gptq(
     w: torch.Tensor,
     hessian: torch.Tensor,
@@ -370,6 +372,7 @@ def compensate_torch(
         part[:, i + 1 :].addcmul_(row, error.unsqueeze(1), value=-1)
 
 
+@fast_products
 def _refine(
     w: torch.Tensor, hessian: torch.Tensor, codes: _Codes, fit: _GroupFit, rounds: int
 ) -> _Codes:
@@ -433,12 +436,20 @@ def _descend(
     descend = descend_torch
     if w.is_cuda:
         from mcmoe_kernels.columns import descend
-    for sub in range(0, w.shape[1], SUB_BLOCK):
-        end = min(sub + SUB_BLOCK, w.shape[1])
-        group = sub // group_size
-        moves = descend(slope, deq, q, scale[:, group].contiguous(), zero[:, group].contiguous(),
-                        hessian, fit.max_code[:, 0], sub, end - sub)  # fmt: skip
-        slope[:, end:] -= hessian[:, end:, sub:end] @ moves
+    for block in range(0, w.shape[1], BLOCK):
+        block_end = min(block + BLOCK, w.shape[1])
+        moves = []
+        for sub in range(block, block_end, SUB_BLOCK):
+            end = min(sub + SUB_BLOCK, block_end)
+            group = sub // group_size
+            moves.append(
+                descend(slope, deq, q, scale[:, group].contiguous(), zero[:, group].contiguous(),
+                        hessian, fit.max_code[:, 0], sub, end - sub)
+            )  # fmt: skip
+            slope[:, end:block_end] -= hessian[:, end:block_end, sub:end] @ moves[-1]
+        slope[:, block_end:].baddbmm_(
+            hessian[:, block_end:, block:block_end], torch.cat(moves, 1), alpha=-1
+        )
     return q
 
 
@@ -503,6 +514,7 @@ def _split_errors(
     return _row_errors(w, codes, hessian).unflatten(1, (splits, -1)).sum(-1)
 
 
+@fast_products
 def _row_errors(w: torch.Tensor, codes: _Codes, hessian: torch.Tensor) -> torch.Tensor:
     """d H d^T of each row, [B, N]."""
     q, scale, zero = codes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mcmoe_vllm import quantizer
+from mcmoe_vllm.precision import fast_products
 from mcmoe_vllm.recipes import BEST, Recipe
 from mcmoe_vllm.streaming import Routing, expert_hidden, run_expert
 
@@ -84,6 +85,7 @@ def calibration_rows(routing: Routing, expert: int) -> torch.Tensor:
     return torch.cat([rows, others * total // max(others.numel(), 1)])
 
 
+@fast_products
 def gram(rows: torch.Tensor) -> torch.Tensor:
     """X^T X in float32 for X [T, K]."""
     k = rows.shape[1]
@@ -131,6 +133,7 @@ def calibration_weights(
     return rows, scale
 
 
+@fast_products
 def inner_hessians(
     routing: Routing,
     experts: Sequence[int],
@@ -190,8 +193,8 @@ def measure_layer(
     probe_tokens: int | None = None,
 ) -> tuple[LayerSignificance, torch.Tensor, torch.Tensor]:
     """Measure one layer and compute its routed experts' output, float32 [T, H], and the change of
-    it if all experts are quantized at candidate number `probe` ([T, H], zero for None). Errors and
-    change are of the first `probe_tokens` tokens alone (default: of all).
+    it if all experts are quantized at candidate number `probe` (none for None). Errors and change
+    are of the first `probe_tokens` tokens alone (default: of all).
 
     routing: all calibration tokens; read_expert: expert -> (w13 [2I, H], w2 [H, I]);
     recipe: its traits of significance; scores [T, k]: what `routing_weight` sums (default: the
@@ -207,8 +210,8 @@ def measure_layer(
     errors: list[list[float]] = []
     projection_errors: list[list[list[float]]] = []
     trace_errors: list[list[float]] = []
-    changes = torch.zeros_like(output)
     limit = total if probe_tokens is None else probe_tokens
+    changes = torch.zeros_like(output[: 0 if probe is None else limit])
     weight_sums: list[float] = []
     rounding_kept = matrices = 0
     how: dict[str, Any] = {

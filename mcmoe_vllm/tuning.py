@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,9 @@ from mcmoe_vllm.quantizer import round_scale
 from mcmoe_vllm.streaming import run_expert
 
 HELD_OUT = 8  # one window in so many decides whether tuning helped
+FITTED = 2  # one in so many of the others is learned from: all of them take twice the time
 BATCH_TOKENS = 1024
+UNPACKED_BYTES = 2**28  # of codes that are unpacked once, not in every pass through their layer
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of the way tuned, in the order in which they are tried
 WARM_UP = 0.1  # of the steps
 NORMS_AND_ROUTER = ("norm.weight", "mlp.gate.weight")  # ends of their names in a layer
@@ -42,20 +44,28 @@ class Tuned:
 @dataclass(frozen=True)
 class _Matrix:
     """An expert matrix as it is stored (main memory), and the logarithm by which its scales grow,
-    float32 [N, K/G] on the device."""
+    float32 [N, K/G] on the device. kept: its levels, where there is room for them."""
 
     name: str
     bits: int
     packed: torch.Tensor
     scale: torch.Tensor
     stretch: torch.Tensor
+    kept: torch.Tensor | None = None
 
-    def dequantize(self, device: torch.device) -> torch.Tensor:
-        """float32 [N, K]; gradients flow to the stretch."""
-        scale, zero = (t.float() for t in packing.split_scale(self.scale.to(device)))
+    def levels(self) -> torch.Tensor:
+        """Codes less zeros on the device, float32 [N, K/G, G]."""
+        if self.kept is not None:
+            return self.kept
+        device = self.stretch.device
+        zero = packing.split_scale(self.scale.to(device))[1].float()
         codes = packing.unpack(self.packed.to(device), self.bits).float()
-        levels = codes.unflatten(-1, (scale.shape[-1], -1)) - zero.unsqueeze(-1)
-        return (levels * (scale * self.stretch.exp()).unsqueeze(-1)).flatten(-2)
+        return codes.unflatten(-1, (zero.shape[-1], -1)) - zero.unsqueeze(-1)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K] on the device; gradients flow to the stretch."""
+        scale = packing.split_scale(self.scale.to(self.stretch.device))[0].float()
+        return (self.levels() * (scale * self.stretch.exp()).unsqueeze(-1)).flatten(-2)
 
     def stored(self) -> torch.Tensor:
         """The tensor of scales and zeros with the new scales."""
@@ -124,7 +134,7 @@ def tune_model(
     """
     model = loaded.model
     stored = open_checkpoint(model.checkpoint.path)
-    layers = [_load_layer(loaded, stored, index) for index in range(model.num_layers)]
+    layers = _keep_levels([_load_layer(loaded, stored, i) for i in range(model.num_layers)])
     learned = [p.move for layer in layers for p in layer.parameters.values()]
     learned += [m.stretch for layer in layers for e in layer.experts.values() for m in e]
     for value in learned:
@@ -132,7 +142,7 @@ def tune_model(
     states = [state for block in teacher for state in block]
     size = max(1, BATCH_TOKENS // windows.shape[1])
     held = [i for i in range(len(windows)) if i % HELD_OUT == HELD_OUT - 1] or [0]
-    fitted = [i for i in range(len(windows)) if i not in held] or held
+    fitted = [i for i in range(len(windows)) if i not in held][::FITTED] or held
 
     def divergence(chosen: Sequence[int], learn: bool) -> float:
         """Mean KL over the chosen windows; with `learn` its gradients are added."""
@@ -251,6 +261,30 @@ def _load_layer(loaded: LoadedModel, checkpoint: Checkpoint, index: int) -> _Lay
     return _Layer(module, parameters, experts)
 
 
+def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
+    """The layers with the levels of as many matrices kept as UNPACKED_BYTES have room for."""
+    room = UNPACKED_BYTES
+
+    def keep(matrix: _Matrix) -> _Matrix:
+        nonlocal room
+        needed = 4 * matrix.packed.numel() * 8 * matrix.packed.element_size() // matrix.bits
+        if needed > room:
+            return matrix
+        room -= needed
+        return replace(matrix, kept=matrix.levels())
+
+    return [
+        replace(
+            layer,
+            experts={
+                e: (keep(gate), keep(up), keep(down))
+                for e, (gate, up, down) in layer.experts.items()
+            },
+        )
+        for layer in layers
+    ]
+
+
 def _load_matrix(checkpoint: Checkpoint, name: str, bits: int, device: torch.device) -> _Matrix:
     prefix = name.removesuffix("weight")
     packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
@@ -271,7 +305,7 @@ def _run(loaded: LoadedModel, layer: _Layer, index: int, hidden: torch.Tensor) -
         rows, weights = routing.tokens_of(e)
         if not rows.numel():
             continue
-        gate, up, down = (m.dequantize(model.device).to(model.dtype) for m in matrices)
+        gate, up, down = (m.dequantize().to(model.dtype) for m in matrices)
         y = run_expert(routing.hidden[rows], torch.cat([gate, up]), down, model.activation())
         total = total.index_add(0, rows, y.float() * weights.float().unsqueeze(1))
     return output + total.view_as(output).to(output.dtype)

@@ -81,7 +81,7 @@ def fit_group_kernel(w, importance, shrinks, max_codes, zero_steps, scales, zero
             difference = difference * difference
         else:
             difference = tl.where(
-                difference > 0, tl.exp2(POWER * tl.log2(tl.maximum(difference, 1e-38))), 0.0
+                difference > 0, tl.exp2(POWER * tl.log2(tl.maximum(difference, 1e-37))), 0.0
             )
         if WEIGHTED:
             difference = difference * weight[:, None]
