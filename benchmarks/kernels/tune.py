@@ -63,7 +63,7 @@ def candidates(shape: str, tokens: int) -> list[Config]:
     found: list[Config] = []
     if per_expert <= 32:
         found += [
-            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split, r, 0)
+            DecodeConfig(m, n, min(n, 128), w, min(w, 4), s, s, split, r)
             for m, n, w, s, r in DECODE
             for split in splits
             if m <= max(4, 2 * per_expert)

@@ -8,6 +8,10 @@ zeros are applied to a group's sum, and one launch runs experts of all widths. F
     gate_up   block x rows of w13: act(gate) * up, rounded to x.dtype, as digits again
     down      block x rows of w2 x parts of K: partial sums, float32
     combine   parts and experts of a token, weighted, in a fixed order
+
+For one token, whom a program works for follows from topk_ids alone: programs of gate_up and down
+find it themselves while the launch before theirs ends, and the last program of down for a block of
+rows combines.
 """
 
 import torch
@@ -17,10 +21,12 @@ import triton.language as tl
 from mcmoe_kernels.dequantization import blocks_bytes, concatenate, split_meta
 from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
 from mcmoe_kernels.routing import (
+    add_pair_counts,
+    expert_of_pair,
     max_blocks,
     pdl_options,
     route,
-    route_single,
+    slot_of_pair,
     wait_for_previous,
 )
 from mcmoe_kernels.tiles import TiledLayer
@@ -184,22 +190,45 @@ def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_s
     return acc
 
 
+@triton.jit
+def find_single_block(ids, slot_of, topk_weights, ratio, table, block,
+                      PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """With one token, block b is pair b: its slot (-1: pruned or empty), its entry in `table`, and
+    the pairs int32 [2 * BLOCK_M] of the block, each twice."""
+    pair = block + tl.arange(0, 1)
+    slot = slot_of_pair(ids, slot_of, topk_weights, ratio, pair, pair >= 0, PRUNED_TOP_K)
+    slot = tl.max(slot, 0)
+    entry = tl.load(table + tl.maximum(slot, 0))
+    return slot, entry, tl.where(tl.arange(0, 2 * BLOCK_M) < 2, block, -1)
+
+
+@triton.jit
+def load_block(block_info, block_pair, block, ENTRY: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The same as `find_single_block` finds, from the table that `prepare_kernel` left."""
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + ENTRY)
+    return slot, entry, tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+
+
 @triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
 def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_ids, counts,
-                   table13, table2, scratch, block_info, block_pair, pairs, blocks,
+                   table13, table2, scratch, block_info, block_pair, ended, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
                    PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-                   SINGLE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Program 0 prunes and routes; the others take pieces of x."""
+                   SINGLE: tl.constexpr, ENDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program 0 prunes and routes; the others take pieces of x. ended: int32 [ENDED], for
+    `down_kernel`."""
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
     wait_for_previous(PDL)
     program = tl.program_id(0) - 1
     if program < 0:
         if SINGLE:
-            route_single(
-                ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, block_info,
-                block_pair, pairs, PRUNED_TOP_K, BLOCK_M, SLOTS,
+            tl.store(ended + tl.arange(0, ENDED), 0)
+            pair = tl.arange(0, SLOTS)
+            expert = expert_of_pair(
+                ids, topk_weights, ratio, pair, pair < pairs, PRUNED_TOP_K
             )  # fmt: skip
+            add_pair_counts(counts, ids, expert, pair, pair < pairs)
         else:
             route(
                 ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, scratch,
@@ -211,19 +240,24 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_id
     )
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
+@triton.jit(do_not_specialize=["ratio", "top_k"])
+def gate_up_kernel(digits, x_meta, records, ids, slot_of, topk_weights, ratio, table13,
+                   block_info, block_pair, h_digits, h_meta, top_k,
                    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+                   SINGLE: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
                    PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     first_row = tl.program_id(0) * BLOCK_N
-    wait_for_previous(PDL)
     block = tl.program_id(1)
-    slot = tl.load(block_info + block * 4)
-    entry = tl.load(block_info + block * 4 + 1)
-    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+    if SINGLE:
+        slot, entry, pairs = find_single_block(
+            ids, slot_of, topk_weights, ratio, table13, block, PRUNED_TOP_K, BLOCK_M
+        )
+    wait_for_previous(PDL)
+    if not SINGLE:
+        slot, entry, pairs = load_block(block_info, block_pair, block, 1, BLOCK_M)
     if slot < 0:
         return
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
@@ -255,35 +289,59 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
     tl.store(at + 1, tl.sum(fixed, 1).to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["pairs_total"])
-def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
+@triton.jit(do_not_specialize=["ratio", "pairs_total"])
+def down_kernel(h_digits, h_meta, records, ids, slot_of, topk_weights, ratio, table2,
+                block_info, block_pair, parts, ended, out, pairs_total,
                 HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                 GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                 SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                STAGES: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                STAGES: tl.constexpr, SINGLE: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
+                PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """SINGLE: the one token's experts; the last of their programs for a block of rows to end adds
+    up what all left. 0: `combine_kernel` does."""
     STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
     PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
-    wait_for_previous(PDL)
-    block = tl.program_id(1)
-    slot = tl.load(block_info + block * 4)
-    entry = tl.load(block_info + block * 4 + 2)
-    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
-    if slot < 0:
-        return
     first_step = split * PER_SPLIT
-    acc = dot_any_width(
-        h_digits, h_meta, pairs, records, entry, first_row,
-        first_step, tl.minimum(first_step + PER_SPLIT, STEPS),
-        HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
-    )  # fmt: skip
-    pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
+    block = tl.program_id(1)
+    if SINGLE:
+        part = tl.arange(0, triton.next_power_of_2(SPLITS * SINGLE))
+        slot, entry, pairs = find_single_block(
+            ids, slot_of, topk_weights, ratio, table2, block, PRUNED_TOP_K, BLOCK_M
+        )
+        # What adding up needs is here before the sums are.
+        used = slot_of_pair(
+            ids, slot_of, topk_weights, ratio, part % SINGLE, part < SPLITS * SINGLE, PRUNED_TOP_K
+        ) >= 0  # fmt: skip
+        weights = tl.load(topk_weights + part % SINGLE, mask=used, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    if not SINGLE:
+        slot, entry, pairs = load_block(block_info, block_pair, block, 2, BLOCK_M)
     row = first_row + tl.arange(0, BLOCK_N)
-    at = (split * pairs_total + pair).to(tl.int64) * HIDDEN
-    tl.store(
-        parts + at[None, :] + row[:, None], acc, mask=(pair >= 0)[None, :] & (row >= 0)[:, None]
-    )
+    if slot >= 0:
+        acc = dot_any_width(
+            h_digits, h_meta, pairs, records, entry, first_row,
+            first_step, tl.minimum(first_step + PER_SPLIT, STEPS),
+            HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+        )  # fmt: skip
+        pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
+        at = (split * pairs_total + pair).to(tl.int64) * HIDDEN
+        tl.store(
+            parts + at[None, :] + row[:, None], acc,
+            mask=(pair >= 0)[None, :] & (row >= 0)[:, None],
+        )  # fmt: skip
+    if SINGLE:
+        tl.debug_barrier()
+        before = tl.atomic_add(ended + first_row // BLOCK_N, 1, sem="acq_rel")
+        if before == SPLITS * SINGLE - 1:
+            # From the L2 cache: what another multiprocessor wrote is not in this one's own.
+            values = tl.load(
+                parts + part[:, None] * HIDDEN + row[None, :],
+                mask=used[:, None] & (row >= 0)[None, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            total = tl.sum(values * weights[:, None], 0)
+            tl.store(out + row, total.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["pairs_total"])
@@ -339,8 +397,9 @@ def fused_experts_decode(
     x_block, h_block = w13.group_size, min(w2.group_size, config.block_n13 // 2)
     blocks = pairs if single else max_blocks(pairs, layer.num_slots, block_m)
     slots = triton.next_power_of_2(pairs if single else layer.num_slots)
+    row_blocks = hidden // config.block_n2
     # Buffers of their own: pieces of one would differ in alignment, which is compiled in.
-    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts = (
+    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts, ended = (
         x.new_empty(shape, dtype=dtype)
         for shape, dtype in (
             ((tokens, 2, hidden), torch.int8),
@@ -351,37 +410,48 @@ def fused_experts_decode(
             ((blocks, 4), torch.int32),
             ((blocks, block_m), torch.int32),
             ((config.splits, pairs, hidden), torch.float32),
+            (triton.next_power_of_2(row_blocks), torch.int32),
         )
     )
     out = torch.empty_like(x)
     common = pdl_options(pdl)
     x_blocks = 1024 // x_block
     pruned = prune_ratio > 0 or counts is not None
-    kept_ids = torch.empty_like(topk_ids) if pruned else topk_ids
+    pruned_top_k = top_k if pruned else 0
+    kept_ids = torch.empty_like(topk_ids) if pruned and not single else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
         x, digits, x_meta, topk_ids, layer.slot_of, topk_weights, prune_ratio, kept_ids, counts,
-        w13.table, w2.table, scratch, block_info, block_pair, pairs, blocks,
+        w13.table, w2.table, scratch, block_info, block_pair, ended, pairs, blocks,
         COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks,
-        PRUNED_TOP_K=top_k if pruned else 0, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
-        num_warps=4, **common,
+        PRUNED_TOP_K=pruned_top_k, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
+        ENDED=len(ended) if single else 1, num_warps=4, **common,
     )  # fmt: skip
-    shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
+    shape = {
+        "HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline,
+        "PRUNED_TOP_K": pruned_top_k if single else 0,
+    }  # fmt: skip
+    routes = (topk_ids, layer.slot_of, topk_weights, prune_ratio)
     limit13, limit2 = (
         {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
     )
     gate_up_kernel[(2 * inter // config.block_n13, blocks)](
-        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
+        digits, x_meta, w13.records, *routes, w13.table, block_info, block_pair, h_digits, h_meta,
+        top_k,
         GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
         ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
         H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
+        SINGLE=top_k if single else 0,
         num_warps=config.warps13, **limit13, **shape, **common,
     )  # fmt: skip
-    down_kernel[(hidden // config.block_n2 * config.splits, blocks)](
-        h_digits, h_meta, w2.records, block_info, block_pair, parts, pairs,
+    down_kernel[(row_blocks * config.splits, blocks)](
+        h_digits, h_meta, w2.records, *routes, w2.table, block_info, block_pair, parts, ended, out,
+        pairs,
         GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
-        BLOCK_N=config.block_n2, STAGES=config.stages2, num_warps=config.warps2,
-        **limit2, **shape, **common,
+        BLOCK_N=config.block_n2, STAGES=config.stages2, SINGLE=top_k if single else 0,
+        num_warps=config.warps2, **limit2, **shape, **common,
     )  # fmt: skip
+    if single:
+        return out
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
         parts, topk_weights, kept_ids, layer.slot_of, out, pairs,

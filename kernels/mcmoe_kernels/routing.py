@@ -130,24 +130,6 @@ def note_block(block_info, block, slot, table13, table2, mask):
 
 
 @triton.jit
-def route_single(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, block_info,
-                 block_pair, pairs, PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
-                 PAIRS: tl.constexpr):  # fmt: skip
-    """One token: each pair is a block of its own, empty ones stay where they are."""
-    pair = tl.arange(0, PAIRS)
-    inside = pair < pairs
-    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
-    if PRUNED_TOP_K:
-        tl.store(kept_ids + pair, expert, mask=inside)
-        add_pair_counts(counts, ids, expert, pair, inside)
-    slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
-    note_block(block_info, pair, slot, table13, table2, inside)
-    place = tl.arange(0, BLOCK_M)[None, :]
-    at = pair[:, None] * BLOCK_M + place
-    tl.store(block_pair + at, tl.where(place == 0, pair[:, None], -1), mask=inside[:, None])
-
-
-@triton.jit
 def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, count, rank,
                 first_block, block_info, block_pair, pairs, begin, stride,
                 PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,

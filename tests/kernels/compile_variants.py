@@ -30,7 +30,7 @@ TYPES = {
     "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
     "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
     "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
-    "counts": "*i64",
+    "counts": "*i64", "ended": "*i32",
     **dict.fromkeys(("w", "importance", "shrinks", "max_codes", "zero_steps", "scale", "zero",
                      "scales", "zeros", "codes", "errors", "inverse", "moved", "slope", "deq",
                      "moves", "hessian"), "*fp32"),
@@ -77,18 +77,20 @@ def variants(shape: LayerShape, config, capability: int):
         {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
     )
     h_block = min(128, config.block_n13 // 2)
-    yield "gate_up", experts_decode.gate_up_kernel, {
-        **sizes, **quantized, **first, **pdl, "X_BLOCK": 128, "DTYPE": tl.bfloat16,
-        "H_BLOCK": h_block, "STAGES": config.stages13,
-    }, {"num_warps": config.warps13, **limit13}  # fmt: skip
-    yield "down", experts_decode.down_kernel, {
-        **sizes, **quantized, **second, **pdl, "X_BLOCK": h_block, "SPLITS": config.splits,
-        "STAGES": config.stages2,
-    }, {"num_warps": config.warps2, **limit2}  # fmt: skip
+    for name, single in (("", 0), ("_single", shape.top_k)):
+        how = {"SINGLE": single, "PRUNED_TOP_K": single, **pdl}
+        yield "gate_up" + name, experts_decode.gate_up_kernel, {
+            **sizes, **quantized, **first, **how, "X_BLOCK": 128, "DTYPE": tl.bfloat16,
+            "H_BLOCK": h_block, "STAGES": config.stages13,
+        }, {"num_warps": config.warps13, **limit13}  # fmt: skip
+        yield "down" + name, experts_decode.down_kernel, {
+            **sizes, **quantized, **second, **how, "X_BLOCK": h_block, "SPLITS": config.splits,
+            "STAGES": config.stages2,
+        }, {"num_warps": config.warps2, **limit2}  # fmt: skip
     yield "prepare", experts_decode.prepare_kernel, {
         "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
         "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-        "SINGLE": False, **pdl,
+        "SINGLE": False, "ENDED": 1, **pdl,
     }, {"num_warps": 4}  # fmt: skip
     yield "combine", experts_decode.combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,
@@ -101,8 +103,10 @@ def quantizer_variants():
         "GROUP_SIZE": 128, "POWER": 2.0, "WEIGHTED": True, "SYMMETRIC": False,
         "REAL_ZEROS": False, "WEIGHTED_BINARY": True,
     }  # fmt: skip
+    paper = fit | {"POWER": 2.4, "WEIGHTED": False, "WEIGHTED_BINARY": False}
     for name, more, warps in (
         ("fit_group", fit, 4),
+        ("fit_group", paper, 4),
         ("compensate", {"COUNT": 32}, 1),
         ("descend", {"COUNT": 32}, 1),
     ):
