@@ -211,17 +211,28 @@ def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
         "--sweep",
         type=_numbers,
         metavar="1.5,2,3",
-        help="print the KL that each of these averages is expected to cost, and write nothing",
+        help="print the KL that each of these averages is expected to cost; write no plan",
     )
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw what --sweep prints")
 
 
 def _run_plan(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.pipeline import plan, sweep
+    from mcmoe_vllm.checkpoint import explain_os_errors
+    from mcmoe_vllm.pipeline import plan, require_parent, sweep
+    from mcmoe_vllm.report import write_sweep
 
+    if parsed.plot is not None:
+        if not parsed.sweep:
+            raise UserError("--plot draws what --sweep prints; give --sweep 1.5,2,2.5,3 too")
+        require_parent(Path(parsed.plot))
     if parsed.sweep:
+        points = sweep(_options(parsed, None), parsed.sweep)
         print(" bits  expected KL (nats per token, before tuning)")
-        for bits, divergence in sweep(_options(parsed, None), parsed.sweep):
+        for bits, divergence in points:
             print(f"{bits:5.2f}  {divergence:.4f}")
+        if parsed.plot is not None:
+            with explain_os_errors(f"writing {parsed.plot}"):
+                write_sweep(points, Path(parsed.plot))
         return
     plan(_options(parsed, None))
     print(parsed.output)

@@ -55,6 +55,7 @@ from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import MAX_DROP
 from mcmoe_vllm.pruning_calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
 from mcmoe_vllm.recipes import RECIPES, Recipe
+from mcmoe_vllm.sensitivity import matrix_costs, summarize_costs
 from mcmoe_vllm.streaming import Routing, StreamedModel, choose_device, experts_output
 from mcmoe_vllm.text import DEFAULT_DATASET, load_tokenizer, sample_windows
 from mcmoe_vllm.workdirectory import WorkDirectory, open_work_directory
@@ -209,7 +210,7 @@ def plan(options: QuantizeOptions) -> Plan:
     output = Path(options.output)
     if output.is_dir():
         raise UserError(f"output {output} is a folder; name a file such as plan.json")
-    _require_parent(output)
+    require_parent(output)
     with report.Progress() as progress:
         job = _prepare(options, progress)
         work = _open_work(job, Path(options.work_dir or f"{options.output}.work"), "plan")
@@ -264,7 +265,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     output = Path(options.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not empty; choose another folder")
-    _require_parent(output)
+    require_parent(output)
     with report.Progress() as progress:
         given = None
         if options.plan is not None:
@@ -442,7 +443,7 @@ def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
         **_named_traits(options.traits),
     }
     description = json.loads(json.dumps(description))
-    _require_parent(path)
+    require_parent(path)
     work = open_work_directory(path, description, options.resume)
     job.progress.say(f"work directory {path}")
     return work
@@ -956,6 +957,7 @@ def _publish(
             for entry in layers
             if entry.get("experts", {}).get("starved")
         },
+        "sensitivity": summarize_costs(matrix_costs(chosen)),
         "recipe": recipe,
         "plan": chosen.to_dict(),
     }
@@ -1104,7 +1106,8 @@ def _require_free_space(work: WorkDirectory, total_bytes: int) -> None:
         )
 
 
-def _require_parent(path: Path) -> None:
+def require_parent(path: Path) -> None:
+    """Raises UserError if no file can be made in the folder of `path`."""
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UserError(f"{parent}, the folder for {path.name}, does not exist; create it first")

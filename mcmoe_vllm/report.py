@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcmoe_vllm.config import Plan
+from mcmoe_vllm.sensitivity import describe_costs
 
 if TYPE_CHECKING:
     from mcmoe_vllm.significance import LayerSignificance
@@ -172,12 +173,33 @@ def print_result(result: Mapping[str, Any], output: Path) -> None:
     layers = [layer["experts"] for layer in result["layers"] if "experts" in layer]
     rounding = sum(layer["rounding_kept"] for layer in layers)
     matrices = sum(layer["matrices"] for layer in layers)
+    if result["sensitivity"] is not None:
+        console.print(describe_costs(result["sensitivity"]), markup=False)
     console.print(
         f"rounding to nearest beat GPTQ in {rounding} of {matrices} expert matrices\n"
         f"{result['seconds']:.0f} s, peak memory {size(result['peak_rss_bytes'])}\n"
         f"wrote {output}; serve it with: vllm serve {output} --quantization mcmoe",
         markup=False,
     )
+
+
+def write_sweep(points: Sequence[tuple[float, float]], path: Path) -> None:
+    """Expected KL (nats a token) against average bits as a PNG, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bits, nats = zip(*sorted(points), strict=True)
+    axes.plot(bits, nats, marker="o", color=WIDTH_COLOURS[4])
+    axes.set_yscale("log")
+    axes.set_xlabel("average bits of the experts' codes")
+    axes.set_ylabel("expected KL, nats a token")
+    axes.grid(alpha=0.3, which="both")
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", metadata={"Software": "mcmoe-vllm"})
+    partial.replace(path)
 
 
 def write_heatmap(plan: Plan, path: Path) -> None:

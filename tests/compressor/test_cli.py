@@ -274,3 +274,31 @@ def test_nothing_is_unpickled(capsys, model, tmp_path):
     torch.save({"weight": torch.zeros(1)}, model / "pytorch_model.bin")
     code, _, err = run(capsys, "quantize", model, "-o", tmp_path / "out")
     assert code == 2 and "never loaded" in err
+
+
+def test_a_sweep_is_drawn(tiny_models, calibration_text, tmp_path, capsys):
+    command = ["plan", str(tiny_models("mixtral")), "--calibration", str(calibration_text),
+               "--samples", "2", "--sequence-length", "64", "--sweep", "1.5,2,3"]  # fmt: skip
+    drawing = tmp_path / "sweep.png"
+    assert cli.main([*command, "--plot", str(drawing)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "1.50", "2.00", "3.00"
+    ]  # fmt: skip
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.png"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--plot", "x.png"], "--plot draws what --sweep prints"),
+        (
+            ["--sweep", "2", "--plot", "absent/x.png"],
+            "absent, the folder for x.png, does not exist",
+        ),
+    ],
+)
+def test_a_drawing_that_cannot_be_is_refused_at_once(more, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "no-model", *more]) == 2
+    assert message in capsys.readouterr().err
