@@ -28,7 +28,7 @@ demo: .venv/ready  ## compress a small model to 2.5 bits, evaluate it, serve it 
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/ready  ## run the tests; ARGS="-k pattern" narrows them
-	@.venv/bin/python -m pytest -n 2 --dist loadscope $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-compile: .venv/ready  ## compile every shipped kernel for every supported GPU (no GPU needed)
 	@MCMOE_COMPILE_ALL=1 .venv/bin/python -m pytest tests/kernels/test_compile.py $(ARGS)

@@ -88,6 +88,14 @@ def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: 
     return folder
 
 
+SLOWEST = ("e2e", "test_memory.py", "test_compile.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that at the end no worker is alone with it."""
+    items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function from model type ("mixtral", ...) to the folder of a tiny random model."""
