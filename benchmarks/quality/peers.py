@@ -195,7 +195,7 @@ def main() -> None:
     if arguments.child:
         run_child(arguments)
         return
-    from perplexity import machine
+    from machine import machine
 
     from mcmoe_vllm import evaluation
     from mcmoe_vllm.checkpoint import open_checkpoint

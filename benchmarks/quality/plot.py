@@ -1,42 +1,97 @@
-"""Draw perplexity against true bits from benchmarks/results/perplexity.jsonl.
+"""Draw what compression costs against true bits from benchmarks/results/quality.jsonl.
 
-python benchmarks/quality/plot.py        writes docs/perplexity.png
+python benchmarks/quality/plot.py        writes docs/quality.png, prints the README's table
 """
 
 import json
+import statistics
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
+PEER_COLOUR = "#666666"
+PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v"}
 
 
 def main() -> None:
-    rows = [
-        json.loads(line)
-        for line in (ROOT / "benchmarks/results/perplexity.jsonl").read_text().splitlines()
-    ]
-    figure = Figure(figsize=(7, 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    lines = (ROOT / "benchmarks/results/quality.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss_difference" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    for model, colour in zip(models, COLOURS, strict=False):
-        # The newest row of each width.
-        newest = {row["nominal_bits"]: row for row in rows if row["model"] == model}
-        points = sorted(newest.values(), key=lambda row: row["true_bits"])
-        loss = [100 * (row["perplexity"] / row["base_perplexity"] - 1) for row in points]
-        axes.plot([r["true_bits"] for r in points], loss, "o-", color=colour, label=model)
-    axes.set_xlabel("true bits per expert weight (scales and zeros counted)")
-    axes.set_ylabel("perplexity lost, %")
+    figure = Figure(figsize=(4.2 * len(models), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        draw(axes, [row for row in rows if row["model"] == model])
+        axes.set_title(model)
+        axes.set_xlabel("true bits per expert weight")
+    panels[0].set_ylabel("loss in log-perplexity")
+    panels[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(ROOT / "docs/quality.png", metadata={"Software": "mcmoe-vllm"})
+    print_table(rows, models)
+
+
+def recipe_points(rows: list[dict[str, Any]], recipe: str) -> list[list[dict[str, Any]]]:
+    """The rows of each average width, one a seed, in order of width."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["recipe"] == recipe and row["method"] == "recipe" and not row["changes"]:
+            found[row["nominal_bits"]].append(row)
+    return [found[bits] for bits in sorted(found)]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean over seeds and its standard error, 0 of one seed."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for recipe, colour in COLOURS.items():
+        points = recipe_points(rows, recipe)
+        losses = [mean_and_error([row["loss_difference"] for row in seeds]) for seeds in points]
+        axes.errorbar(
+            [statistics.mean(row["true_bits"] for row in seeds) for seeds in points],
+            [mean for mean, _ in losses],
+            yerr=[2 * error for _, error in losses],
+            marker="o", markersize=4, capsize=2, color=colour, label=f"--recipe {recipe}",
+        )  # fmt: skip
+    for peer, marker in PEER_MARKERS.items():
+        found = [row for row in rows if row["recipe"] == peer]
+        if found:
+            axes.plot(
+                [row["true_bits"] for row in found], [row["loss_difference"] for row in found],
+                marker, color=PEER_COLOUR, markersize=5, label=peer,
+            )  # fmt: skip
     axes.set_yscale("log")
-    ticks = (1, 2, 5, 10, 20)
-    axes.set_yticks(ticks, [str(t) for t in ticks])
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(ROOT / "docs/perplexity.png", metadata={"Software": "mcmoe-vllm"})
+
+
+def print_table(rows: list[dict[str, Any]], models: list[str]) -> None:
+    print("| bits: nominal (true) | " + " | ".join(f"{m}: paper | best" for m in models) + " |")
+    print("|---|" + "---|" * 2 * len(models))
+    of = {
+        (model, recipe): recipe_points([r for r in rows if r["model"] == model], recipe)
+        for model in models
+        for recipe in COLOURS
+    }
+    for i, seeds in enumerate(of[models[0], "best"]):
+        cells = [f"{seeds[0]['nominal_bits']:g} ({seeds[0]['true_bits']:.2f})"]
+        for model in models:
+            for recipe in COLOURS:
+                point = of[model, recipe][i]
+                mean, error = mean_and_error([row["loss_difference"] for row in point])
+                perplexity = statistics.mean(row["perplexity"] for row in point)
+                spread = f" ± {2 * error:.4f}" if len(point) > 1 else ""
+                cells.append(f"{perplexity:.3f} ({mean:.4f}{spread})")
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

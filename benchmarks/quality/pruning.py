@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import machine
+from machine import machine
 
 from mcmoe_vllm import evaluation
 from mcmoe_vllm.checkpoint import open_checkpoint

@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from perplexity import machine
+from machine import machine
 
 from mcmoe_vllm import evaluation, pipeline
 from mcmoe_vllm.checkpoint import open_checkpoint

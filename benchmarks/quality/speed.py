@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from perplexity import machine
+from machine import machine
 from quality import allocate
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
