@@ -17,12 +17,13 @@ def fast_products(function: Callable[P, T]) -> Callable[P, T]:
     sums in float32), five times as fast.
 
     For sums over tokens and for corrections of rounding errors, both of which are known to fewer
-    bits than that; factorizations stay in full float32. Elsewhere than on a GPU nothing changes.
+    bits than that; factorizations stay in full float32. Without a tensor on a GPU among the
+    arguments nothing changes.
     """
 
     @functools.wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> T:
-        if not torch.cuda.is_available():
+        if not any(isinstance(a, torch.Tensor) and a.is_cuda for a in arguments):
             return function(*arguments, **options)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")

@@ -41,14 +41,14 @@ def matrix_costs(plan: Plan) -> list[Cost]:
 
 
 def summarize_costs(costs: Sequence[Cost]) -> dict[str, Any] | None:
-    """What report.json says of them; None for none.
+    """What report.json says of them; None if there are none or they cost nothing.
 
     nats: their sum, which tuning has not lessened yet; layers, projections: shares of it, largest
     first; matrices: the costliest.
     """
-    if not costs:
-        return None
     total = sum(cost.nats for cost in costs)
+    if total <= 0:
+        return None
     by_layer: dict[int, float] = defaultdict(float)
     by_projection: dict[str, float] = defaultdict(float)
     for cost in costs:

@@ -53,19 +53,21 @@ class _Matrix:
     stretch: torch.Tensor
     kept: torch.Tensor | None = None
 
-    def levels(self) -> torch.Tensor:
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros on the device, float32 [N, K/G]."""
+        scale, zero = packing.split_scale(self.scale.to(self.stretch.device))
+        return scale.float(), zero.float()
+
+    def levels(self, zero: torch.Tensor) -> torch.Tensor:
         """Codes less zeros on the device, float32 [N, K/G, G]."""
-        if self.kept is not None:
-            return self.kept
-        device = self.stretch.device
-        zero = packing.split_scale(self.scale.to(device))[1].float()
-        codes = packing.unpack(self.packed.to(device), self.bits).float()
+        codes = packing.unpack(self.packed.to(zero.device), self.bits).float()
         return codes.unflatten(-1, (zero.shape[-1], -1)) - zero.unsqueeze(-1)
 
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K] on the device; gradients flow to the stretch."""
-        scale = packing.split_scale(self.scale.to(self.stretch.device))[0].float()
-        return (self.levels() * (scale * self.stretch.exp()).unsqueeze(-1)).flatten(-2)
+        scale, zero = self.grid()
+        levels = self.levels(zero) if self.kept is None else self.kept
+        return (levels * (scale * self.stretch.exp()).unsqueeze(-1)).flatten(-2)
 
     def stored(self) -> torch.Tensor:
         """The tensor of scales and zeros with the new scales."""
@@ -267,11 +269,11 @@ def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
 
     def keep(matrix: _Matrix) -> _Matrix:
         nonlocal room
-        needed = 4 * matrix.packed.numel() * 8 * matrix.packed.element_size() // matrix.bits
+        needed = 4 * (8 * matrix.packed.numel() // matrix.bits)  # float32 for every code
         if needed > room:
             return matrix
         room -= needed
-        return replace(matrix, kept=matrix.levels())
+        return replace(matrix, kept=matrix.levels(matrix.grid()[1]))
 
     return [
         replace(

@@ -53,3 +53,8 @@ def test_the_summary_puts_the_costliest_first():
 def test_without_a_measured_kl_nothing_is_said(significance):
     plan = plan_of(((2, 4), (1, 2)), (), significance)
     assert matrix_costs(plan) == [] and summarize_costs([]) is None
+
+
+def test_experts_that_cost_nothing_have_no_shares():
+    free = [layer(index, 0.0, [[1, 1]] * 3, [[1, 1]] * 3) for index in (1, 3)]
+    assert summarize_costs(matrix_costs(plan_of(((2, 4), (1, 2)), (), free))) is None
