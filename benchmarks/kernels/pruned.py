@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""What online pruning saves: one MoE layer with and without it, on a real model's routing.
+"""What online pruning saves: MoE layers with and without it, on a real model's routing.
 
     python pruned.py capture MODEL --calibration A.jsonl --text B.jsonl -o routes.safetensors
     python pruned.py time routes.safetensors
 
 `capture` calibrates the rule on one text and notes how MODEL routes the other; it needs mcmoe-vllm
 and no GPU. `time` needs a GPU and no model: tokens of different positions, batched as decoding
-batches them, are routed through experts of a large model's shape, unpruned and pruned in turn.
+batches them, are routed through experts of a large model's shape, unpruned and pruned in turn. One
+CUDA graph holds as many layers as MODEL has, each with weights of its own, as a decoding step does;
+times are those of a layer.
 Appends a row a measurement to benchmarks/results/pruned_kernels.jsonl.
 """
 
@@ -24,6 +26,7 @@ from layers import SHAPES, Route, random_layer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timing import time_call
+from torch.nn.functional import pad
 
 from mcmoe_kernels.experts_gpu import fused_experts
 from mcmoe_kernels.pruning import prune_ids
@@ -32,6 +35,7 @@ TOKENS = (1, 4, 16, 64)
 TARGETS = (0.1, 0.15, 0.2, 0.25)
 FIGURES = ("tokens", "target_drop", "dropped_fraction", "unpruned_us", "pruned_us", "ratio")
 SHAPE = "mixtral-8x7b"
+ALIGNED = 64  # elements
 RESULTS = ROOT / "benchmarks" / "results" / "pruned_kernels.jsonl"
 
 
@@ -80,26 +84,21 @@ def time_routes(arguments: argparse.Namespace) -> None:
             for i in by_target[TARGETS[0]]
         }
     layers = list(routing)
-    ratios = {target: {int(i): r for i, r in of.items()} for target, of in by_target.items()}
-    layer = random_layer(SHAPE)
     assert routing[layers[0]][1].shape[1] == SHAPES[SHAPE][1], "another top_k than the shape's"
-    head = {**about(arguments.commit, "pruned"), **source, "shape": SHAPE}
+    stack = [random_layer(SHAPE) for _ in layers]
+    head = {**about(arguments.commit, "pruned"), **source, "shape": SHAPE, "layers": len(layers)}
     for tokens in arguments.tokens:
-        routes = {i: draw_routes(*routing[i], tokens, -(-arguments.count // len(layers)), i)
-                  for i in layers}  # fmt: skip
-        unpruned = measure(layer, routes, dict.fromkeys(layers, 0.0), tokens)
-        for target, by_layer in ratios.items():
-            pruned = measure(layer, routes, by_layer, tokens)
-            dropped = [
-                float((prune_ids(r.topk_weights, r.topk_ids, by_layer[i]) < 0).float().mean())
-                for i in layers for r in routes[i]
-            ]  # fmt: skip
+        steps = draw_steps([routing[i] for i in layers], tokens, arguments.count)
+        unpruned = measure(stack, steps, [0.0] * len(layers), tokens)
+        for target, by_layer in by_target.items():
+            ratios = [by_layer[str(i)] for i in layers]
+            pruned = measure(stack, steps, ratios, tokens)
             row = {
                 **head,
                 "tokens": tokens,
-                "routes": len(dropped),
+                "steps": len(steps),
                 "target_drop": target,
-                "dropped_fraction": sum(dropped) / len(dropped),
+                "dropped_fraction": dropped_fraction(steps, ratios, tokens),
                 "unpruned_us": unpruned,
                 "pruned_us": pruned,
                 "ratio": pruned / unpruned,
@@ -109,28 +108,49 @@ def time_routes(arguments: argparse.Namespace) -> None:
                 out.write(json.dumps(row) + "\n")
 
 
-def draw_routes(
-    weights: torch.Tensor, ids: torch.Tensor, tokens: int, count: int, seed: int
+def draw_steps(
+    routing: list[tuple[torch.Tensor, torch.Tensor]], tokens: int, count: int
 ) -> list[Route]:
-    """`count` batches of `tokens` rows, drawn from all positions."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(ids), (count, tokens), generator=generator)
-    return [Route(weights[r].cuda(), ids[r].cuda()) for r in rows]
+    """`count` steps of `tokens` tokens, drawn from all positions: the routes of each through every
+    layer, [layers, at least tokens * top_k], a layer's at an address as aligned as any tensor's."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(routing[0][1]), (count, tokens), generator=generator)
+    weights, ids = (torch.stack(parts).cuda() for parts in zip(*routing, strict=True))
+    fill = -tokens * ids.shape[2] % ALIGNED
+    return [
+        Route(*(pad(of[:, r].flatten(1), (0, fill), value=-1) for of in (weights, ids)))
+        for r in rows
+    ]
 
 
-def measure(
-    layer: Any, routes: dict[int, list[Route]], ratios: dict[int, float], tokens: int
-) -> float:
-    """Microseconds, the mean over all routes of each one's median."""
-    x = torch.randn(tokens, layer.hidden_size, device="cuda", dtype=torch.bfloat16)
-    total, count = 0.0, 0
-    for index, drawn in routes.items():
-        run = lambda x, weights, ids, ratio=ratios[index]: fused_experts(  # noqa: E731
-            x, layer, weights, ids, prune_ratio=ratio
-        )
-        total += time_call(run, x, drawn, 5).median * len(drawn)
-        count += len(drawn)
-    return total / count
+def routes_of(step: Route, tokens: int) -> list[Route]:
+    """A step's routes by layer, [tokens, top_k]."""
+    size = tokens * SHAPES[SHAPE][1]
+    return [
+        Route(w[:size].view(tokens, -1), i[:size].view(tokens, -1))
+        for w, i in zip(step.topk_weights, step.topk_ids, strict=True)
+    ]
+
+
+def dropped_fraction(steps: list[Route], ratios: list[float], tokens: int) -> float:
+    dropped = [
+        float((prune_ids(route.topk_weights, route.topk_ids, ratio) < 0).float().mean())
+        for step in steps
+        for route, ratio in zip(routes_of(step, tokens), ratios, strict=True)
+    ]
+    return sum(dropped) / len(dropped)
+
+
+def measure(stack: list[Any], steps: list[Route], ratios: list[float], tokens: int) -> float:
+    """Microseconds a layer, the mean over all steps of each one's median."""
+    x = torch.randn(tokens, stack[0].hidden_size, device="cuda", dtype=torch.bfloat16)
+
+    def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        routes = routes_of(Route(weights, ids), tokens)
+        for layer, route, ratio in zip(stack, routes, ratios, strict=True):
+            fused_experts(x, layer, route.topk_weights, route.topk_ids, prune_ratio=ratio)
+
+    return time_call(run, x, steps, 5).median / len(stack)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -145,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     timing = commands.add_parser("time")
     timing.add_argument("routes")
     timing.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    timing.add_argument("--count", type=int, default=256, help="batches drawn, over all layers")
+    timing.add_argument("--count", type=int, default=256, help="steps drawn")
     timing.add_argument("--commit", help="recorded if the checkout has no git folder")
     timing.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()

@@ -124,28 +124,18 @@ def weights_any_width(x, rows, records, entry, first_row,
     return acc
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
-                           HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                           GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
-                           ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
-                           BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                           WIDE: tl.constexpr, PDL: tl.constexpr,
-                           INLINE: tl.constexpr):  # fmt: skip
-    block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
-    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
-        return
-    wait_for_previous(PDL)
-    slot = tl.load(block_info + block * 4)
-    entry = tl.load(block_info + block * 4 + 1)
-    if slot < 0:
-        return
-    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
+@triton.jit
+def gate_up_block(x, records, block_pair, entry, n_block, h, top_k,
+                  HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                  WIDTHS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_M: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+                  INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w13 for the first BLOCK_M pairs of a block. block_pair: its first."""
+    pairs = tl.load(block_pair + tl.arange(0, BLOCK_M))
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = weights_any_width(
         x, rows, records, entry, n_block * BLOCK_N,
-        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE,
-        INLINE,
+        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE, INLINE,
     )  # fmt: skip
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
@@ -156,11 +146,61 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
 
 
 @triton.jit
+def down_block(h, records, block_pair, entry, n_block, y,
+               HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, GROUP_SIZE: tl.constexpr,
+               WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+               STAGES: tl.constexpr, WIDE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w2 for the first BLOCK_M pairs of a block. block_pair: its first."""
+    pairs = tl.load(block_pair + tl.arange(0, BLOCK_M))
+    acc = weights_any_width(
+        h, pairs, records, entry, n_block * BLOCK_N,
+        HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE, INLINE,
+    )  # fmt: skip
+    row = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
+    value = acc.to(y.dtype.element_ty).trans(1, 0)
+    tl.store(y + at, value, mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
+                           HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                           GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
+                           ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+                           BLOCK_M: tl.constexpr, FEW_M: tl.constexpr, GROUP_N: tl.constexpr,
+                           STAGES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+                           INLINE: tl.constexpr):  # fmt: skip
+    block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
+    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
+        return
+    wait_for_previous(PDL)
+    slot = tl.load(block_info + block * 4)
+    entry = tl.load(block_info + block * 4 + 1)
+    if slot < 0:
+        return
+    block_pair += block * BLOCK_M
+    few = False
+    if FEW_M < BLOCK_M:
+        few = tl.load(block_pair + FEW_M) < 0
+    if few:
+        gate_up_block(
+            x, records, block_pair, entry, n_block, h, top_k, HIDDEN, INTERMEDIATE,
+            GROUP_SIZE, WIDTHS, ACTIVATION, BLOCK_N, FEW_M, STAGES, WIDE, INLINE,
+        )  # fmt: skip
+    else:
+        gate_up_block(
+            x, records, block_pair, entry, n_block, h, top_k, HIDDEN, INTERMEDIATE,
+            GROUP_SIZE, WIDTHS, ACTIVATION, BLOCK_N, BLOCK_M, STAGES, WIDE, INLINE,
+        )  # fmt: skip
+
+
+@triton.jit
 def down_prefill_kernel(h, records, block_info, block_pair, y,
                         HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                         GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr,
-                        WIDE: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                        BLOCK_M: tl.constexpr, FEW_M: tl.constexpr, GROUP_N: tl.constexpr,
+                        STAGES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+                        INLINE: tl.constexpr):  # fmt: skip
     block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
@@ -169,16 +209,20 @@ def down_prefill_kernel(h, records, block_info, block_pair, y,
     entry = tl.load(block_info + block * 4 + 2)
     if slot < 0:
         return
-    pairs = tl.load(block_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    acc = weights_any_width(
-        h, pairs, records, entry, n_block * BLOCK_N,
-        HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE,
-        INLINE,
-    )  # fmt: skip
-    row = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
-    value = acc.to(y.dtype.element_ty).trans(1, 0)
-    tl.store(y + at, value, mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+    block_pair += block * BLOCK_M
+    few = False
+    if FEW_M < BLOCK_M:
+        few = tl.load(block_pair + FEW_M) < 0
+    if few:
+        down_block(
+            h, records, block_pair, entry, n_block, y, HIDDEN, INTERMEDIATE, GROUP_SIZE,
+            WIDTHS, BLOCK_N, FEW_M, STAGES, WIDE, INLINE,
+        )  # fmt: skip
+    else:
+        down_block(
+            h, records, block_pair, entry, n_block, y, HIDDEN, INTERMEDIATE, GROUP_SIZE,
+            WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE, INLINE,
+        )  # fmt: skip
 
 
 def prefill_grid(n_blocks: int, blocks: int, group_n: int) -> tuple[int, int, int]:
@@ -200,8 +244,9 @@ def fused_experts_prefill(
 
     All contiguous, on one device. inline, pdl: as in `fused_experts_decode`.
     """
-    kernels = (gate_up_prefill_kernel, {}), (down_prefill_kernel, {})
-    return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, *kernels, INLINE=inline)
+    own = {"FEW_M": config.few_m or config.block_m, "INLINE": inline}
+    kernels = (gate_up_prefill_kernel, own), (down_prefill_kernel, own)
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, *kernels)
 
 
 def launch_prefill(
@@ -213,7 +258,6 @@ def launch_prefill(
     pdl: bool,
     gate_up: tuple[Any, dict[str, Any]],
     down: tuple[Any, dict[str, Any]],
-    **constants: Any,
 ) -> torch.Tensor:
     """Routing, two products and the sum. gate_up, down: a kernel and constants of its own."""
     tokens, hidden = x.shape
@@ -223,7 +267,6 @@ def launch_prefill(
     blocks = block_info.shape[0]
     h, y, out = x.new_empty(pairs, inter), x.new_empty(pairs, hidden), torch.empty_like(x)
     common = {
-        **constants,
         **pdl_options(pdl),
         "HIDDEN": hidden,
         "INTERMEDIATE": inter,

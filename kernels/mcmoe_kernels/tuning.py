@@ -55,7 +55,8 @@ class PrefillConfig:
     """`experts_prefill`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
     group_n: row blocks that follow each other for every block of pairs, so that both stay in the
     L2 cache. registers: the most a thread may take, 0 for no limit; fewer let more programs share
-    a multiprocessor."""
+    a multiprocessor. few_m: a block of so many pairs or fewer is multiplied as one of that size, 0
+    for none."""
 
     block_m: int = 64
     block_n13: int = 128
@@ -64,6 +65,7 @@ class PrefillConfig:
     stages: int = 2
     group_n: int = 16
     registers: int = 0
+    few_m: int = 0
 
 
 @dataclass(frozen=True)

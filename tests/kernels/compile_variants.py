@@ -59,6 +59,7 @@ def variants(shape: LayerShape, config, capability: int):
         if config.registers:
             options["maxnreg"] = config.registers
         if isinstance(config, PrefillConfig):
+            common["FEW_M"] = config.few_m or config.block_m
             gate_up, down = (
                 experts_prefill.gate_up_prefill_kernel,
                 experts_prefill.down_prefill_kernel,

@@ -32,7 +32,7 @@ CONFIGS = {
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
     "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 64, 3),
     "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128),
-    "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128),
+    "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128, 16),
     "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 32, 2),
 }
 EACH = [
