@@ -15,7 +15,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.utils.hooks import RemovableHandle
 
 from mcmoe_kernels import packing
 from mcmoe_vllm import __version__, allocation, quantizer, report, significance, tuning
@@ -563,7 +565,7 @@ def _measure_layers(
     job.progress.start("measuring", model.num_layers, start)
     for index in range(start, model.num_layers):
         layer = model.load_layer(index)
-        probes = _exact_outputs(job, layer, index, probes) if probes else []
+        probes = _run_exact(job, layer, index, probes).outputs if probes else []
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
             scores = _softmax_scores(layer, routing) if traits.routing_score == "softmax" else None
@@ -614,7 +616,8 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
     if not first.exists():
         write_shard(first, job.checkpoint.read_weights(outside))
     blocks = [b.cpu() for b in model.embed(job.windows)]
-    follows_exact = not traits.sequential or traits.tuning_passes > 0
+    exact_targets = traits.exact_targets and traits.sequential
+    follows_exact = not traits.sequential or exact_targets or traits.tuning_passes > 0
     start, kept = work.load_hidden("quantize") or (0, blocks)
     # Behind the blocks, where they differ: what the 16-bit model gives the layer.
     blocks, exact = kept[: len(blocks)], kept[len(blocks) :] or kept
@@ -624,19 +627,23 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
         layer = model.load_layer(index)
         tensors = job.checkpoint.read_weights(model.parameter_names(index))
         lost: dict[str, Any] = {}
-        exact = _exact_outputs(job, layer, index, exact) if follows_exact else []
+        groups = _dense_groups(job, layer) if chosen.dense_bits == DENSE_WIDTH else []
+        observed = [group[0] for group in groups] if exact_targets else []
+        given = _run_exact(job, layer, index, exact, observed) if follows_exact else None
+        exact, wanted = given.outputs if given else [], given if exact_targets else None
         if chosen.dense_bits == DENSE_WIDTH:
-            lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors)
+            lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors, groups, wanted)
         if traits.router_bits != 16 and index in job.moe_layers:
             lost["router"] = _quantize_router(job, layer, index, blocks, tensors)
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
             bits = chosen.pairs()[job.moe_layers.index(index)]
-            lost["experts"], experts = _quantize_experts(job, index, routing, bits)
+            routed = wanted.routed if wanted else None
+            lost["experts"], experts = _quantize_experts(job, index, routing, bits, routed)
             _store_experts(job, index, experts, bits, tensors)
             outputs = _add(outputs, _routed_output(job, routing, experts))
         blocks = _to_main_memory(outputs) if traits.sequential else exact
-        del outputs, routing
+        del outputs, routing, given, wanted
         model.release_layer(index)
         write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
         del tensors
@@ -649,21 +656,68 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
     return [work.load_layer("layers", i) for i in range(model.num_layers)]
 
 
-def _exact_outputs(
-    job: _Job, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """What the unquantized layer puts out."""
+@dataclass(frozen=True)
+class _ExactLayer:
+    """A layer of the 16-bit model on the calibration text, in main memory. outputs: blocks
+    [B, L, H]; inputs: what the observed linears are given, rows [B * L, K] of each block; routed:
+    what the routed experts are given, [T, H], None for a dense layer."""
+
+    outputs: list[torch.Tensor]
+    inputs: dict[str, list[torch.Tensor]]
+    routed: torch.Tensor | None
+
+
+def _run_exact(
+    job: _Job,
+    layer: torch.nn.Module,
+    index: int,
+    blocks: list[torch.Tensor],
+    observed: Sequence[str] = (),
+) -> _ExactLayer:
+    """Blocks of the 16-bit model's states through a layer that is not quantized yet."""
     model = job.model
-    outputs, routing = _run_blocks(model, layer, index, blocks)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in observed}
+    with _observing(layer, observed, lambda name, rows: inputs[name].append(rows.cpu())):
+        outputs, routing = _run_blocks(model, layer, index, blocks)
     if routing is None:
-        return _to_main_memory(outputs)
+        return _ExactLayer(_to_main_memory(outputs), inputs, None)
 
     def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         w13, w2 = job.read_expert(index, expert)
         return w13.to(model.dtype), w2.to(model.dtype)
 
     changes = experts_output(routing, read, job.num_experts, model.activation())
-    return _to_main_memory(_add(outputs, changes))
+    outputs = _to_main_memory(_add(outputs, changes))
+    return _ExactLayer(outputs, inputs, routing.hidden.cpu())
+
+
+@contextmanager
+def _observing(
+    layer: torch.nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While the layer runs, show what its linears are given: `see(name, rows)`, rows [T, K]."""
+
+    def observe(name: str) -> RemovableHandle:
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            see(name, arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
+
+        return layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [observe(name) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dense_groups(job: _Job, layer: torch.nn.Module) -> list[list[str]]:
+    """The linears of a layer that become int4, grouped by the input that they share."""
+    groups = (
+        [name for name in group if _has_module(layer, name)]
+        for group in job.architecture.dense_linears
+    )
+    return [group for group in groups if group]
 
 
 def _quantize_dense(
@@ -672,39 +726,43 @@ def _quantize_dense(
     index: int,
     blocks: list[torch.Tensor],
     tensors: dict[str, torch.Tensor],
+    groups: list[list[str]],
+    wanted: _ExactLayer | None,
 ) -> dict[str, Any]:
-    """Attention and shared experts to symmetric int4, in the layer and in `tensors`."""
+    """Attention and shared experts to symmetric int4, in the layer and in `tensors`. wanted: whose
+    outputs they are fitted to, each group after those before it are quantized."""
     traits = job.options.traits
-    groups = [
-        [name for name in group if _has_module(layer, name)]
-        for group in job.architecture.dense_linears
-    ]
-    grams = _input_grams(job, layer, index, blocks, [group[0] for group in groups if group])
     result: dict[str, Any] = {}
-    for group in groups:
-        for name in group:
-            linear: Any = layer.get_submodule(name)
-            weight = linear.weight.detach().float()
-            hessian = grams[group[0]].unsqueeze(0)
-            q = quantizer.quantize(
-                weight.unsqueeze(0),
-                hessian,
-                DENSE_WIDTH,
-                job.options.group_size,
-                method=traits.method,
-                symmetric=True,
-                recipe=traits,
-            )
-            linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
-            stored = _dense_weight(job, index, name)
-            del tensors[stored]
-            prefix = stored.removesuffix("weight")
-            tensors[prefix + "qweight"] = packing.pack_int4_linear(q.codes[0].cpu())
-            tensors[prefix + "scales"] = q.scale[0].t().to(torch.float16).cpu().contiguous()
-            result[name] = {
-                "error": quantizer.relative_error(weight, hessian[0], q.error),
-                "rounding_kept": int((~q.gptq_kept).sum()),
-            }
+    for together in [groups] if wanted is None else [[group] for group in groups]:
+        names = [group[0] for group in together]
+        hessians = _input_grams(job, layer, index, blocks, names, wanted)
+        for group in together:
+            hessian, cross = hessians[group[0]]
+            for name in group:
+                linear: Any = layer.get_submodule(name)
+                weight = linear.weight.detach().float().unsqueeze(0)
+                if cross is not None:
+                    damping = quantizer.DENSE_DAMPING
+                    weight = quantizer.answer_inputs(weight, hessian, cross, damping)
+                q = quantizer.quantize(
+                    weight,
+                    hessian,
+                    DENSE_WIDTH,
+                    job.options.group_size,
+                    method=traits.method,
+                    symmetric=True,
+                    recipe=traits,
+                )
+                linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
+                stored = _dense_weight(job, index, name)
+                del tensors[stored]
+                prefix = stored.removesuffix("weight")
+                tensors[prefix + "qweight"] = packing.pack_int4_linear(q.codes[0].cpu())
+                tensors[prefix + "scales"] = q.scale[0].t().to(torch.float16).cpu().contiguous()
+                result[name] = {
+                    "error": quantizer.relative_error(weight, hessian, q.error),
+                    "rounding_kept": int((~q.gptq_kept).sum()),
+                }
     return result
 
 
@@ -721,7 +779,7 @@ def _quantize_router(
     router: Any = layer.get_submodule(ROUTER)
     stored = _dense_weight(job, index, ROUTER)
     weight = router.weight.detach().float().unsqueeze(0)
-    hessian = _input_grams(job, layer, index, blocks, [ROUTER])[ROUTER].unsqueeze(0)
+    hessian, _ = _input_grams(job, layer, index, blocks, [ROUTER], None)[ROUTER]
     q = quantizer.quantize(
         weight,
         hessian,
@@ -735,38 +793,54 @@ def _quantize_router(
     return {"bits": traits.router_bits, "error": quantizer.relative_error(weight, hessian, q.error)}
 
 
+class _Seen(Exception):
+    """All that was looked for in a layer has been seen."""
+
+
 def _input_grams(
     job: _Job,
     layer: torch.nn.Module,
     index: int,
     blocks: list[torch.Tensor],
     names: Sequence[str],
-) -> dict[str, torch.Tensor]:
-    """X^T X [K, K] of what each of the layer's linears is given."""
-    grams: dict[str, torch.Tensor] = {}
+    wanted: _ExactLayer | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """X^T X and Y^T X [1, K, K] of what each of the layer's linears is given, X, and what the
+    16-bit model gives it, Y; None without `wanted`."""
+    found: dict[str, list[torch.Tensor]] = {}
+    seen: list[str] = []
 
-    def observe(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            product = significance.gram(rows)
-            grams[name] = grams[name] + product if name in grams else product
+    def see(name: str, rows: torch.Tensor) -> None:
+        products = [significance.gram(rows)]
+        if wanted is not None:
+            exact = wanted.inputs[name][seen.count(name)].to(rows.device)
+            products.append(significance.gram(rows, exact))
+        if name in found:
+            products = [a + b for a, b in zip(found[name], products, strict=True)]
+        found[name] = products
+        seen.append(name)
+        if len(seen) % len(names) == 0:
+            raise _Seen
 
-        return layer.get_submodule(name).register_forward_pre_hook(hook)
-
-    hooks = [observe(name) for name in names]
-    try:
+    with _observing(layer, names, see):
         for block in blocks:
-            job.model.run_layer(layer, index, block.to(job.model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return grams
+            with suppress(_Seen):
+                job.model.run_layer(layer, index, block.to(job.model.device))
+    return {
+        name: (products[0].unsqueeze(0), products[1].unsqueeze(0) if wanted else None)
+        for name, products in found.items()
+    }
 
 
 def _quantize_experts(
-    job: _Job, index: int, routing: Routing, bits: Sequence[tuple[int, int]]
+    job: _Job,
+    index: int,
+    routing: Routing,
+    bits: Sequence[tuple[int, int]],
+    exact: torch.Tensor | None,
 ) -> tuple[dict[str, Any], dict[int, QuantizedExpert]]:
-    """All routed experts of a layer at their widths (w13, w2), dropped ones left out."""
+    """All routed experts of a layer at their widths (w13, w2), dropped ones left out. exact: what
+    the 16-bit model gives them, [T, H], where that is what their outputs are fitted to."""
     options, activation = job.options, job.model.activation()
     traits = options.traits
     found: dict[int, QuantizedExpert] = {}
@@ -777,7 +851,9 @@ def _quantize_experts(
         quantizer.quantize, group_size=options.group_size, method=traits.method, recipe=traits
     )
     kept = [e for e in range(job.num_experts) if bits[e][0]]
-    shared = significance.shared_gram(routing, traits.shared_tokens, job.model.device)
+    on = job.model.device
+    shared = significance.shared_gram(routing, traits.shared_tokens, on)
+    shared_cross = significance.shared_gram(routing, traits.shared_tokens, on, exact)
     for chunk in significance.expert_chunks(len(kept), job.hidden_size, job.expert_width):
         experts = [kept[i] for i in chunk]
         pairs = [job.read_expert(index, e) for e in experts]
@@ -786,10 +862,15 @@ def _quantize_experts(
         weighting = traits.hessian_weighting
         hessian13 = significance.input_hessians(routing, experts, weighting, shared)
         widths = torch.tensor([bits[e] for e in experts], device=w13.device).unbind(1)
+        wanted13 = w13
+        if exact is not None:
+            cross13 = significance.input_hessians(routing, experts, weighting, shared_cross, exact)
+            w13 = quantizer.answer_inputs(w13, hessian13, cross13)
+            del cross13
         q13 = quantize(w13, hessian13, widths[0], splits=2)
-        given = q13.dequantize() if traits.answers else w13
+        given = q13.dequantize() if traits.answers else wanted13
         hessian2, cross = significance.inner_hessians(
-            routing, experts, given, w13, activation, weighting
+            routing, experts, given, wanted13, activation, weighting, exact
         )
         if traits.answers:
             w2 = quantizer.answer_inputs(w2, hessian2, cross)
@@ -800,7 +881,7 @@ def _quantize_experts(
             rounding_kept += int((~q.gptq_kept).sum())
             matrices += q.gptq_kept.numel()
             damping = max(damping, float(q.damping.max()))
-        del hessian13, hessian2, cross, given, w13, w2
+        del hessian13, hessian2, cross, given, wanted13, w13, w2
         for position, expert in enumerate(experts):
             found[expert] = QuantizedExpert(q13.matrix(position), q2.matrix(position))
     tokens = significance.count_tokens(routing, job.num_experts)

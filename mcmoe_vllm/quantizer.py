@@ -155,13 +155,18 @@ def quantize(
     return Quantized(codes.to(torch.uint8), scale, zero, error, kept, damping)
 
 
-def answer_inputs(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+def answer_inputs(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    cross: torch.Tensor,
+    damping: float = REFINE_DAMPING,
+) -> torch.Tensor:
     """The matrices [B, N, K] that come nearest to W y when they are given z instead of y.
 
     hessian: Z^T Z, cross: Y^T Z, both [B, K, K]: W (cross + d) (hessian + d)^-1 with the damping d
     of refinement, so that inputs that calibration hardly saw keep the weights they had.
     """
-    extra = _damp(hessian, REFINE_DAMPING) - hessian
+    extra = _damp(hessian, damping) - hessian
     lower, info = torch.linalg.cholesky_ex(hessian + extra)
     wanted = weight.float() @ (cross + extra)
     solved = torch.cholesky_solve(wanted.transpose(1, 2), lower).transpose(1, 2)

@@ -48,6 +48,9 @@ class Recipe:
         which only benchmarks can use.
     answers: whether w2 is fitted to what the quantized w13 gives it, instead of to what w13 would.
     sequential: whether a layer is calibrated on what the quantized layers before it put out.
+    exact_targets: whether int4 linears and experts are fitted to what they give the 16-bit model,
+        instead of to what their weights would make of the quantized layers' outputs (QEP, arXiv
+        2504.09629); no difference unless sequential.
     tuning_passes: over the calibration text, to tune the quantized model's scales, norms and
         routers towards the 16-bit model's predictions; 0 to 99.
     tuning_rate: the largest step of tuning, relative.
@@ -76,6 +79,7 @@ class Recipe:
     zeros: str = "half"
     answers: bool = True
     sequential: bool = True
+    exact_targets: bool = False
     tuning_passes: int = 0
     tuning_rate: float = 2e-3
     keep_rounding: bool = True
@@ -113,6 +117,7 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "zeros": ("integer", "half", "real"),
     "answers": (True, False),
     "sequential": (True, False),
+    "exact_targets": (True, False),
     "keep_rounding": (True, False),
     "router_bits": (4, 16),
 }
@@ -146,13 +151,19 @@ PAPER = Recipe(
     zeros="integer",
     answers=False,
     sequential=True,
+    exact_targets=False,
     tuning_passes=0,
     keep_rounding=False,
     router_bits=4,
 )
 
 BEST = Recipe(
-    "best", allocation="sensitivity", candidate_bits=(1, 2, 3, 4), scope="global", tuning_passes=1
+    "best",
+    allocation="sensitivity",
+    candidate_bits=(1, 2, 3, 4),
+    scope="global",
+    exact_targets=True,
+    tuning_passes=1,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST)}

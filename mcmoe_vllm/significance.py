@@ -86,37 +86,51 @@ def calibration_rows(routing: Routing, expert: int) -> torch.Tensor:
 
 
 @fast_products
-def gram(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X in float32 for X [T, K]."""
+def gram(rows: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    """X^T X in float32 for rows X [T, K], or Y^T X for others Y [T, K]."""
     k = rows.shape[1]
     total = torch.zeros(k, k, device=rows.device)
-    for part in rows.split(ROWS):
+    for part, other in zip(
+        rows.split(ROWS), (rows if others is None else others).split(ROWS), strict=True
+    ):
         part = part.float()
-        total.addmm_(part.t(), part)
+        total.addmm_((part if others is None else other.float()).t(), part)
     return total
 
 
-def shared_gram(routing: Routing, tokens: int, device: torch.device) -> torch.Tensor:
-    """The mean of x x^T over all tokens, times `tokens`: [H, H]."""
+def shared_gram(
+    routing: Routing, tokens: int, device: torch.device, exact: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean of x x^T over all tokens, times `tokens`: [H, H]. exact: as in `input_hessians`."""
     if not tokens:
         hidden = routing.hidden.shape[1]
         return torch.zeros(hidden, hidden, device=device)
-    return gram(routing.hidden.to(device)) * (tokens / len(routing.hidden))
+    others = None if exact is None else exact.to(device)
+    return gram(routing.hidden.to(device), others) * (tokens / len(routing.hidden))
 
 
 def input_hessians(
-    routing: Routing, experts: Sequence[int], weighting: str, shared: torch.Tensor
+    routing: Routing,
+    experts: Sequence[int],
+    weighting: str,
+    shared: torch.Tensor,
+    exact: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """X^T X [C, H, H] of what experts are given, and the layer's `shared_gram`, on its device: few
     tokens say little of an expert's inputs, and all experts of a layer see similar ones.
 
-    weighting: as `Recipe.hessian_weighting`.
+    weighting: as `Recipe.hessian_weighting`. exact: what the 16-bit model's tokens are there,
+    [T, H]; then Y^T X with these as Y.
     """
     found = []
     for expert in experts:
         rows, scale = calibration_weights(routing, expert, weighting)
-        own = gram((routing.hidden[rows] * scale).to(shared.device))
-        found.append(own + float(scale.float().square().mean()) * shared)
+        x, y = (
+            None if states is None else (states[rows] * scale).to(shared.device)
+            for states in (routing.hidden, exact)
+        )
+        assert x is not None
+        found.append(gram(x, y) + float(scale.float().square().mean()) * shared)
     return torch.stack(found)
 
 
@@ -141,26 +155,29 @@ def inner_hessians(
     wanted: torch.Tensor,
     activation: Activation,
     weighting: str,
+    exact: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Z^T Z and Y^T Z [C, I, I] of what w2 is given by one w13 (Z) and by another (Y), weights
-    [C, 2I, H]; one sum serves as both where the two are one tensor."""
+    [C, 2I, H]; one sum serves as both where the two are one tensor. exact: as in `input_hessians`,
+    what the other w13 is given."""
     found = []
     for position, expert in enumerate(experts):
         rows, scale = calibration_weights(routing, expert, weighting)
         width = given.shape[1] // 2
         own = torch.zeros(width, width, device=given.device)
-        cross = own if wanted is given else torch.zeros_like(own)
+        cross = own if wanted is given and exact is None else torch.zeros_like(own)
         for part, share in zip(rows.split(ROWS), scale.split(ROWS), strict=True):
             x, share = routing.hidden[part].to(given.device), share.to(given.device)
             z = expert_hidden(x, given[position].to(x.dtype), activation) * share
             own.addmm_(z.t().float(), z.float())
             if cross is not own:
+                x = x if exact is None else exact[part].to(x)
                 y = expert_hidden(x, wanted[position].to(x.dtype), activation) * share
                 cross.addmm_(y.t().float(), z.float())
         found.append((own, cross))
     hessians, crosses = zip(*found, strict=True)
     hessian = torch.stack(hessians)
-    return hessian, hessian if wanted is given else torch.stack(crosses)
+    return hessian, hessian if crosses[0] is hessians[0] else torch.stack(crosses)
 
 
 def expert_chunks(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_vllm import evaluation, pipeline
+from mcmoe_vllm import evaluation, pipeline, text
 from mcmoe_vllm.checkpoint import MANIFEST_FILE, open_checkpoint
 from mcmoe_vllm.config import Plan, QuantizationConfig, read_json
 from mcmoe_vllm.errors import UserError
@@ -246,12 +246,43 @@ def test_sequential_calibration_is_a_trait(tiny_models, tmp_path, calibration_te
     shards = []
     for sequential in (True, False):
         output = tmp_path / str(sequential)
-        traits = replace(RECIPES[recipe], sequential=sequential, tuning_passes=0)
+        traits = replace(
+            RECIPES[recipe], sequential=sequential, exact_targets=False, tuning_passes=0
+        )
         quantize(options(tiny_models("mixtral"), output, calibration_text, bits=2, recipe=traits))
         shards.append(shard_bytes(output))
     same = {name for name in shards[0] if shards[0][name] == shards[1][name]}
     assert "model-00002-of-00003.safetensors" in same
     assert "model-00003-of-00003.safetensors" not in same
+
+
+def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calibration_text):
+    """With 1-bit experts in front, layers fitted to the 16-bit model's outputs end nearer to them
+    on the text they were fitted to; nothing changes where every layer is given exact inputs."""
+    source = tiny_models("qwen2_moe")
+    tokenizer = text.load_tokenizer(source)
+    windows = text.sample_windows(str(calibration_text), tokenizer, 32, 128, 0)
+    wanted = last_states(source, windows)
+    lost, not_sequential = [], []
+    for exact_targets in (False, True):
+        for sequential in (True, False):
+            output = tmp_path / f"{exact_targets}-{sequential}"
+            traits = replace(
+                RECIPES["best"], exact_targets=exact_targets, sequential=sequential, tuning_passes=0
+            )
+            given = {"bits": 1, "recipe": traits, "samples": 32}
+            quantize(options(source, output, calibration_text, **given))
+            if sequential:
+                lost.append(float((last_states(output, windows) - wanted).square().sum()))
+            else:
+                not_sequential.append(shard_bytes(output))
+    assert lost[1] < 0.95 * lost[0]
+    assert not_sequential[0] == not_sequential[1]
+
+
+def last_states(folder, windows):
+    loaded = evaluation.load_streamed(open_checkpoint(folder))
+    return torch.cat([h.flatten(0, -2).float() for h in evaluation.final_hidden(loaded, windows)])
 
 
 def test_a_sweep_costs_less_with_more_bits(tiny_models, calibration_text):

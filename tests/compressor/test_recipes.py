@@ -31,6 +31,7 @@ def test_the_papers_traits():
         "refinements": 0,
         "zeros": "integer",
         "answers": False,
+        "exact_targets": False,
         "sequential": True,
         "tuning_passes": 0,
         "tuning_rate": 2e-3,  # of no effect

@@ -237,6 +237,38 @@ def test_w2_answers_for_what_w13_lost(layer):
     assert lost[1] < 0.95 * lost[0]
 
 
+def test_products_with_what_the_16_bit_model_is_given(layer):
+    """Weighted, completed and shared as the Hessians are; with the same states they are these."""
+    experts, routing = layer
+    w13 = experts[0][0].unsqueeze(0)
+    exact = routing.hidden + 0.1 * torch.randn_like(routing.hidden)
+    shared = [significance.shared_gram(routing, 50, w13.device, e) for e in (None, exact)]
+    first = significance.input_hessians(routing, [0], "routing", shared[1], exact)
+    rows, weights = routing.tokens_of(0)
+    x, y = (h[rows] * weights.unsqueeze(1) for h in (routing.hidden, exact))
+    mean = exact.t() @ routing.hidden * (50 / len(exact)) * weights.square().mean()
+    torch.testing.assert_close(first[0], y.t() @ x + mean, rtol=1e-4, atol=1e-3)
+    _, cross = significance.inner_hessians(routing, [0], w13, w13, silu, "routing", exact)
+    z, y = (
+        silu(gate) * up * weights.unsqueeze(1)
+        for gate, up in ((h[rows] @ w13[0].t()).chunk(2, dim=1) for h in (routing.hidden, exact))
+    )
+    torch.testing.assert_close(cross[0], y.t() @ z, rtol=1e-4, atol=1e-3)
+    same = routing.hidden
+    for tensor, others in zip(
+        (
+            significance.input_hessians(routing, [0], "routing", shared[0], same),
+            *significance.inner_hessians(routing, [0], w13, w13, silu, "routing", same),
+        ),
+        (
+            significance.input_hessians(routing, [0], "routing", shared[0]),
+            *significance.inner_hessians(routing, [0], w13, w13, silu, "routing"),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(tensor, others)
+
+
 def test_few_tokens_are_outvoted_by_what_all_experts_see(layer):
     """An expert's Hessian is its own plus so many tokens' worth of the mean, at the mean of its
     squared weights; none of it without sharing."""
