@@ -42,8 +42,11 @@ format: .venv/ready  ## apply the style that `make lint` checks
 bench: .venv/ready  ## measure serving speed; ARGS go to benchmarks/serving/bench.py
 	@.venv/bin/python benchmarks/serving/bench.py $(ARGS)
 
+# Compiling is most of the work, and a process compiles on one core.
+SHARDS ?= $(shell nproc)
 test-gpu:  ## run the kernel tests on the GPU with PYTHON's own torch and triton, no .venv
-	@PYTHONPATH=kernels $(PYTHON) -m pytest -m gpu tests/kernels $(ARGS)
+	@seq $(SHARDS) | PYTHONPATH=kernels xargs -P $(SHARDS) -I{} \
+	  $(PYTHON) -m pytest -q -m gpu tests/kernels --shard {}/$(SHARDS) $(ARGS)
 
 clean:  ## remove .venv, the caches and everything built
 	rm -rf .venv .cache build dist demo-output* *.egg-info packaging/*/build packaging/*/*.egg-info

@@ -91,9 +91,25 @@ def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: 
 SLOWEST = ("e2e", "test_memory.py", "test_compile.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that at the end no worker is alone with it."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", default="1/1", help="run the I-th of N parts")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that at the end no worker is alone with it. Parts hold
+    neighbours by the kernel's configuration: what one test has compiled serves the next."""
     items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    if parts > 1:
+        items.sort(key=configuration)
+        chosen = items[len(items) * (part - 1) // parts : len(items) * part // parts]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+def configuration(item: pytest.Item) -> str:
+    return str(item.callspec.params.get("config")) if hasattr(item, "callspec") else ""
 
 
 @pytest.fixture(scope="session")

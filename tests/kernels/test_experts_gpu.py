@@ -222,18 +222,20 @@ def test_wrong_input_is_refused_all_at_once(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGpu:
     @pytest.mark.parametrize("config", EACH)
-    def test_many_shapes(self, config):
-        generator = torch.Generator().manual_seed(0)
+    @pytest.mark.parametrize(
+        ("seed", "tokens"), enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257))
+    )
+    def test_many_shapes(self, seed, tokens, config):
+        experts, top_k = ((11, 8), (5, 1), (7, 3))[seed % 3]
+        generator = torch.Generator().manual_seed(seed)
 
-        def widths(experts):  # all four in each matrix: kernels are compiled for the set of them
+        def widths():  # all four in each matrix: kernels are compiled for the set of them
             more = torch.randint(1, 5, (experts - 4,), generator=generator)
             everything = torch.cat([torch.tensor([1, 2, 3, 4]), more])
             return everything[torch.randperm(experts, generator=generator)].tolist()
 
-        for seed, tokens in enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257)):
-            experts, top_k = ((11, 8), (5, 1), (7, 3))[seed % 3]
-            layer = random_layer(widths(experts), widths(experts), 512, 384, seed=seed)
-            check(layer, tokens, top_k, config, "cuda", seed=seed)
+        layer = random_layer(widths(), widths(), 512, 384, seed=seed)
+        check(layer, tokens, top_k, config, "cuda", seed=seed)
 
     @pytest.mark.parametrize("config", [*EACH, None])
     @pytest.mark.parametrize("tokens", [1, 40])
