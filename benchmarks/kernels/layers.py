@@ -41,11 +41,13 @@ class Route:
     topk_ids: torch.Tensor
 
 
-def random_layer(shape: str, bits: int | None = None, kind: type = TiledMatrices) -> TiledLayer:
+def random_layer(
+    shape: str, bits: int | None = None, kind: type = TiledMatrices, seed: int = 0
+) -> TiledLayer:
     """bits for every expert or, with None, 2.5 on average, spread over the experts at random."""
     experts, _, hidden, intermediate = SHAPES[shape]
     widths = tuple(sorted((bits or MIXED[e % len(MIXED)] for e in range(experts)), reverse=True))
-    order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
     w13 = random_matrices(2 * intermediate, hidden, widths, kind)
     w2 = random_matrices(hidden, intermediate, widths, kind)
     return TiledLayer(hidden, intermediate, w13, w2, order.int().cuda())

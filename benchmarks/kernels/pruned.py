@@ -7,8 +7,9 @@
 `capture` calibrates the rule on one text and notes how MODEL routes the other; it needs mcmoe-vllm
 and no GPU. `time` needs a GPU and no model: tokens of different positions, batched as decoding
 batches them, are routed through experts of a large model's shape, unpruned and pruned in turn. One
-CUDA graph holds as many layers as MODEL has, each with weights of its own, as a decoding step does;
-times are those of a layer.
+CUDA graph holds as many layers as MODEL has, each with weights and widths of its own, as a
+decoding step does; times are those of a layer.
+
 Appends a row a measurement to benchmarks/results/pruned_kernels.jsonl.
 """
 
@@ -85,7 +86,7 @@ def time_routes(arguments: argparse.Namespace) -> None:
         }
     layers = list(routing)
     assert routing[layers[0]][1].shape[1] == SHAPES[SHAPE][1], "another top_k than the shape's"
-    stack = [random_layer(SHAPE) for _ in layers]
+    stack = [random_layer(SHAPE, seed=i) for i in layers]
     head = {**about(arguments.commit, "pruned"), **source, "shape": SHAPE, "layers": len(layers)}
     for tokens in arguments.tokens:
         steps = draw_steps([routing[i] for i in layers], tokens, arguments.count)
