@@ -49,8 +49,11 @@ GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 def quantization(method: str) -> dict[str, Any]:
     """The checkpoint's `quantization_config`; attention is int4 in both."""
     if method == "gptq-marlin":
+        # Without a list vLLM takes what the safetensors say, and here are none.
+        modules = [f"self_attn.{name}_proj" for name in "qkvo"]
         return {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False,
-                "sym": True, "lm_head": False}  # fmt: skip
+                "sym": True, "lm_head": False,
+                "modules_in_block_to_quantize": [*modules, "experts"]}  # fmt: skip
     layers = {layer: WIDTHS[layer % EXPERTS :] + WIDTHS[: layer % EXPERTS]
               for layer in range(HIDDEN_LAYERS)}  # fmt: skip
     return {
