@@ -628,7 +628,7 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
         tensors = job.checkpoint.read_weights(model.parameter_names(index))
         lost: dict[str, Any] = {}
         groups = _dense_groups(job, layer) if chosen.dense_bits == DENSE_WIDTH else []
-        observed = [group[0] for group in groups] if exact_targets else []
+        observed = [group[0] for group in groups] if exact_targets else None
         given = _run_exact(job, layer, index, exact, observed) if follows_exact else None
         exact, wanted = given.outputs if given else [], given if exact_targets else None
         if chosen.dense_bits == DENSE_WIDTH:
@@ -660,7 +660,7 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
 class _ExactLayer:
     """A layer of the 16-bit model on the calibration text, in main memory. outputs: blocks
     [B, L, H]; inputs: what the observed linears are given, rows [B * L, K] of each block; routed:
-    what the routed experts are given, [T, H], None for a dense layer."""
+    what the routed experts are given, [T, H], None for a dense layer or if nothing is observed."""
 
     outputs: list[torch.Tensor]
     inputs: dict[str, list[torch.Tensor]]
@@ -672,12 +672,13 @@ def _run_exact(
     layer: torch.nn.Module,
     index: int,
     blocks: list[torch.Tensor],
-    observed: Sequence[str] = (),
+    observed: Sequence[str] | None = None,
 ) -> _ExactLayer:
-    """Blocks of the 16-bit model's states through a layer that is not quantized yet."""
+    """Blocks of the 16-bit model's states through a layer that is not quantized yet. Without
+    `observed`, outputs are all that is kept."""
     model = job.model
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in observed}
-    with _observing(layer, observed, lambda name, rows: inputs[name].append(rows.cpu())):
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in observed or ()}
+    with _observing(layer, list(inputs), lambda name, rows: inputs[name].append(rows.cpu())):
         outputs, routing = _run_blocks(model, layer, index, blocks)
     if routing is None:
         return _ExactLayer(_to_main_memory(outputs), inputs, None)
@@ -688,7 +689,7 @@ def _run_exact(
 
     changes = experts_output(routing, read, job.num_experts, model.activation())
     outputs = _to_main_memory(_add(outputs, changes))
-    return _ExactLayer(outputs, inputs, routing.hidden.cpu())
+    return _ExactLayer(outputs, inputs, None if observed is None else routing.hidden.cpu())
 
 
 @contextmanager
@@ -851,9 +852,8 @@ def _quantize_experts(
         quantizer.quantize, group_size=options.group_size, method=traits.method, recipe=traits
     )
     kept = [e for e in range(job.num_experts) if bits[e][0]]
-    on = job.model.device
-    shared = significance.shared_gram(routing, traits.shared_tokens, on)
-    shared_cross = significance.shared_gram(routing, traits.shared_tokens, on, exact)
+    share = partial(significance.shared_gram, routing, traits.shared_tokens, job.model.device)
+    shared, shared_cross = share(), None if exact is None else share(exact)
     for chunk in significance.expert_chunks(len(kept), job.hidden_size, job.expert_width):
         experts = [kept[i] for i in chunk]
         pairs = [job.read_expert(index, e) for e in experts]
@@ -863,7 +863,7 @@ def _quantize_experts(
         hessian13 = significance.input_hessians(routing, experts, weighting, shared)
         widths = torch.tensor([bits[e] for e in experts], device=w13.device).unbind(1)
         wanted13 = w13
-        if exact is not None:
+        if shared_cross is not None:
             cross13 = significance.input_hessians(routing, experts, weighting, shared_cross, exact)
             w13 = quantizer.answer_inputs(w13, hessian13, cross13)
             del cross13

@@ -87,14 +87,15 @@ def calibration_rows(routing: Routing, expert: int) -> torch.Tensor:
 
 @fast_products
 def gram(rows: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
-    """X^T X in float32 for rows X [T, K], or Y^T X for others Y [T, K]."""
+    """X^T X in float32 for rows X [T, K], or Y^T X for others Y [T, K], which may be in main memory
+    while X is not."""
     k = rows.shape[1]
     total = torch.zeros(k, k, device=rows.device)
     for part, other in zip(
         rows.split(ROWS), (rows if others is None else others).split(ROWS), strict=True
     ):
         part = part.float()
-        total.addmm_((part if others is None else other.float()).t(), part)
+        total.addmm_((part if others is None else other.to(part)).t(), part)
     return total
 
 
@@ -105,8 +106,7 @@ def shared_gram(
     if not tokens:
         hidden = routing.hidden.shape[1]
         return torch.zeros(hidden, hidden, device=device)
-    others = None if exact is None else exact.to(device)
-    return gram(routing.hidden.to(device), others) * (tokens / len(routing.hidden))
+    return gram(routing.hidden.to(device), exact) * (tokens / len(routing.hidden))
 
 
 def input_hessians(
@@ -125,12 +125,9 @@ def input_hessians(
     found = []
     for expert in experts:
         rows, scale = calibration_weights(routing, expert, weighting)
-        x, y = (
-            None if states is None else (states[rows] * scale).to(shared.device)
-            for states in (routing.hidden, exact)
-        )
-        assert x is not None
-        found.append(gram(x, y) + float(scale.float().square().mean()) * shared)
+        own = (routing.hidden[rows] * scale).to(shared.device)
+        others = None if exact is None else exact[rows.to(exact.device)] * scale.to(exact)
+        found.append(gram(own, others) + float(scale.float().square().mean()) * shared)
     return torch.stack(found)
 
 
@@ -171,7 +168,7 @@ def inner_hessians(
             z = expert_hidden(x, given[position].to(x.dtype), activation) * share
             own.addmm_(z.t().float(), z.float())
             if cross is not own:
-                x = x if exact is None else exact[part].to(x)
+                x = x if exact is None else exact[part.to(exact.device)].to(x)
                 y = expert_hidden(x, wanted[position].to(x.dtype), activation) * share
                 cross.addmm_(y.t().float(), z.float())
         found.append((own, cross))
