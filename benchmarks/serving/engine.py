@@ -140,6 +140,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "bits": METHODS[method],
         "dtype": "bfloat16",
         "routing": "uniform_random",
+        "disabled_kernels": os.environ.get("VLLM_DISABLED_KERNELS", ""),
         "start_seconds": started,
         "tpot_ms": (whole - first) / OUTPUT * 1e3,
         "gpu_ms": busy,

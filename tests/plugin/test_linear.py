@@ -1,5 +1,7 @@
 """Dense int4 linears: vLLM's kernel in 16 bits, exact weights in float32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -85,3 +87,49 @@ def test_vllm_picks_the_loader_that_knows_packed_weights():
     from mcmoe_vllm.plugin.linear import McmoeLinearMethod
 
     assert McmoeLinearMethod.__name__ in WEIGHT_LOADER_V2_SUPPORTED
+
+
+@pytest.fixture
+def machete(monkeypatch):
+    """A kernel such as vLLM chooses on Hopper, where Marlin would do as well."""
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+
+    class MacheteLinearKernel(MPLinearKernel):
+        get_min_capability = can_implement = process_weights_after_loading = apply_weights = (
+            lambda *_: (True, None)
+        )
+
+    monkeypatch.setattr(MarlinLinearKernel, "can_implement", classmethod(lambda *_: (True, None)))
+    config = SimpleNamespace(zero_points=False, has_g_idx=False)
+    return MacheteLinearKernel(config, "qweight", "scales", "qzeros")
+
+
+def test_marlin_takes_the_place_of_machete(vllm_config, machete):
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+
+    from mcmoe_vllm.plugin.linear import prefer_marlin
+
+    found = prefer_marlin(machete)
+    assert type(found) is MarlinLinearKernel and found.config is machete.config
+    assert (found.w_q_name, found.w_s_name, found.w_zp_name) == ("qweight", "scales", "qzeros")
+    assert prefer_marlin(found) is found
+
+
+@pytest.mark.parametrize("reason", ["disabled", "chosen", "chosen for int4", "impossible"])
+def test_machete_stays(vllm_config, machete, monkeypatch, reason):
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+
+    from mcmoe_vllm.plugin.linear import prefer_marlin
+
+    if reason == "disabled":
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", "MarlinLinearKernel")
+    elif reason == "chosen":
+        vllm_config.kernel_config.linear_backend = "machete"
+    elif reason == "chosen for int4":
+        vllm_config.kernel_config.linear_backend_per_quant = {"mixed_precision": "machete"}
+    else:
+        monkeypatch.setattr(
+            MarlinLinearKernel, "can_implement", classmethod(lambda *_: (False, ""))
+        )
+    assert prefer_marlin(machete) is machete
