@@ -635,15 +635,16 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
             lost["dense"] = _quantize_dense(job, layer, index, blocks, tensors, groups, wanted)
         if traits.router_bits != 16 and index in job.moe_layers:
             lost["router"] = _quantize_router(job, layer, index, blocks, tensors)
+        routed = wanted.routed if wanted else None
+        del given, wanted  # what the linears are given is as large as the states themselves
         outputs, routing = _run_blocks(model, layer, index, blocks)
         if routing is not None:
             bits = chosen.pairs()[job.moe_layers.index(index)]
-            routed = wanted.routed if wanted else None
             lost["experts"], experts = _quantize_experts(job, index, routing, bits, routed)
             _store_experts(job, index, experts, bits, tensors)
             outputs = _add(outputs, _routed_output(job, routing, experts))
         blocks = _to_main_memory(outputs) if traits.sequential else exact
-        del outputs, routing, given, wanted
+        del outputs, routing, routed
         model.release_layer(index)
         write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
         del tensors
@@ -658,9 +659,10 @@ def _quantize_layers(job: _Job, work: WorkDirectory, chosen: Plan) -> list[dict[
 
 @dataclass(frozen=True)
 class _ExactLayer:
-    """A layer of the 16-bit model on the calibration text, in main memory. outputs: blocks
-    [B, L, H]; inputs: what the observed linears are given, rows [B * L, K] of each block; routed:
-    what the routed experts are given, [T, H], None for a dense layer or if nothing is observed."""
+    """A layer of the 16-bit model on the calibration text. outputs: blocks [B, L, H], in main
+    memory; where `_run_blocks` keeps states: inputs, what the observed linears are given, rows
+    [B * L, K] of each block, and routed, what the routed experts are given, [T, H], None for a
+    dense layer or if nothing is observed."""
 
     outputs: list[torch.Tensor]
     inputs: dict[str, list[torch.Tensor]]
@@ -678,7 +680,8 @@ def _run_exact(
     `observed`, outputs are all that is kept."""
     model = job.model
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in observed or ()}
-    with _observing(layer, list(inputs), lambda name, rows: inputs[name].append(rows.cpu())):
+    kept = _place_of(model, blocks)
+    with _observing(layer, list(inputs), lambda name, rows: inputs[name].append(rows.to(kept))):
         outputs, routing = _run_blocks(model, layer, index, blocks)
     if routing is None:
         return _ExactLayer(_to_main_memory(outputs), inputs, None)
@@ -689,7 +692,7 @@ def _run_exact(
 
     changes = experts_output(routing, read, job.num_experts, model.activation())
     outputs = _to_main_memory(_add(outputs, changes))
-    return _ExactLayer(outputs, inputs, None if observed is None else routing.hidden.cpu())
+    return _ExactLayer(outputs, inputs, None if observed is None else routing.hidden)
 
 
 @contextmanager
@@ -1091,10 +1094,9 @@ def _size_table(job: _Job, chosen: Plan) -> report.Sizes:
 def _run_blocks(
     model: StreamedModel, layer: torch.nn.Module, index: int, blocks: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], Routing | None]:
-    """All blocks through a layer, and the routing of all their tokens; on the device if they are
-    not too large, else in main memory."""
+    """All blocks through a layer, and the routing of all their tokens, kept in `_place_of` them."""
     outputs, routings = [], []
-    kept = model.device if sum(b.nbytes for b in blocks) <= DEVICE_BYTES else torch.device("cpu")
+    kept = _place_of(model, blocks)
     for block in blocks:
         output, routing = model.run_layer(layer, index, block.to(model.device))
         outputs.append(output.to(kept))
@@ -1103,6 +1105,13 @@ def _run_blocks(
                 Routing(routing.hidden.to(kept), routing.ids.to(kept), routing.weights.to(kept))
             )
     return outputs, significance.concatenate(routings) if routings else None
+
+
+def _place_of(model: StreamedModel, blocks: list[torch.Tensor]) -> torch.device:
+    """Where tokens' states are kept while their layer is worked on: the device if they are not too
+    large for it, else main memory."""
+    small = sum(b.nbytes for b in blocks) <= DEVICE_BYTES
+    return model.device if small else torch.device("cpu")
 
 
 def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
