@@ -45,7 +45,7 @@ bench: .venv/ready  ## measure serving speed; ARGS go to benchmarks/serving/benc
 # Compiling is most of the work, and a process compiles on one core.
 SHARDS ?= $(shell nproc)
 test-gpu:  ## run the kernel tests on the GPU with PYTHON's own torch and triton, no .venv
-	@seq $(SHARDS) | PYTHONPATH=kernels xargs -P $(SHARDS) -I{} \
+	@seq $(SHARDS) | OMP_NUM_THREADS=1 PYTHONPATH=kernels xargs -P $(SHARDS) -I{} \
 	  $(PYTHON) -m pytest -q -m gpu tests/kernels --shard {}/$(SHARDS) $(ARGS)
 
 clean:  ## remove .venv, the caches and everything built

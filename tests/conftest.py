@@ -98,13 +98,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # of the tests that -m and -k leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that at the end no worker is alone with it. Parts hold
-    neighbours by the kernel's configuration: what one test has compiled serves the next."""
+    """What takes minutes comes first, so that at the end no worker is alone with it. Neighbours by
+    the kernel's configuration take about as long, so they go to different parts."""
     items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
     part, parts = map(int, config.getoption("--shard").split("/"))
     if parts > 1:
         items.sort(key=configuration)
-        chosen = items[len(items) * (part - 1) // parts : len(items) * part // parts]
+        chosen = items[part - 1 :: parts]
         config.stash[EMPTY_PART] = bool(items) and not chosen
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
