@@ -20,6 +20,9 @@ tokens):
     key          norm of the key
     output       norm of what the output projection of attention is given
     entropy      of the routing weights
+
+--phases prunes everywhere ("both"), or one half of every window alone and scores the second half:
+the first ("prefill": a prompt was pruned, the answer is not) or the second ("decode").
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 FIXED_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 RULES = ("default", "tail", "paper", "fixed", "random")
 PROTECTED = 0.02
+PHASES = ("both", "prefill", "decode")
 
 
 @dataclass
@@ -83,6 +87,27 @@ class ProtectedPruning(Pruning):
         self.routed += ids.numel()
         self.dropped += int((ids < 0).sum())
         return weights, ids
+
+
+@dataclass
+class PhasePruning(Pruning):
+    """Another pruning in the first half of every window ("prefill") or in the second ("decode")."""
+
+    whole: Pruning | None = None
+    phase: str = "decode"
+    length: int = 0  # of a window
+
+    def __call__(
+        self, layer: int, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.whole is not None
+        weights, ids = self.whole(layer, topk_weights, topk_ids)
+        position = torch.arange(len(ids), device=ids.device) % self.length
+        own = ((position >= self.length // 2) == (self.phase == "decode")).unsqueeze(1)
+        ids = torch.where(own, ids, topk_ids)
+        self.routed += int(own.sum()) * ids.shape[1]
+        self.dropped += int((ids < 0).sum())
+        return torch.where(own, weights, topk_weights), ids
 
 
 class Importance:
@@ -208,6 +233,7 @@ def main() -> None:
         choices=("attention", "hidden", "key", "output", "entropy"),
     )  # fmt: skip
     parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
+    parser.add_argument("--phases", nargs="+", default=("both",), choices=PHASES)
     parser.add_argument("--windows", type=int, default=evaluation.WINDOWS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -230,11 +256,22 @@ def main() -> None:
         bits = float(loaded.quantization.average_bits.get("nominal", 0.0))
 
     def measure(rule: str, importance: str, pruning: Pruning | None) -> None:
+        for phase in arguments.phases:
+            measure_phase(rule, importance, pruning, phase)
+
+    def measure_phase(rule: str, importance: str, pruning: Pruning | None, phase: str) -> None:
+        scored, start = tokens, 0
+        if phase != "both":
+            start = length // 2
+            scored = tokens[:, start:]
+            if pruning is not None:
+                pruning = PhasePruning({}, whole=pruning, phase=phase, length=length)
         hidden = base if pruning is None else evaluation.final_hidden(loaded, tokens, pruning)
-        figures = evaluation.compare(loaded, hidden, loaded, base, tokens)
+        parts = ([block[:, start:] for block in blocks] for blocks in (hidden, base))
+        figures = evaluation.compare(loaded, next(parts), loaded, next(parts), scored)
         row = {
             "model": Path(arguments.model).name, "bits": bits, "rule": rule,
-            "importance": importance, "phase": "both",
+            "importance": importance, "phase": phase,
             "dropped_fraction": pruning.dropped_fraction if pruning else 0.0, **figures,
             "text": Path(arguments.text).name, "calibration": Path(arguments.calibration).name,
             "windows": len(tokens), "sequence_length": length, "run": run,
@@ -244,9 +281,9 @@ def main() -> None:
             f.write(json.dumps(row) + "\n")
         lost = 100 * (figures["perplexity"] / figures["base_perplexity"] - 1)
         print(
-            f"{row['model']} {rule:8} {importance:9} dropped {row['dropped_fraction']:.3f} "
-            f"perplexity {lost:+.3f} % +- {100 * figures['paired_stderr']:.3f} KL "
-            f"{figures['kl']:.5f}",
+            f"{row['model']} {rule:8} {importance:9} {phase:7} "
+            f"dropped {row['dropped_fraction']:.3f} perplexity {lost:+.3f} % +- "
+            f"{100 * figures['paired_stderr']:.3f} KL {figures['kl']:.5f}",
             flush=True,
         )
 
