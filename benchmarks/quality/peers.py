@@ -30,16 +30,19 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 GROUP_SIZE, ATTENTION_BITS = 128, 4
 EXPERT = re.compile(r"\.experts\.\d+\.")
+PROJECTION = re.compile(r"\b(gate|up|down)_proj\b")
+MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 ATTENTION = re.compile(r"\.self_attn\.[qkvo]_proj\.")
 
 
 @dataclass(frozen=True)
 class Peer:
     """requirement: what pip installs. zero_is_code: a group's zero takes as many bits as a code,
-    not 16; its scale takes 16."""
+    not 16; its scale takes 16. environment: variables that it needs."""
 
     requirement: str
     zero_is_code: bool
+    environment: tuple[tuple[str, str], ...] = ()
 
     def true_bits(self, bits: int) -> float:
         return bits + (16 + (bits if self.zero_is_code else 16)) / GROUP_SIZE
@@ -47,7 +50,8 @@ class Peer:
 
 PEERS = {
     "hqq": Peer("hqq==0.2.8.post1", False),
-    "gptqmodel": Peer("gptqmodel", True),
+    # Its pool of two loaders must fit into the workers, of which two cores get one by default.
+    "gptqmodel": Peer("gptqmodel==7.7.0", True, (("GPTQMODEL_CPU_WORKERS", "2"),)),
     "auto-round": Peer("auto-round==0.16.1", True),
 }
 
@@ -62,6 +66,18 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
+
+
+def is_mixtral(model: Path) -> bool:
+    return bool(json.loads((model / "config.json").read_text())["model_type"] == "mixtral")
+
+
+def stored_name(name: str, mixtral: bool) -> str:
+    """A tensor's name in the model's checkpoint, from what transformers calls it."""
+    if not mixtral:
+        return name
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    return PROJECTION.sub(lambda m: MIXTRAL_NAMES[m[0]], name) if EXPERT.search(name) else name
 
 
 def width_of(name: str, bits: int) -> int | None:
@@ -95,9 +111,10 @@ def run_gptqmodel(model: Path, output: Path, bits: int, windows: list[list[int]]
     from safetensors.torch import save_file
 
     settings = QuantizeConfig(
-        bits=bits, group_size=GROUP_SIZE,
+        bits=bits, group_size=GROUP_SIZE, sym=False,
         dynamic={r"+:.*self_attn\..*": {"bits": ATTENTION_BITS, "group_size": GROUP_SIZE}},
     )  # fmt: skip
+    mixtral = is_mixtral(model)
     loaded = GPTQModel.load(str(model), settings, device="cpu")
     loaded.quantize(
         [{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows], batch_size=1
@@ -105,7 +122,8 @@ def run_gptqmodel(model: Path, output: Path, bits: int, windows: list[list[int]]
     with tempfile.TemporaryDirectory() as saved:
         loaded.save(saved)
         packed = dict(tensors_of(Path(saved)))
-    save_file(dict(unpack_gptq(packed, bits)), output / "model.safetensors")
+    found = {stored_name(name, mixtral): t.contiguous() for name, t in unpack_gptq(packed, bits)}
+    save_file(found, output / "model.safetensors")
 
 
 def unpack_gptq(packed: dict[str, Any], bits: int) -> Iterator[tuple[str, Any]]:
@@ -179,9 +197,8 @@ def quantize_with(peer: str, bits: int, windows: Path, output: Path, given: Any)
         str(interpreter(peer, given.venvs)), __file__, str(given.model), "--child", peer,
         "--bits", str(bits), "--windows-file", str(windows), "--output", str(output),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
-    )
+    env = {**os.environ, "PYTHONPATH": "", **dict(PEERS[peer].environment)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         return done.stderr.strip()[-2000:]
     for file in given.model.iterdir():
