@@ -166,7 +166,9 @@ def run_auto_round(model: Path, output: Path, bits: int, windows: list[list[int]
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as saved:
         rounder.quantize_and_save(saved, format="fake")
-        save_file(dict(tensors_of(Path(saved))), output / "model.safetensors")
+        mixtral = is_mixtral(model)
+        found = {stored_name(name, mixtral): t for name, t in tensors_of(Path(saved))}
+        save_file(found, output / "model.safetensors")
 
 
 RUNS = {"hqq": run_hqq, "gptqmodel": run_gptqmodel, "auto-round": run_auto_round}
