@@ -1,6 +1,6 @@
 """Draw what compression costs against true bits from benchmarks/results/quality.jsonl.
 
-python benchmarks/quality/plot.py        writes docs/quality.png, prints the README's table
+python benchmarks/quality/plot.py        writes docs/quality.png, prints the README's tables
 """
 
 import json
@@ -16,6 +16,16 @@ ROOT = Path(__file__).parents[2]
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
 PEER_COLOUR = "#666666"
 PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v"}
+PEER_NAMES = {"hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound"}
+ALLOCATIONS = {
+    "recipe": "`--recipe best`",
+    "frequency": "frequency",
+    "weight": "routing weight",
+    "hessian": "Hessian trace",
+    "pmq": "paper's formula",
+    "uniform": "uniform",
+    "random": "random, mean of 5",
+}
 
 
 def main() -> None:
@@ -33,13 +43,16 @@ def main() -> None:
     panels[-1].legend(frameon=False, fontsize="small")
     figure.savefig(ROOT / "docs/quality.png", metadata={"Software": "mcmoe-vllm"})
     print_table(rows, models)
+    print_peers(rows, models)
+    print_allocations(rows, models)
 
 
 def recipe_points(rows: list[dict[str, Any]], recipe: str) -> list[list[dict[str, Any]]]:
-    """The rows of each average width, one a seed, in order of width."""
+    """The rows of each average width, one a seed, in order of width; not the composed ones."""
     found = defaultdict(list)
     for row in rows:
-        if row["recipe"] == recipe and row["method"] == "recipe" and not row["changes"]:
+        own = row["recipe"] == recipe and row["method"] == "recipe" and row["sequential"]
+        if own and not row["changes"]:
             found[row["nominal_bits"]].append(row)
     return [found[bits] for bits in sorted(found)]
 
@@ -92,6 +105,33 @@ def print_table(rows: list[dict[str, Any]], models: list[str]) -> None:
                 spread = f" ± {2 * error:.4f}" if len(point) > 1 else ""
                 cells.append(f"{perplexity:.3f} ({mean:.4f}{spread})")
         print("| " + " | ".join(cells) + " |")
+
+
+def print_peers(rows: list[dict[str, Any]], models: list[str]) -> None:
+    print("\n| quantizer, bits (true) | " + " | ".join(models) + " |")
+    print("|---|" + "---|" * len(models))
+    for recipe, name in PEER_NAMES.items():
+        of = {(r["nominal_bits"], r["model"]): r for r in rows if r["recipe"] == recipe}
+        for bits in sorted({bits for bits, _ in of}):
+            points = [of.get((bits, model)) for model in models]
+            true = next(point["true_bits"] for point in points if point)
+            cells = [f"{p['loss_difference']:.4f}" if p else "" for p in points]
+            print(f"| {name}, {bits:g} ({true:.2f}) | " + " | ".join(cells) + " |")
+
+
+def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
+    """Widths chosen in several ways, put together from the same compressed experts."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["method"] != "none" and not row.get("sequential", True):
+            found[row["method"], row["model"], row["nominal_bits"]].append(row["loss_difference"])
+    columns = [(m, b) for m in models for b in sorted({k[2] for k in found if k[1] == m})]
+    print("\n| widths chosen by | " + " | ".join(f"{m}, {b:g} bits" for m, b in columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for method, name in ALLOCATIONS.items():
+        losses = [found[method, *column] for column in columns]
+        cells = [f"{statistics.mean(values):.4f}" if values else "" for values in losses]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
