@@ -232,7 +232,7 @@ def measure(options: QuantizeOptions) -> list[significance.LayerSignificance]:
     with report.Progress() as progress, tempfile.TemporaryDirectory() as folder:
         job = _prepare(options, progress, allocates=False)
         work = _open_work(job, Path(folder), "measure")
-        return _measure_layers(job, work, sorted(options.traits.candidate_bits))
+        return _measure_layers(job, work, sorted(options.traits.candidate_bits), resumable=False)
 
 
 def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[float, float]]:
@@ -287,7 +287,8 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         chosen = given or _measure_and_allocate(job, work)
         sizes = _size_table(job, chosen)
         _require_free_space(work, sizes.total_bytes)
-        layers = _quantize_layers(job, work, chosen)
+        with work.saving():
+            layers = _quantize_layers(job, work, chosen)
         result = _publish(job, work, chosen, sizes, layers, started)
         if options.traits.tuning_passes:
             result["tuning"] = _tune(job, work)
@@ -457,7 +458,8 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
         return Plan.from_dict(read_json(plan_file), str(plan_file))
     options = job.options
     candidates = sorted(options.traits.candidate_bits)
-    measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
+    with work.saving():
+        measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
     factors = allocation.Factors(
         frequency=np.array([m.frequency for m in measured]),
         routing_weight=np.array([m.routing_weight for m in measured]),
@@ -547,7 +549,7 @@ def _allocate(job: _Job, costs: np.ndarray, candidates: Sequence[int]) -> alloca
 
 
 def _measure_layers(
-    job: _Job, work: WorkDirectory, candidates: Sequence[int]
+    job: _Job, work: WorkDirectory, candidates: Sequence[int], *, resumable: bool = True
 ) -> list[significance.LayerSignificance]:
     """The significance of every layer, on the unquantized model."""
     options, model = job.options, job.model
@@ -594,7 +596,8 @@ def _measure_layers(
         blocks = _to_main_memory(outputs)
         del outputs, routing
         model.release_layer(index)
-        work.save_hidden("measure", index + 1, [*blocks, *probes])
+        if resumable:
+            work.save_hidden("measure", index + 1, [*blocks, *probes])
     found = [work.load_layer("significance", i) for i in job.moe_layers]
     changes = [layer.pop("probe_change") for layer in found]
     if probing:

@@ -79,7 +79,9 @@ def test_four_bits_everywhere_is_almost_the_original(
     tiny_models, tmp_path, calibration_text, model_type
 ):
     source, output = tiny_models(model_type), tmp_path / "out"
-    settings = {"bits": 4, "candidate_bits": (4,), "group_size": 32}
+    # Weights as they are: fitting moves those of experts that few tokens reach further.
+    recipe = replace(RECIPES["best"], answers=False, exact_targets=False)
+    settings = {"bits": 4, "candidate_bits": (4,), "group_size": 32, "recipe": recipe}
     quantize(options(source, output, calibration_text, **settings))
     before = evaluation.load_streamed(open_checkpoint(source), "cpu")
     after = evaluation.load_streamed(open_checkpoint(output), "cpu")
