@@ -1,9 +1,10 @@
 """Draw what pruning costs against what it drops, from benchmarks/results/pruning.jsonl.
 
-python benchmarks/quality/plot_pruning.py        writes docs/pruning.png
+python benchmarks/quality/plot_pruning.py        writes docs/pruning.png, prints tables
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,6 +43,9 @@ def main() -> None:
     panels[0].set_ylabel("perplexity lost, %")
     panels[0].legend(frameon=False, fontsize="small")
     figure.savefig(ROOT / "docs/pruning.png", metadata={"Software": "mcmoe-vllm"})
+    everything = list(map(json.loads, lines))
+    print_importance([row for row in everything if row["phase"] != "both"])
+    print_compressed([row for row in everything if row["bits"] < 16 and row["rule"] == "default"])
 
 
 def latest_curve(rows: list[dict]) -> list[dict]:
@@ -52,6 +56,32 @@ def latest_curve(rows: list[dict]) -> list[dict]:
 
 def lost(row: dict) -> float:
     return 100 * (row["perplexity"] / row["base_perplexity"] - 1)
+
+
+def print_importance(rows: list[dict]) -> None:
+    """KL divergences by what protects tokens, in the order of the shares that were dropped."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["rule"] == "default":
+            found[row["importance"], row["phase"], row["model"]].append(row)
+    columns = list(dict.fromkeys((phase, model) for _, phase, model in sorted(found)))
+    print("| protected by | " + " | ".join(f"{m}, {p}" for p, m in columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for importance in dict.fromkeys(row["importance"] for row in rows):
+        points = (found[importance, *column] for column in columns)
+        cells = [
+            " / ".join(f"{r['kl']:.5f}" for r in sorted(p, key=lambda r: r["dropped_fraction"]))
+            for p in points
+        ]
+        print(f"| {importance} | " + " | ".join(cells) + " |")
+
+
+def print_compressed(rows: list[dict]) -> None:
+    for row in sorted(rows, key=lambda row: (row["model"], row["dropped_fraction"])):
+        print(
+            f"{row['model']} at {row['bits']} bits: {row['dropped_fraction']:.3f} dropped, "
+            f"{lost(row):.2f} % ({200 * row['paired_stderr']:.2f}), KL {row['kl']:.4f}"
+        )
 
 
 if __name__ == "__main__":
