@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from torch.utils.hooks import RemovableHandle
 
 from mcmoe_vllm import evaluation
 from mcmoe_vllm.checkpoint import open_checkpoint
@@ -115,6 +116,7 @@ class Importance:
 
     def __init__(self, loaded: evaluation.LoadedModel, kind: str) -> None:
         self.kind, self.tapped = kind, {}
+        self.hooks: list[RemovableHandle] = []
         for index, layer in enumerate(loaded.model.skeleton.model.layers):
             tap = getattr(self, f"_tap_{kind}", None)
             if tap is not None:
@@ -131,14 +133,19 @@ class Importance:
 
     def _tap_hidden(self, index: int, layer: Any) -> None:
         norm = layer.post_attention_layernorm
-        norm.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
+        self.hooks.append(
+            norm.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
+        )
 
     def _tap_key(self, index: int, layer: Any) -> None:
-        layer.self_attn.k_proj.register_forward_hook(lambda _, __, key: self._keep(index, key))
+        k_proj = layer.self_attn.k_proj
+        self.hooks.append(k_proj.register_forward_hook(lambda _, __, key: self._keep(index, key)))
 
     def _tap_output(self, index: int, layer: Any) -> None:
         o_proj = layer.self_attn.o_proj
-        o_proj.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
+        self.hooks.append(
+            o_proj.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
+        )
 
     def _tap_attention(self, index: int, layer: Any) -> None:
         def tap(module: Any, _: Any, given: dict[str, Any]) -> None:
@@ -146,7 +153,12 @@ class Importance:
             received = attention_received(module, hidden, *given["position_embeddings"])
             self.tapped[index] = (hidden.float().norm(p=1, dim=-1) * received).flatten()
 
-        layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True)
+        self.hooks.append(layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True))
+
+    def release(self) -> None:
+        """Tap nothing any more."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def attention_received(
@@ -204,7 +216,7 @@ def rules(
 
 def protected(
     loaded: evaluation.LoadedModel, kind: str, tokens: torch.Tensor, ratios: dict[int, float]
-) -> Pruning:
+) -> ProtectedPruning:
     importance = Importance(loaded, kind)
     seen: dict[int, list[torch.Tensor]] = {}
 
@@ -291,12 +303,15 @@ def main() -> None:
     for rule, pruning in rules(layers, tails, arguments.shares):
         if rule in arguments.rules:
             measure(rule, "none", pruning)
-    build: Callable[[str, float], Pruning] = lambda kind, share: protected(  # noqa: E731
+    build: Callable[[str, float], ProtectedPruning] = lambda kind, share: protected(  # noqa: E731
         loaded, kind, calibration, dict(calibrated(layers, share, beside_largest).ratios)
     )  # fmt: skip
     for kind in arguments.importance:
         for share in (0.15, 0.2, 0.25):
-            measure("default", kind, build(kind, share / (1 - PROTECTED)))
+            pruning = build(kind, share / (1 - PROTECTED))
+            measure("default", kind, pruning)
+            assert pruning.importance is not None
+            pruning.importance.release()
 
 
 if __name__ == "__main__":
