@@ -40,7 +40,9 @@ def main() -> None:
         axes.set_title(model)
         axes.set_xlabel("true bits per expert weight")
     panels[0].set_ylabel("loss in log-perplexity")
-    panels[-1].legend(frameon=False, fontsize="small")
+    # Of the panel that shows most: a quantizer may be measured on one model alone.
+    fullest = max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
+    panels[-1].legend(*fullest.get_legend_handles_labels(), frameon=False, fontsize="small")
     figure.savefig(ROOT / "docs/quality.png", metadata={"Software": "mcmoe-vllm"})
     print_table(rows, models)
     print_peers(rows, models)
@@ -78,7 +80,7 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
         if found:
             axes.plot(
                 [row["true_bits"] for row in found], [row["loss_difference"] for row in found],
-                marker, color=PEER_COLOUR, markersize=5, label=peer,
+                marker, color=PEER_COLOUR, markersize=5, label=PEER_NAMES[peer],
             )  # fmt: skip
     axes.set_yscale("log")
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2)
