@@ -287,8 +287,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         chosen = given or _measure_and_allocate(job, work)
         sizes = _size_table(job, chosen)
         _require_free_space(work, sizes.total_bytes)
-        with work.saving():
-            layers = _quantize_layers(job, work, chosen)
+        layers = _quantize_layers(job, work, chosen)
         result = _publish(job, work, chosen, sizes, layers, started)
         if options.traits.tuning_passes:
             result["tuning"] = _tune(job, work)
@@ -458,8 +457,7 @@ def _measure_and_allocate(job: _Job, work: WorkDirectory) -> Plan:
         return Plan.from_dict(read_json(plan_file), str(plan_file))
     options = job.options
     candidates = sorted(options.traits.candidate_bits)
-    with work.saving():
-        measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
+    measured = _measure_layers(job, work, [] if options.is_uniform else candidates)
     factors = allocation.Factors(
         frequency=np.array([m.frequency for m in measured]),
         routing_weight=np.array([m.routing_weight for m in measured]),

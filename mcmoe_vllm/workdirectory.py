@@ -8,15 +8,12 @@
     checkpoint/                  the output, renamed to its place at the end
 
 Every file is written beside and renamed, so a job that is killed at any moment finds only whole
-files. A step is done when the hidden states after it exist. They are gigabytes of a large model,
-so they are written while the next step runs.
+files. A step is done when the hidden states after it exist.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,11 @@ from mcmoe_vllm.config import read_json, write_json
 from mcmoe_vllm.errors import UserError
 
 JOB_FILE = "job.json"
-WRITER = ThreadPoolExecutor(1, "hidden-states")
 
 
 @dataclass(frozen=True)
 class WorkDirectory:
     path: Path
-    _writing: list[Future[None]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def checkpoint(self) -> Path:
@@ -52,25 +47,7 @@ class WorkDirectory:
         return read_json(self.layer_file(kind, layer))
 
     def save_hidden(self, phase: str, layer: int, blocks: list[torch.Tensor]) -> None:
-        """Begin to keep the input of `layer`, inside `saving`; the states before it are then of no
-        use. Raises UserError if those of the step before could not be written."""
-        self._finish()
-        self._writing.append(WRITER.submit(self._write_hidden, phase, layer, blocks))
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Behind it, hidden states that were saved inside are written, whatever happened. Raises
-        UserError if they could not be."""
-        try:
-            yield
-        finally:
-            self._finish()
-
-    def _finish(self) -> None:
-        while self._writing:
-            self._writing.pop().result()
-
-    def _write_hidden(self, phase: str, layer: int, blocks: list[torch.Tensor]) -> None:
+        """Keep the input of `layer`; the states before it are then of no use."""
         file = self._hidden(phase, layer)
         write_shard(file, {f"{i:06d}": b for i, b in enumerate(blocks)})
         for other in file.parent.glob(f"{phase}-*.safetensors"):

@@ -1,11 +1,8 @@
 """An unfinished job can be taken up again, and nothing else is mistaken for one."""
 
-import threading
-
 import pytest
 import torch
 
-from mcmoe_vllm import workdirectory
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.workdirectory import JOB_FILE, open_work_directory, progress_of
 
@@ -18,10 +15,9 @@ def test_layers_and_hidden_states_come_back(tmp_path):
     work.save_layer("significance", 3, {"tokens": [1, 2]})
     assert work.load_layer("significance", 3) == {"tokens": [1, 2]}
     blocks = [torch.full((1, 4), float(i)) for i in range(12)]  # more than nine: order matters
-    with work.saving():
-        work.save_hidden("measure", 1, [b + 100 for b in blocks])
-        work.save_hidden("measure", 2, blocks)
-        work.save_hidden("quantize", 1, blocks[:1])
+    work.save_hidden("measure", 1, [b + 100 for b in blocks])
+    work.save_hidden("measure", 2, blocks)
+    work.save_hidden("quantize", 1, blocks[:1])
     again = open_work_directory(tmp_path / "work", JOB, resume=True)
     layer, found = again.load_hidden("measure")
     assert layer == 2 and len(found) == 12
@@ -29,32 +25,6 @@ def test_layers_and_hidden_states_come_back(tmp_path):
     assert again.load_hidden("quantize")[0] == 1
     left = sorted(f.name for f in (tmp_path / "work" / "hidden").iterdir())
     assert left == ["measure-00002.safetensors", "quantize-00001.safetensors"]
-
-
-def test_hidden_states_are_written_while_the_job_goes_on(tmp_path, monkeypatch):
-    work = open_work_directory(tmp_path / "work", JOB, resume=False)
-    going_on, write = threading.Event(), workdirectory.write_shard
-    monkeypatch.setattr(
-        workdirectory, "write_shard", lambda *what: going_on.wait(60) and write(*what)
-    )
-    with work.saving():
-        work.save_hidden("measure", 1, [torch.zeros(2)])
-        assert work.load_hidden("measure") is None
-        going_on.set()
-    assert work.load_hidden("measure")[0] == 1
-
-
-def test_a_failure_to_write_is_not_lost(tmp_path, monkeypatch):
-    def fail(path, tensors):
-        raise UserError(f"writing {path}: disk full")
-
-    work = open_work_directory(tmp_path / "work", JOB, resume=False)
-    monkeypatch.setattr(workdirectory, "write_shard", fail)
-    with pytest.raises(UserError, match="00001.*disk full"), work.saving():
-        work.save_hidden("measure", 1, [torch.zeros(2)])
-        with pytest.raises(UserError, match="00001.*disk full"):
-            work.save_hidden("measure", 2, [torch.zeros(2)])
-        work.save_hidden("measure", 1, [torch.zeros(2)])
 
 
 def test_half_written_files_are_not_seen(tmp_path):
