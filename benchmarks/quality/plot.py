@@ -89,9 +89,17 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
 
 
+def print_header(*cells: str) -> None:
+    print_cells(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def print_cells(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
 def print_table(rows: list[dict[str, Any]], models: list[str]) -> None:
-    print("| bits: nominal (true) | " + " | ".join(f"{m}: paper | best" for m in models) + " |")
-    print("|---|" + "---|" * 2 * len(models))
+    print_header("bits: nominal (true)", *(c for m in models for c in (f"{m}: paper", "best")))
     of = {
         (model, recipe): recipe_points([r for r in rows if r["model"] == model], recipe)
         for model in models
@@ -106,19 +114,19 @@ def print_table(rows: list[dict[str, Any]], models: list[str]) -> None:
                 perplexity = statistics.mean(row["perplexity"] for row in point)
                 spread = f" ± {2 * error:.4f}" if len(point) > 1 else ""
                 cells.append(f"{perplexity:.3f} ({mean:.4f}{spread})")
-        print("| " + " | ".join(cells) + " |")
+        print_cells(*cells)
 
 
 def print_peers(rows: list[dict[str, Any]], models: list[str]) -> None:
-    print("\n| quantizer, bits (true) | " + " | ".join(models) + " |")
-    print("|---|" + "---|" * len(models))
+    print()
+    print_header("quantizer, bits (true)", *models)
     for recipe, name in PEER_NAMES.items():
         of = {(r["nominal_bits"], r["model"]): r for r in rows if r["recipe"] == recipe}
         for bits in sorted({bits for bits, _ in of}):
             points = [of.get((bits, model)) for model in models]
             true = next(point["true_bits"] for point in points if point)
             cells = [f"{p['loss_difference']:.4f}" if p else "" for p in points]
-            print(f"| {name}, {bits:g} ({true:.2f}) | " + " | ".join(cells) + " |")
+            print_cells(f"{name}, {bits:g} ({true:.2f})", *cells)
 
 
 def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
@@ -128,12 +136,12 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
         if row["method"] != "none" and not row.get("sequential", True):
             found[row["method"], row["model"], row["nominal_bits"]].append(row["loss_difference"])
     columns = [(m, b) for m in models for b in sorted({k[2] for k in found if k[1] == m})]
-    print("\n| widths chosen by | " + " | ".join(f"{m}, {b:g} bits" for m, b in columns) + " |")
-    print("|---|" + "---|" * len(columns))
+    print()
+    print_header("widths chosen by", *(f"{m}, {b:g} bits" for m, b in columns))
     for method, name in ALLOCATIONS.items():
         losses = [found[method, *column] for column in columns]
         cells = [f"{statistics.mean(values):.4f}" if values else "" for values in losses]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print_cells(name, *cells)
 
 
 if __name__ == "__main__":

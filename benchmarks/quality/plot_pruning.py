@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from plot import print_cells, print_header
 
 ROOT = Path(__file__).parents[2]
 RULES = {  # name in the rows: name in the plot, colour, line
@@ -21,7 +22,8 @@ RULES = {  # name in the rows: name in the plot, colour, line
 
 def main() -> None:
     lines = (ROOT / "benchmarks/results/pruning.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["bits"] == 16 and row["phase"] == "both"]
+    everything = list(map(json.loads, lines))
+    rows = [row for row in everything if row["bits"] == 16 and row["phase"] == "both"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(4.2 * len(models), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,7 +45,6 @@ def main() -> None:
     panels[0].set_ylabel("perplexity lost, %")
     panels[0].legend(frameon=False, fontsize="small")
     figure.savefig(ROOT / "docs/pruning.png", metadata={"Software": "mcmoe-vllm"})
-    everything = list(map(json.loads, lines))
     print_importance([row for row in everything if row["phase"] != "both"])
     print_compressed([row for row in everything if row["bits"] < 16 and row["rule"] == "default"])
 
@@ -65,15 +66,14 @@ def print_importance(rows: list[dict]) -> None:
         if row["rule"] == "default":
             found[row["importance"], row["phase"], row["model"]].append(row)
     columns = list(dict.fromkeys((phase, model) for _, phase, model in sorted(found)))
-    print("| protected by | " + " | ".join(f"{m}, {p}" for p, m in columns) + " |")
-    print("|---|" + "---|" * len(columns))
+    print_header("protected by", *(f"{m}, {p}" for p, m in columns))
     for importance in dict.fromkeys(row["importance"] for row in rows):
         points = (found[importance, *column] for column in columns)
         cells = [
             " / ".join(f"{r['kl']:.5f}" for r in sorted(p, key=lambda r: r["dropped_fraction"]))
             for p in points
         ]
-        print(f"| {importance} | " + " | ".join(cells) + " |")
+        print_cells(importance, *cells)
 
 
 def print_compressed(rows: list[dict]) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mcmoe_vllm import evaluation
 from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.pruning import Measure, Pruning, beside_largest, prune
+from mcmoe_vllm.pruning import Measure, Pruning, beside_largest, pair_counts, prune
 from mcmoe_vllm.pruning_calibration import LayerRouting, choose_shares, measure_routing
 from mcmoe_vllm.text import load_tokenizer, sample_windows, strided_windows
 
@@ -104,11 +104,12 @@ class PhasePruning(Pruning):
         assert self.whole is not None
         weights, ids = self.whole(layer, topk_weights, topk_ids)
         position = torch.arange(len(ids), device=ids.device) % self.length
-        own = ((position >= self.length // 2) == (self.phase == "decode")).unsqueeze(1)
-        ids = torch.where(own, ids, topk_ids)
-        self.routed += int(own.sum()) * ids.shape[1]
-        self.dropped += int((ids < 0).sum())
-        return torch.where(own, weights, topk_weights), ids
+        own = (position >= self.length // 2) == (self.phase == "decode")
+        routed, dropped = pair_counts(topk_ids[own], ids[own]).tolist()
+        self.routed += routed
+        self.dropped += dropped
+        own = own.unsqueeze(1)
+        return torch.where(own, weights, topk_weights), torch.where(own, ids, topk_ids)
 
 
 class Importance:
@@ -116,11 +117,9 @@ class Importance:
 
     def __init__(self, loaded: evaluation.LoadedModel, kind: str) -> None:
         self.kind, self.tapped = kind, {}
-        self.hooks: list[RemovableHandle] = []
-        for index, layer in enumerate(loaded.model.skeleton.model.layers):
-            tap = getattr(self, f"_tap_{kind}", None)
-            if tap is not None:
-                tap(index, layer)
+        tap = getattr(self, f"_tap_{kind}", None)
+        layers = loaded.model.skeleton.model.layers if tap else ()
+        self.hooks = [tap(index, layer) for index, layer in enumerate(layers)]
 
     def __call__(self, layer: int, topk_weights: torch.Tensor) -> torch.Tensor:
         if self.kind == "entropy":
@@ -131,29 +130,25 @@ class Importance:
     def _keep(self, index: int, value: torch.Tensor) -> None:
         self.tapped[index] = value.flatten(0, -2).float().norm(dim=-1)
 
-    def _tap_hidden(self, index: int, layer: Any) -> None:
+    def _tap_hidden(self, index: int, layer: Any) -> RemovableHandle:
         norm = layer.post_attention_layernorm
-        self.hooks.append(
-            norm.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
-        )
+        return norm.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
 
-    def _tap_key(self, index: int, layer: Any) -> None:
+    def _tap_key(self, index: int, layer: Any) -> RemovableHandle:
         k_proj = layer.self_attn.k_proj
-        self.hooks.append(k_proj.register_forward_hook(lambda _, __, key: self._keep(index, key)))
+        return k_proj.register_forward_hook(lambda _, __, key: self._keep(index, key))
 
-    def _tap_output(self, index: int, layer: Any) -> None:
+    def _tap_output(self, index: int, layer: Any) -> RemovableHandle:
         o_proj = layer.self_attn.o_proj
-        self.hooks.append(
-            o_proj.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
-        )
+        return o_proj.register_forward_pre_hook(lambda _, given: self._keep(index, given[0]))
 
-    def _tap_attention(self, index: int, layer: Any) -> None:
+    def _tap_attention(self, index: int, layer: Any) -> RemovableHandle:
         def tap(module: Any, _: Any, given: dict[str, Any]) -> None:
             hidden = given["hidden_states"]
             received = attention_received(module, hidden, *given["position_embeddings"])
             self.tapped[index] = (hidden.float().norm(p=1, dim=-1) * received).flatten()
 
-        self.hooks.append(layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True))
+        return layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True)
 
     def release(self) -> None:
         """Tap nothing any more."""
@@ -279,8 +274,8 @@ def main() -> None:
             if pruning is not None:
                 pruning = PhasePruning({}, whole=pruning, phase=phase, length=length)
         hidden = base if pruning is None else evaluation.final_hidden(loaded, tokens, pruning)
-        parts = ([block[:, start:] for block in blocks] for blocks in (hidden, base))
-        figures = evaluation.compare(loaded, next(parts), loaded, next(parts), scored)
+        pruned, exact = ([block[:, start:] for block in blocks] for blocks in (hidden, base))
+        figures = evaluation.compare(loaded, pruned, loaded, exact, scored)
         row = {
             "model": Path(arguments.model).name, "bits": bits, "rule": rule,
             "importance": importance, "phase": phase,
@@ -303,12 +298,10 @@ def main() -> None:
     for rule, pruning in rules(layers, tails, arguments.shares):
         if rule in arguments.rules:
             measure(rule, "none", pruning)
-    build: Callable[[str, float], ProtectedPruning] = lambda kind, share: protected(  # noqa: E731
-        loaded, kind, calibration, dict(calibrated(layers, share, beside_largest).ratios)
-    )  # fmt: skip
     for kind in arguments.importance:
         for share in (0.15, 0.2, 0.25):
-            pruning = build(kind, share / (1 - PROTECTED))
+            ratios = calibrated(layers, share / (1 - PROTECTED), beside_largest).ratios
+            pruning = protected(loaded, kind, calibration, dict(ratios))
             measure("default", kind, pruning)
             assert pruning.importance is not None
             pruning.importance.release()
