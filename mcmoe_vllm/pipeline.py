@@ -1122,7 +1122,13 @@ def _add(blocks: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _to_main_memory(blocks: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [block.cpu() for block in blocks]
+    """Copies of blocks that are on a GPU, by way of one page-locked block: several times as fast as
+    straight into memory that nothing has touched yet."""
+    if not blocks[0].is_cuda:
+        return blocks
+    largest = max(blocks, key=lambda b: b.numel())
+    staging = torch.empty_like(largest, device="cpu", pin_memory=True).flatten()
+    return [staging[: b.numel()].view_as(b).copy_(b).clone() for b in blocks]
 
 
 def _named_traits(recipe: Recipe) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 
 Makes a model of one layer with random weights in the real shape, and text of random tokens, then
 runs what `mcmoe plan` (errors at every candidate width) and `mcmoe quantize` run. Appends a row per
-recipe to benchmarks/results/compression.jsonl: measure_seconds and quantize_seconds of that layer.
-Tuning is left out: it works on a whole model. Needs no solver.
+recipe to benchmarks/results/compression.jsonl: measure_seconds and quantize_seconds of that layer,
+and compile_seconds: what a very small layer took before it, which is compiling kernels, once a
+machine. Tuning is left out: it works on a whole model. Needs no solver.
 """
 
 from __future__ import annotations
@@ -69,10 +70,16 @@ def write_text(file: Path, model: Path, tokens: int) -> None:
     file.write_text("\n".join(tokenizer.batch_decode(ids)))
 
 
-def compress(folder: Path, name: str, bits: float, samples: int, length: int) -> dict[str, float]:
+def compress(
+    shape: str, folder: Path, name: str, bits: float, samples: int, length: int
+) -> dict[str, float]:
+    """Figures of one layer, compressed in `folder`, where its model and text are made."""
+    folder.mkdir()
+    make_model(folder / "model", shape, length)
+    write_text(folder / "text.txt", folder / "model", samples * length)
     recipe = replace(RECIPES[name], tuning_passes=0)
     options = pipeline.QuantizeOptions(
-        model=str(folder / "model"), output=str(folder / f"out-{name}"), bits=bits, recipe=recipe,
+        model=str(folder / "model"), output=str(folder / "out"), bits=bits, recipe=recipe,
         calibration=str(folder / "text.txt"), samples=samples, sequence_length=length,
     )  # fmt: skip
     on_gpu = torch.cuda.is_available()
@@ -111,14 +118,15 @@ def main() -> None:
     arguments = parser.parse_args()
     samples, length = arguments.samples, arguments.sequence_length
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        make_model(folder / "model", arguments.shape, length)
-        write_text(folder / "text.txt", folder / "model", samples * length)
         for name in arguments.recipes:
-            figures = compress(folder, name, arguments.bits, samples, length)
+            small = compress("small", Path(scratch, f"small-{name}"), name, arguments.bits, 8, 512)
+            compile_seconds = round(small["measure_seconds"] + small["quantize_all_seconds"], 1)
+            folder = Path(scratch, name)
+            figures = compress(arguments.shape, folder, name, arguments.bits, samples, length)
+            shutil.rmtree(folder)
             row = {
                 "shape": arguments.shape, "recipe": name, "nominal_bits": arguments.bits,
-                "tokens": samples * length, **figures,
+                "tokens": samples * length, "compile_seconds": compile_seconds, **figures,
                 "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 **machine(arguments.commit),
             }  # fmt: skip
