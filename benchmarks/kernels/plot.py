@@ -1,4 +1,5 @@
-"""Draw the kernels' times beside their peers' from benchmarks/results/kernels.jsonl.
+"""Draw the kernels' times beside their peers' from benchmarks/results/kernels.jsonl, and print the
+table of every width.
 
 python benchmarks/kernels/plot.py        writes docs/kernels.png
 """
@@ -16,9 +17,14 @@ COLOURS = {
 }  # fmt: skip
 
 
+TABLE_TOKENS = (1, 8, 64, 512, 4096)
+
+
 def main() -> None:
     lines = (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["run"].endswith("peers")]
+    known = [json.loads(line) for line in lines]
+    rows = [row for row in known if row["run"].endswith("peers")]
+    print_widths([row for row in known if row["run"].endswith("sweep")])
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure = Figure(figsize=(3.6 * len(shapes), 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,6 +36,28 @@ def main() -> None:
     panels[0].set_ylabel("time of one layer, mcmoe = 1")
     panels[-1].legend(frameon=False, fontsize="small")
     figure.savefig(ROOT / "docs/kernels.png", metadata={"Software": "mcmoe-vllm"})
+
+
+def print_widths(rows: list[dict]) -> None:
+    """Of the last sweep: us and, in percent, the larger of the shares of the copy bandwidth and (in
+    brackets) of the matrix peak; last, a kernel for all widths over one for 1, 2, 3 alone."""
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
+    found = {(r["shape"], r["tokens"], r["bits"], r["compiled_for_all_widths"]): r for r in rows}
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        for tokens in TABLE_TOKENS:
+            cells = []
+            for bits in (1, 2, 3, 4, 2.5):
+                row = found[shape, tokens, bits, False]
+                memory, matrix = (100 * row[f"{x}_fraction"] for x in ("bandwidth", "matrix"))
+                share = f"{memory:.0f} %" if memory > matrix else f"({matrix:.0f} %)"
+                cells.append(f"{row['median_us']:.0f}, {share}")
+            mixing = (
+                found[shape, tokens, bits, True]["median_us"]
+                / found[shape, tokens, bits, False]["median_us"]
+                for bits in (1, 2, 3)
+            )
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in mixing))
+            print(f"| {shape}, {tokens} | {' | '.join(cells)} |")
 
 
 def draw(axes, rows: list[dict]) -> None:
