@@ -53,6 +53,7 @@ PEERS = {
     # Its pool of two loaders must fit into the workers, of which two cores get one by default.
     "gptqmodel": Peer("gptqmodel==7.7.0", True, (("GPTQMODEL_CPU_WORKERS", "2"),)),
     "auto-round": Peer("auto-round==0.16.1", True),
+    "llm-compressor": Peer("llmcompressor==0.14.0.1", True),
 }
 
 
@@ -171,7 +172,44 @@ def run_auto_round(model: Path, output: Path, bits: int, windows: list[list[int]
         save_file(found, output / "model.safetensors")
 
 
-RUNS = {"hqq": run_hqq, "gptqmodel": run_gptqmodel, "auto-round": run_auto_round}
+def run_llm_compressor(model: Path, output: Path, bits: int, windows: list[list[int]]) -> None:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    def scheme(target: str, width: int) -> QuantizationScheme:
+        weights = QuantizationArgs(
+            num_bits=width, symmetric=False, strategy="group", group_size=GROUP_SIZE
+        )
+        return QuantizationScheme(targets=[target], weights=weights)
+
+    with load_quantizable_moe():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    groups = {
+        "experts": scheme(r"re:.*\.experts\.\d+\.(gate|up|down)_proj$", bits),
+        "attention": scheme(r"re:.*\.self_attn\.[qkvo]_proj$", ATTENTION_BITS),
+    }
+    oneshot(
+        model=loaded, recipe=GPTQModifier(config_groups=groups),
+        dataset=Dataset.from_list(
+            [{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows]
+        ),
+        num_calibration_samples=len(windows), max_seq_length=len(windows[0]),
+    )  # fmt: skip
+    mixtral, known = is_mixtral(model), dict(tensors_of(model))
+    found = {stored_name(name, mixtral): t for name, t in loaded.state_dict().items()}
+    save_file({name: found[name].contiguous() for name in known}, output / "model.safetensors")
+
+
+RUNS = {
+    "hqq": run_hqq, "gptqmodel": run_gptqmodel, "auto-round": run_auto_round,
+    "llm-compressor": run_llm_compressor,
+}  # fmt: skip
 
 
 def run_child(arguments: argparse.Namespace) -> None:
