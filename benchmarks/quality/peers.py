@@ -37,10 +37,10 @@ ATTENTION = re.compile(r"\.self_attn\.[qkvo]_proj\.")
 
 @dataclass(frozen=True)
 class Peer:
-    """requirement: what pip installs. zero_is_code: a group's zero takes as many bits as a code,
+    """requirements: what pip installs. zero_is_code: a group's zero takes as many bits as a code,
     not 16; its scale takes 16. environment: variables that it needs."""
 
-    requirement: str
+    requirements: tuple[str, ...]
     zero_is_code: bool
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -49,11 +49,11 @@ class Peer:
 
 
 PEERS = {
-    "hqq": Peer("hqq==0.2.8.post1", False),
+    "hqq": Peer(("hqq==0.2.8.post1",), False),
     # Its pool of two loaders must fit into the workers, of which two cores get one by default.
-    "gptqmodel": Peer("gptqmodel==7.7.0", True, (("GPTQMODEL_CPU_WORKERS", "2"),)),
-    "auto-round": Peer("auto-round==0.16.1", True),
-    "llm-compressor": Peer("llmcompressor==0.14.0.1", True),
+    "gptqmodel": Peer(("gptqmodel==7.7.0",), True, (("GPTQMODEL_CPU_WORKERS", "2"),)),
+    "auto-round": Peer(("auto-round==0.16.1",), True),
+    "llm-compressor": Peer(("llmcompressor==0.14.0.1", "torchvision"), True),
 }
 
 
@@ -225,7 +225,7 @@ def interpreter(peer: str, venvs: Path) -> Path:
     python = venvs / peer / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(venvs / peer)], check=True)
-        packages = [PEERS[peer].requirement, "torch", "transformers", "accelerate"]
+        packages = [*PEERS[peer].requirements, "torch", "transformers", "accelerate"]
         subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
     return python
 
