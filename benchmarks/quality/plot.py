@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
 PEER_COLOUR = "#666666"
-PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v"}
-PEER_NAMES = {"hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound"}
+PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v", "llm-compressor": "D"}
+PEER_NAMES = {
+    "hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound",
+    "llm-compressor": "llm-compressor",
+}  # fmt: skip
 ALLOCATIONS = {
     "recipe": "`--recipe best`",
     "frequency": "frequency",
@@ -47,6 +50,7 @@ def main() -> None:
     print_table(rows, models)
     print_peers(rows, models)
     print_allocations(rows, models)
+    print_changes(rows)
 
 
 def recipe_points(rows: list[dict[str, Any]], recipe: str) -> list[list[dict[str, Any]]]:
@@ -142,6 +146,23 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
         losses = [found[method, *column] for column in columns]
         cells = [f"{statistics.mean(values):.4f}" if values else "" for values in losses]
         print_cells(name, *cells)
+
+
+def print_changes(rows: list[dict[str, Any]]) -> None:
+    """`best` with one trait changed, beside `best` itself at the same bits and seed."""
+    rows = [
+        r for r in rows if r["recipe"] == "best" and r["method"] == "recipe" and r["sequential"]
+    ]
+    plain = {
+        (r["model"], r["nominal_bits"], r["seed"]): r["kl"] for r in rows if not r["changes"]
+    }  # fmt: skip
+    print()
+    print_header("change", "model, bits", "KL, with everything", "with the change")
+    for row in rows:
+        if row["changes"]:
+            before = plain[row["model"], row["nominal_bits"], row["seed"]]
+            where = f"{row['model']}, {row['nominal_bits']:g}"
+            print_cells(f"`{row['changes']}`", where, f"{before:.4f}", f"{row['kl']:.4f}")
 
 
 if __name__ == "__main__":
