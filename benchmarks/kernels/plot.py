@@ -15,8 +15,6 @@ COLOURS = {
     "vllm-bf16": "#999999", "vllm-marlin-int4": "#E69F00", "humming-uint3": "#56B4E9",
     "humming-uint2": "#0072B2",
 }  # fmt: skip
-
-
 TABLE_TOKENS = (1, 8, 64, 512, 4096)
 
 

@@ -53,12 +53,17 @@ def main() -> None:
     print_changes(rows)
 
 
+def recipe_rows(rows: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
+    """What the recipe gives by its own choice of widths; not the composed ones."""
+    own = [row for row in rows if (row["recipe"], row["method"]) == (recipe, "recipe")]
+    return [row for row in own if row["sequential"]]
+
+
 def recipe_points(rows: list[dict[str, Any]], recipe: str) -> list[list[dict[str, Any]]]:
-    """The rows of each average width, one a seed, in order of width; not the composed ones."""
+    """The rows of each average width, one a seed, in order of width."""
     found = defaultdict(list)
-    for row in rows:
-        own = row["recipe"] == recipe and row["method"] == "recipe" and row["sequential"]
-        if own and not row["changes"]:
+    for row in recipe_rows(rows, recipe):
+        if not row["changes"]:
             found[row["nominal_bits"]].append(row)
     return [found[bits] for bits in sorted(found)]
 
@@ -150,12 +155,8 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
 
 def print_changes(rows: list[dict[str, Any]]) -> None:
     """`best` with one trait changed, beside `best` itself at the same bits and seed."""
-    rows = [
-        r for r in rows if r["recipe"] == "best" and r["method"] == "recipe" and r["sequential"]
-    ]
-    plain = {
-        (r["model"], r["nominal_bits"], r["seed"]): r["kl"] for r in rows if not r["changes"]
-    }  # fmt: skip
+    rows = recipe_rows(rows, "best")
+    plain = {(r["model"], r["nominal_bits"], r["seed"]): r["kl"] for r in rows if not r["changes"]}
     print()
     print_header("change", "model, bits", "KL, with everything", "with the change")
     for row in rows:

@@ -70,16 +70,17 @@ def write_text(file: Path, model: Path, tokens: int) -> None:
     file.write_text("\n".join(tokenizer.batch_decode(ids)))
 
 
-def compress(
-    shape: str, folder: Path, name: str, bits: float, samples: int, length: int
-) -> dict[str, float]:
-    """Figures of one layer, compressed in `folder`, where its model and text are made."""
+def prepare(folder: Path, shape: str, samples: int, length: int) -> None:
+    """A model of one layer and its text, in a new folder."""
     folder.mkdir()
     make_model(folder / "model", shape, length)
     write_text(folder / "text.txt", folder / "model", samples * length)
+
+
+def compress(folder: Path, name: str, bits: float, samples: int, length: int) -> dict[str, float]:
     recipe = replace(RECIPES[name], tuning_passes=0)
     options = pipeline.QuantizeOptions(
-        model=str(folder / "model"), output=str(folder / "out"), bits=bits, recipe=recipe,
+        model=str(folder / "model"), output=str(folder / f"out-{name}"), bits=bits, recipe=recipe,
         calibration=str(folder / "text.txt"), samples=samples, sequence_length=length,
     )  # fmt: skip
     on_gpu = torch.cuda.is_available()
@@ -118,12 +119,13 @@ def main() -> None:
     arguments = parser.parse_args()
     samples, length = arguments.samples, arguments.sequence_length
     with tempfile.TemporaryDirectory() as scratch:
+        first, folder = Path(scratch, "first"), Path(scratch, "measured")
+        prepare(first, "small", 8, 512)
+        prepare(folder, arguments.shape, samples, length)
         for name in arguments.recipes:
-            small = compress("small", Path(scratch, f"small-{name}"), name, arguments.bits, 8, 512)
+            small = compress(first, name, arguments.bits, 8, 512)
             compile_seconds = round(small["measure_seconds"] + small["quantize_all_seconds"], 1)
-            folder = Path(scratch, name)
-            figures = compress(arguments.shape, folder, name, arguments.bits, samples, length)
-            shutil.rmtree(folder)
+            figures = compress(folder, name, arguments.bits, samples, length)
             row = {
                 "shape": arguments.shape, "recipe": name, "nominal_bits": arguments.bits,
                 "tokens": samples * length, "compile_seconds": compile_seconds, **figures,
