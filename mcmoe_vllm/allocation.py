@@ -301,8 +301,8 @@ def allocate_projections(
     costs = np.array(costs, dtype=np.float64)
     for (row, expert), width in (pins or {}).items():
         costs[row, expert, [pair != (width, width) for pair in widths]] = np.inf
-    # In units of 32 bits a group: scale and zero take one.
-    unit = group_size // 32
+    # In units of 16 bits a group: scale and zero take one.
+    unit = group_size // 16
     sizes = [2 * (a * unit + (a > 0)) + b * unit + (b > 0) for a, b in widths]
     problems = costs.reshape(1, -1, len(widths)) if scope == "global" else costs
     budget = math.floor(3 * (bits * unit + 1) * problems.shape[1] + BUDGET_SLACK)

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mcmoe_kernels import packing
 from mcmoe_vllm.config import read_json, write_json
 from mcmoe_vllm.errors import UserError
 
@@ -317,6 +318,22 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
                 "tensors": tensor_hashes,
             },
         )
+
+
+def stored_scale(tensor: torch.Tensor, bits: int, name: str) -> torch.Tensor:
+    """An expert's weight_scale as format version 2 stores it: int16 [N, K/G].
+
+    tensor: that, or the float16 [N, 2*K/G] of version 1. Raises UserError, naming the tensor, for
+    what does not fit into version 2.
+    """
+    if tensor.dtype != torch.float16:
+        return tensor
+    try:
+        return packing.upgrade_scale(tensor, bits)
+    except ValueError as e:
+        raise UserError(
+            f"{name} of format version 1 cannot be read: {e}. Compress the model again."
+        ) from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from typing import Any
 from mcmoe_vllm.errors import UserError
 
 QUANT_METHOD = "mcmoe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAN_VERSION = 1
+# format_version -> dtype of an expert's weight_scale, and its numbers for each group of columns
+EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1)}
 CANDIDATE_BITS = (0, 1, 2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
 DENSE_BITS = (4, 16)
@@ -109,6 +112,12 @@ class QuantizationConfig:
         """Width of each expert of a layer; projection is "w13" or "w2"."""
         return tuple(int(d) for d in self.expert_bits[layer][("w13", "w2").index(projection)])
 
+    def widths(self, projection: str) -> tuple[int, ...]:
+        """The widths that occur in any layer; projection is "w13" or "w2"."""
+        return tuple(
+            sorted({b for layer in self.expert_bits for b in self.bits(layer, projection)})
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json, including `quant_method`."""
         value = asdict(self)
@@ -129,7 +138,7 @@ class QuantizationConfig:
         method = value.pop("quant_method", None)
         if method != QUANT_METHOD:
             raise UserError(f"quant_method is {method!r}, an mcmoe checkpoint has {QUANT_METHOD!r}")
-        _check_version(value.get("format_version"), "this checkpoint")
+        _check_version(value.get("format_version"), "this checkpoint", FORMAT_VERSION)
         known = set(cls.__dataclass_fields__)
         missing = sorted({"group_size", "expert_bits"} - set(value))
         unknown = sorted(set(value) - known)
@@ -171,7 +180,7 @@ class Plan:
     nominal_bits: float
     w2_bits: tuple[tuple[int, ...], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
         wrong = []
@@ -245,7 +254,7 @@ class Plan:
             raise UserError(
                 f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
-        _check_version(value.get("format_version", 1), source)
+        _check_version(value.get("format_version", 1), source, PLAN_VERSION)
         try:
             return cls(
                 **{
@@ -262,13 +271,13 @@ class Plan:
             raise UserError(f"{source} is no valid plan: {e}") from None
 
 
-def _check_version(version: Any, source: str) -> None:
+def _check_version(version: Any, source: str, newest: int) -> None:
     if not _is_integer(version) or version < 1:
         raise UserError(f"{source}: format_version is {version!r}, needs an integer from 1")
-    if version > FORMAT_VERSION:
+    if version > newest:
         raise UserError(
-            f"{source} has format_version {version}, this mcmoe-vllm reads up to "
-            f"{FORMAT_VERSION}: upgrade with pip install -U mcmoe-vllm"
+            f"{source} has format_version {version}, this mcmoe-vllm reads up to {newest}: "
+            f"upgrade with pip install -U mcmoe-vllm"
         )
 
 

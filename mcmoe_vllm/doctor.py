@@ -268,7 +268,7 @@ def _check_quantizer() -> Iterator[Finding]:
         if float(gptq.error[i].sum()) > float(rounded.error[i].sum()):
             wrong.append(f"{b} bits: GPTQ is worse than rounding")
         stored = packing.pack(gptq.codes[i], b)
-        scale = packing.interleave_scale(gptq.scale[i], gptq.zero[i])
+        scale = packing.pack_scale(gptq.scale[i], gptq.zero[i], b)
         if not torch.equal(packing.dequantize(stored, scale, b), decoded[i]):
             wrong.append(f"{b} bits: the packed weights differ from the quantized ones")
     if wrong:
@@ -295,9 +295,10 @@ def _check_experts() -> Iterator[Finding]:
             codes = torch.randint(0, 1 << b, (rows, columns if b else 0), generator=generator)
             shape = (rows, codes.shape[1] // group)
             zero = torch.full(shape, 0.5 if b == 1 else float(1 << b >> 1))
-            scale = packing.interleave_scale(torch.full(shape, 0.125), zero)
+            scale = torch.full(shape, 0.125)
+            words = packing.pack_scale(scale, zero, b) if b else scale.to(torch.int16)
             packed.append((packing.pack(codes, b) if b else codes.to(torch.uint8)).to(device))
-            scales.append(scale.to(device))
+            scales.append(words.to(device))
         return ExpertMatrices(bits, tuple(packed), tuple(scales))
 
     w13, w2 = matrices(2 * width, hidden), matrices(hidden, width)

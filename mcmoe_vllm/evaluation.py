@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mcmoe_kernels import packing
-from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from mcmoe_vllm.checkpoint import Checkpoint, open_checkpoint, resolve_model, stored_scale
 from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
@@ -206,7 +206,8 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
     prefix = name.removesuffix("weight")
     found = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"])
     packed, scale = found[prefix + "weight_packed"], found[prefix + "weight_scale"]
-    if packed.shape[1] % bits or (packed.shape[1] * 8 // bits) % (scale.shape[1] // 2):
+    scale = stored_scale(scale, bits, prefix + "weight_scale")
+    if packed.shape[1] % bits or (packed.shape[1] * 8 // bits) % scale.shape[1]:
         raise UserError(
             f"{prefix}weight_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
             f"config.json says {bits} bits, which does not fit"

@@ -31,7 +31,7 @@ from mcmoe_vllm.checkpoint import (
     read_manifest,
     tensor_sha256,
 )
-from mcmoe_vllm.config import QUANT_METHOD, QuantizationConfig, read_json
+from mcmoe_vllm.config import EXPERT_SCALES, QUANT_METHOD, QuantizationConfig, read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.models import Architecture, find_architecture
 from mcmoe_vllm.pruning import read_table
@@ -150,7 +150,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
     dense, wrong = _dense_pairs(checkpoint, architecture, config)
     wrong = [
         *_wrong_layers(checkpoint, architecture, config),
-        *(line for pair in experts for line in _wrong_expert(checkpoint, pair)),
+        *(
+            line
+            for pair in experts
+            for line in _wrong_expert(checkpoint, pair, config.format_version)
+        ),
         *wrong,
         *_unexpected(checkpoint, architecture, [*experts, *dense]),
     ]
@@ -353,7 +357,7 @@ def _wrong_layers(
     ]
 
 
-def _wrong_expert(checkpoint: Checkpoint, pair: _Pair) -> list[str]:
+def _wrong_expert(checkpoint: Checkpoint, pair: _Pair, version: int) -> list[str]:
     wrong = []
     rows, columns = pair.rows, pair.columns
     codes = checkpoint.tensors.get(pair.codes)
@@ -368,12 +372,13 @@ def _wrong_expert(checkpoint: Checkpoint, pair: _Pair) -> list[str]:
             f"({pair.bits} bits)"
         )
     scales = checkpoint.tensors.get(pair.scales)
-    shape = (rows, 2 * columns // pair.group_size)
+    dtype, per_group = EXPERT_SCALES[version]
+    shape = (rows, per_group * columns // pair.group_size)
     if scales is None:
         wrong.append(f"{pair.scales} is missing")
-    elif scales.dtype != "F16" or scales.shape != shape:
+    elif scales.dtype != dtype or scales.shape != shape:
         wrong.append(
-            f"{pair.scales} is {_describe(scales)}, needs F16 {list(shape)} "
+            f"{pair.scales} is {_describe(scales)}, needs {dtype} {list(shape)} "
             f"(group size {pair.group_size})"
         )
     return wrong
@@ -508,19 +513,23 @@ def _wrong_index(checkpoint: Checkpoint) -> list[str]:
 
 
 def _wrong_values(tensor: torch.Tensor, pair: _Pair) -> Iterator[str]:
-    """tensor: float16, `weight_scale` [N, 2*K/G] of an expert or `scales` [K/G, N] of a linear."""
-    is_expert = pair.codes.endswith(".weight_packed")
-    scale, zero = packing.split_scale(tensor) if is_expert else (tensor, None)
-    scale = scale.float()
+    """tensor: `weight_scale` of an expert (float16 in version 1) or `scales` of a linear."""
+    scale, zero = tensor.float(), None
+    if pair.codes.endswith(".weight_packed"):
+        if tensor.dtype == torch.float16:
+            scale, zero = scale[:, ::2], scale[:, 1::2]
+        else:
+            scale, zero = packing.unpack_scale(tensor, pair.bits)
     bad = ~(torch.isfinite(scale) & (scale > 0))
     if bad.any():
         yield f"{pair.scales} has {int(bad.sum())} scales that are not finite and positive"
-    inexact = ~bad & (scale.to(torch.bfloat16).float() != scale)
-    if inexact.any():
-        yield f"{pair.scales} has {int(inexact.sum())} scales that bfloat16 cannot hold"
+    for dtype in (torch.bfloat16, torch.float16):
+        inexact = ~bad & (scale.to(dtype).float() != scale)
+        if inexact.any():
+            name = str(dtype).removeprefix("torch.")
+            yield f"{pair.scales} has {int(inexact.sum())} scales that {name} cannot hold"
     if zero is None:
         return
-    zero = zero.float()
     if pair.bits == 1:
         bad, allowed = zero != 0.5, "0.5"
     else:

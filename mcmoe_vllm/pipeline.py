@@ -960,8 +960,8 @@ def _store_experts(
         for name, part, width in zip(names, parts, (w13, w13, w2), strict=True):
             prefix = name.removesuffix("weight")
             tensors[prefix + "weight_packed"] = packing.pack(part.codes[0], width).cpu()
-            tensors[prefix + "weight_scale"] = packing.interleave_scale(
-                part.scale[0], part.zero[0]
+            tensors[prefix + "weight_scale"] = packing.pack_scale(
+                part.scale[0], part.zero[0], width
             ).cpu()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from mcmoe_kernels import packing
 from mcmoe_vllm.precision import fast_products
 from mcmoe_vllm.recipes import BEST, Recipe
 
@@ -24,8 +25,6 @@ NORM_POWER = 2.4
 METHODS = ("gptq", "rtn", "minmax")
 BLOCK = 128  # columns between two updates of the whole rest of the matrix
 SUB_BLOCK = 32  # columns between two updates of the rest of the block
-MAX_SCALE = 65280.0  # the largest value exact in both bfloat16 and float16
-MIN_SCALE = 2.0**-24  # the smallest
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def factor_hessian(hessian: torch.Tensor) -> FactoredHessian:
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest value exact in bfloat16 and float16, so that every engine and kernel sees the
-    same weights; never zero. float32 in and out."""
-    exact = scale.to(torch.bfloat16).float().clamp(MIN_SCALE, MAX_SCALE)
+    """The nearest value exact in bfloat16 and float16 and within what checkpoints hold, so that
+    every engine and kernel sees the same weights; never zero. float32 in and out."""
+    exact = scale.to(torch.bfloat16).float().clamp(packing.MIN_SCALE, packing.MAX_SCALE)
     return exact.to(torch.float16).float()
 
 

@@ -55,8 +55,7 @@ class _Matrix:
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zeros on the device, float32 [N, K/G]."""
-        scale, zero = packing.split_scale(self.scale.to(self.stretch.device))
-        return scale.float(), zero.float()
+        return packing.unpack_scale(self.scale.to(self.stretch.device), self.bits)
 
     def levels(self, zero: torch.Tensor) -> torch.Tensor:
         """Codes less zeros on the device, float32 [N, K/G, G]."""
@@ -71,9 +70,9 @@ class _Matrix:
 
     def stored(self) -> torch.Tensor:
         """The tensor of scales and zeros with the new scales."""
-        scale, zero = packing.split_scale(self.scale)
-        grown = round_scale(scale.float() * self.stretch.detach().cpu().exp())
-        return packing.interleave_scale(grown, zero.float())
+        scale, zero = packing.unpack_scale(self.scale, self.bits)
+        grown = round_scale(scale * self.stretch.detach().cpu().exp())
+        return packing.pack_scale(grown, zero, self.bits)
 
 
 @dataclass(frozen=True)
@@ -290,8 +289,7 @@ def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
 def _load_matrix(checkpoint: Checkpoint, name: str, bits: int, device: torch.device) -> _Matrix:
     prefix = name.removesuffix("weight")
     packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
-    shape = (scale.shape[0], scale.shape[1] // 2)
-    stretch = torch.zeros(shape, device=device)
+    stretch = torch.zeros(scale.shape, device=device)
     return _Matrix(prefix + "weight_scale", bits, packed, scale, stretch)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
-from mcmoe_kernels.packing import interleave_scale, pack
+from mcmoe_kernels.packing import pack, pack_scale
 
 
 def random_matrices(
@@ -19,7 +19,7 @@ def random_matrices(
         groups = columns // group_size
         if b == 0:
             packed.append(torch.empty(rows, 0, dtype=torch.uint8))
-            scales.append(torch.empty(rows, 0, dtype=torch.float16))
+            scales.append(torch.empty(rows, 0, dtype=torch.int16))
             continue
         codes = torch.randint(0, 1 << b, (rows, columns), generator=generator)
         scale = torch.rand(rows, groups, generator=generator).add(0.1).mul(0.1 / b)
@@ -29,7 +29,7 @@ def random_matrices(
         if b == 2:
             zero = torch.randint(0, 7, zero.shape, generator=generator) / 2
         packed.append(pack(codes, b))
-        scales.append(interleave_scale(scale.bfloat16().float(), zero))
+        scales.append(pack_scale(scale.bfloat16(), zero, b))
     return ExpertMatrices(tuple(bits), tuple(packed), tuple(scales))
 
 

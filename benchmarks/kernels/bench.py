@@ -57,7 +57,8 @@ def main() -> None:
     if arguments.sweep:
         rows = sweep(arguments, head)
     else:
-        head["tuned_files"] = use_tuned_files([(SHAPES[s][0], SHAPES[s][3]) for s in SHAPES])
+        if set(PEERS) & set(arguments.kernels):
+            head["tuned_files"] = use_tuned_files([(SHAPES[s][0], SHAPES[s][3]) for s in SHAPES])
         rows = compare(arguments, head)
     for row in rows:  # each is written as soon as it is measured
         show(row)

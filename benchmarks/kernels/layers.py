@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from mcmoe_kernels.packing import pack_scale
 from mcmoe_kernels.tiles import (
+    TILE_ROWS,
     TiledLayer,
     TiledMatrices,
     matrix_bytes,
     meta_bytes,
     record_bytes,
-    shared_bytes,
-    tile_bytes,
 )
 
 # experts, top_k, hidden size, intermediate size
@@ -60,11 +60,11 @@ def random_matrices(rows: int, columns: int, widths: tuple[int, ...], kind: type
     records = torch.randint(-128, 128, (starts[-1],), dtype=torch.int8, device="cuda")
     for i, b in enumerate(widths):
         record = records[starts[i] : starts[i + 1]].view(-1, record_bytes(b, GROUP_SIZE))
-        for tile in range(2):  # scales of about 0.01, zeros of 1
-            at = shared_bytes(b) + tile * tile_bytes(b, GROUP_SIZE)
-            scale = torch.rand(len(record), 64, device="cuda").mul(0.01).add(0.001).bfloat16()
-            word = (scale.view(torch.int16).int() << 16) | 0x3F80
-            record[:, at : at + meta_bytes(GROUP_SIZE)] = word.view(torch.int8)
+        # Scales of about 0.01, zeros of 1, of two tiles a row.
+        scale = torch.rand(len(record), 2 * TILE_ROWS, device="cuda").mul(0.01).add(0.001)
+        zero = torch.full_like(scale, 0.5 if b == 1 else 1)
+        words = pack_scale(scale.bfloat16(), zero, b)
+        record[:, : meta_bytes(GROUP_SIZE)] = words.view(torch.int8)
     table = [start // 256 * 8 + b for start, b in zip(starts, widths, strict=False)]
     table = torch.tensor(table, dtype=torch.int32, device="cuda")
     return kind(rows, columns, GROUP_SIZE, widths, records, table)

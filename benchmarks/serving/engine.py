@@ -58,7 +58,7 @@ def quantization(method: str) -> dict[str, Any]:
               for layer in range(HIDDEN_LAYERS)}  # fmt: skip
     return {
         "quant_method": "mcmoe",
-        "format_version": 1,
+        "format_version": 2,
         "group_size": {"w13": 128, "w2": 128, "dense": 128},
         "expert_bits": {str(layer): [widths, widths] for layer, widths in layers.items()},
         "dense_bits": 4,
@@ -67,7 +67,7 @@ def quantization(method: str) -> dict[str, Any]:
 
 
 MARK = "measured: "
-METHODS = {"mcmoe": 2.75, "gptq-marlin": 4.125}  # bits of an expert's weight, scales included
+METHODS = {"mcmoe": 2.625, "gptq-marlin": 4.125}  # bits of an expert's weight, scales included
 
 
 def main() -> int:

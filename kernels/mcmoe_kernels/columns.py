@@ -22,12 +22,12 @@ def encode(value, max_code):
 
 @triton.jit
 def round_scale(scale):
-    """`quantizer.round_scale`: to the nearest value exact in bfloat16 and float16."""
+    """`quantizer.round_scale`: to the nearest value exact in bfloat16 and float16, in range."""
     # By hand: Triton's interpreter would cut the lower half off.
     bits = scale.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     exact = bits.to(tl.float32, bitcast=True)
-    exact = tl.minimum(tl.maximum(exact, 5.9604644775390625e-08), 65280.0)
+    exact = tl.minimum(tl.maximum(exact, 5.9604644775390625e-08), 255.0)
     return exact.to(tl.float16).to(tl.float32)
 
 

@@ -38,9 +38,16 @@ def _magic(is_bfloat16):
 
 
 @triton.constexpr_function
-def _inverse_power(position, is_bfloat16):
-    """The bits of 2^-position, twice."""
-    return ((127 - position) << 7 if is_bfloat16 else (15 - position) << 10) * 0x00010001
+def _power(exponent, is_bfloat16):
+    """The bits of 2^exponent, twice."""
+    return ((127 + exponent) << 7 if is_bfloat16 else (15 + exponent) << 10) * 0x00010001
+
+
+@triton.constexpr_function
+def _scale_lost(is_bfloat16, scaled):
+    """An or gives a scale the exponent bits that its word leaves out if it is taken times 2^-7;
+    the exponent that q - zero gains instead."""
+    return 7 if is_bfloat16 and scaled else 0
 
 
 @triton.constexpr_function
@@ -48,35 +55,45 @@ def _weights_asm(shift, position, mask, is_bfloat16, scaled):
     """Of two words: fma(magic + q * 2^position, 2^-position, $2) and, if scaled, times $3; 0xEA is
     (a & b) | c."""
     suffix = "bf16x2" if is_bfloat16 else "f16x2"
+    power = _power(_scale_lost(is_bfloat16, scaled) - position, is_bfloat16)
     minus_zero = 0x80008000
     return (
         "{ .reg .b32 t, m, k, o; "
         + _shift("t", "$1", shift)
         + f"mov.b32 m, {_magic(is_bfloat16)[0] * 0x00010001}; "
         + f"lop3.b32 t, t, {(mask << position) * 0x00010001}, m, 0xEA; "
-        + f"mov.b32 k, {_inverse_power(position, is_bfloat16)}; mov.b32 o, {minus_zero}; "
+        + f"mov.b32 k, {power}; mov.b32 o, {minus_zero}; "
         + f"fma.rn.{suffix} t, t, k, $2; "
         + (f"fma.rn.{suffix} $0, t, $3, o; }}" if scaled else "mov.b32 $0, t; }")
     )
 
 
 @triton.constexpr_function
+def _zero_base(bits, scaled):
+    """A power of 2 whose ulp in bfloat16 is a step of the zero, and its bits, twice; `scaled`:
+    both times 2^`_scale_lost`."""
+    exponent = (6 if bits <= 2 else 7) + _scale_lost(True, scaled)
+    return 2.0**exponent, _power(exponent, True)
+
+
+@triton.constexpr_function
 def _place(bits, tile, block, half, is_bfloat16):
     """Where block `block` (of 4), columns 16 * half on, lies in a word: (shift, position).
 
-    The mantissa has room for a few fields side by side, which saves shifts. A zero that is a
-    multiple of 1/2 (1 and 2 bits) has no exact sum with 2^7 at position 0.
+    The mantissa has room for a few fields side by side, which saves shifts; few positions save
+    addends, of which a group needs one for each. A zero that is a multiple of 1/2 (1 and 2 bits)
+    has no exact sum with 2^7 at position 0.
     """
     room = 7 if is_bfloat16 else 10
     nibble = 4 * (block // 2)
     offset = {1: 4 * tile + block, 2: 2 * block, 3: nibble, 4: nibble}[bits] + 8 * half
     if bits == 1:
         return (offset - 1, 1)
-    least = 1 if bits == 2 else 0
-    for shift in (0, 6, 8, 12, 14):
-        if shift + least <= offset and offset - shift + bits <= room:
-            return (shift, offset - shift)
-    return (offset - least, least)
+    if bits == 2:
+        shift = {0: -2, 2: 0, 4: 0, 6: 4, 8: 4, 10: 6, 12: 8, 14: 12}[offset]
+    else:
+        shift = 0 if offset + bits <= room else offset
+    return (shift, offset - shift)
 
 
 @triton.jit
@@ -156,47 +173,77 @@ def blocks_bytes(w0, w1, high, TILE: tl.constexpr, BITS: tl.constexpr, INLINE: t
     return b0, b1, b2, b3
 
 
-@triton.jit
-def split_meta(word, DTYPE: tl.constexpr):
-    """Scale and zero out of the int32 words of `tiles`, as DTYPE."""
-    if tl.bfloat16 == DTYPE:  # as they are: no instruction but the broadcast to a pair
-        scale = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return scale, word.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        scale = (word & -65536).to(tl.float32, bitcast=True).to(DTYPE)
-        return scale, (word << 16).to(tl.float32, bitcast=True).to(DTYPE)
+@triton.constexpr_function
+def _zero_magic(bits):
+    """A float whose mantissa counts the zero's steps from bit 12 on: its bits, and its value."""
+    return (0x44800000, 1024.0) if bits <= 2 else (0x45000000, 2048.0)
 
 
 @triton.jit
-def weights_of(word, scale, zero, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+def split_meta(word, TILE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Scale and zero of a tile's group out of the int32 words of `tiles`, as DTYPE."""
+    MAGIC: tl.constexpr = _zero_magic(BITS)[0]
+    VALUE: tl.constexpr = _zero_magic(BITS)[1]
+    # The low half's fields in place of the high half's, and the other way round: one shift each.
+    scale = word if TILE == 1 else word << 16
+    zero = word >> 16 if TILE == 1 else word
+    scale = (scale & 0x0FFF0000) + 0x33800000  # the exponent of 2^-24
+    zero = ((zero & 0xF000) | MAGIC).to(tl.float32, bitcast=True) - VALUE
+    return scale.to(tl.float32, bitcast=True).to(DTYPE), zero.to(DTYPE)
+
+
+@triton.jit
+def split_bfloat16(word, TILE: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr):
+    """The scale times 2^-`_scale_lost`, and the zero plus `_zero_base`, both bfloat16.
+
+    Both halves of the word are decoded at once: which one is meant, the instruction that uses it
+    selects at no cost.
+    """
+    ZERO_BITS: tl.constexpr = _zero_base(BITS, SCALED)[1]
+    scale = (word & 0x0FFF0FFF) | 0x30003000
+    zero = ((word >> 12) & 0x000F000F) | ZERO_BITS
+    if TILE == 1:
+        scale, zero = scale >> 16, zero >> 16
+    scale = scale.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return scale, zero.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
                HALF: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
                INLINE: tl.constexpr):  # fmt: skip
     """q - zero, exact, or (q - zero) * scale, rounded once: word int16 [N, 16] -> DTYPE [N, 16].
 
-    scale, zero: [N], exact in DTYPE. SCALED: whether to multiply by scale.
+    meta: int32 [N], of the group that the block is in. SCALED: whether to multiply by scale.
     """
     BFLOAT16: tl.constexpr = tl.bfloat16 == DTYPE
     SHIFT: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[0]
     POSITION: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[1]
     MASK: tl.constexpr = (1 << BITS) - 1
     OFFSET: tl.constexpr = _magic(BFLOAT16)[1] / (1 << POSITION)
-    if INLINE:
+    if INLINE and BFLOAT16:
+        GAIN: tl.constexpr = 1 << _scale_lost(True, SCALED)
+        CONSTANT: tl.constexpr = _zero_base(BITS, SCALED)[0] - GAIN * OFFSET
+        scale, zero = split_bfloat16(meta, TILE, BITS, SCALED)
+        addend = tl.broadcast_to((CONSTANT - zero).to(DTYPE)[:, None], word.shape)
+        factor = tl.broadcast_to(scale[:, None], word.shape)
+        return tl.inline_asm_elementwise(
+            _weights_asm(SHIFT, POSITION, MASK, True, SCALED), "=r,r,r,r",
+            [word, addend, factor], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif INLINE:
+        scale, zero = split_meta(meta, TILE, BITS, DTYPE)
         addend = tl.broadcast_to((-OFFSET - zero).to(DTYPE)[:, None], word.shape)
-        factor = tl.broadcast_to(scale.to(DTYPE)[:, None], word.shape)
-        if BFLOAT16:
-            return tl.inline_asm_elementwise(
-                _weights_asm(SHIFT, POSITION, MASK, True, SCALED), "=r,r,r,r",
-                [word, addend, factor], dtype=tl.bfloat16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                _weights_asm(SHIFT, POSITION, MASK, False, SCALED), "=r,r,r,r",
-                [word, addend, factor], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
+        factor = tl.broadcast_to(scale[:, None], word.shape)
+        return tl.inline_asm_elementwise(
+            _weights_asm(SHIFT, POSITION, MASK, False, SCALED), "=r,r,r,r",
+            [word, addend, factor], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
+        scale, zero = split_meta(meta, TILE, BITS, tl.float32)
         shifted = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
-        codes = ((shifted >> POSITION) & MASK).to(tl.float32) - zero.to(tl.float32)[:, None]
-        return (codes * scale.to(tl.float32)[:, None] if SCALED else codes).to(DTYPE)
+        codes = ((shifted >> POSITION) & MASK).to(tl.float32) - zero[:, None]
+        return (codes * scale[:, None] if SCALED else codes).to(DTYPE)
 
 
 @triton.jit
@@ -204,7 +251,7 @@ def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, SCAL
                DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """The weights [N, 128] of one tile of a step; planes as in `blocks_bytes`, but int16 [N, 16].
 
-    metas: scale and zero [N] of each of the four blocks. SCALED: as in `weights_of`.
+    metas: int32 [N] of each of the four blocks. SCALED: as in `weights_of`.
     """
     if BITS == 3:
         w1 = merge_words(w0, high, 2, 1 - 2 * TILE, INLINE)
@@ -212,9 +259,8 @@ def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, SCAL
     parts = ()
     for block in tl.static_range(4):
         word = w1 if BITS >= 3 and block % 2 == 1 else w0
-        scale, zero = metas[block]
-        first = weights_of(word, scale, zero, BITS, TILE, block, 0, SCALED, DTYPE, INLINE)
-        second = weights_of(word, scale, zero, BITS, TILE, block, 1, SCALED, DTYPE, INLINE)
+        first = weights_of(word, metas[block], BITS, TILE, block, 0, SCALED, DTYPE, INLINE)
+        second = weights_of(word, metas[block], BITS, TILE, block, 1, SCALED, DTYPE, INLINE)
         parts += (concatenate(first, second),)
     return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
 

@@ -31,12 +31,16 @@ class ExpertMatrices:
 
     bits: 1 to 4, or 0 for an expert that was dropped.
     packed: uint8 [N, K*bits/8] each, views of one flat buffer (no columns where bits is 0).
-    scale: float16 [N, 2*K/G] each, scale and zero interleaved (no columns where bits is 0).
+    scale: int16 [N, K/G] each, scale and zero as `packing` stores them (no columns where bits is
+    0).
+    model_bits: widths that other layers of the model have: layers that share them share compiled
+    kernels.
     """
 
     bits: tuple[int, ...]
     packed: tuple[torch.Tensor, ...]
     scale: tuple[torch.Tensor, ...]
+    model_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.bits) == len(self.packed) == len(self.scale), (
@@ -92,7 +96,7 @@ def split_flat(
     """Views of one matrix [rows, columns] per expert into a flat buffer.
 
     flat: uint8, expert e at byte `packed_offsets(bits, rows, columns)[e]`.
-    scale: float16 [experts that are present, rows, 2*columns/G], in order.
+    scale: int16 [experts that are present, rows, columns/G], in order.
     """
     offsets = packed_offsets(bits, rows, columns)
     packed, scales, slot = [], [], 0

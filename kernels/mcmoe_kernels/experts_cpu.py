@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices, gated_activation
-from mcmoe_kernels.packing import split_scale, unpack
+from mcmoe_kernels.packing import unpack, unpack_scale
 
 MODES = ("dense", "int4", "packed")
 
@@ -149,7 +149,7 @@ def dequantize_to(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> 
     it is computed in bfloat16 because half the memory traffic is nearly twice the speed.
     """
     bits = matrices.bits[expert]
-    scale, zero = split_scale(matrices.scale[expert])
+    scale, zero = unpack_scale(matrices.scale[expert], bits)
     groups = scale.shape[-1]
     work = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     codes = unpack_fast(matrices.packed[expert], bits).unflatten(-1, (groups, -1)).to(work)
@@ -176,7 +176,7 @@ def unpack_fast(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def encode_int4(matrices: ExpertMatrices, expert: int) -> Int4Matrix:
     """Re-encode one expert for the int4 op, exactly."""
     bits = matrices.bits[expert]
-    scale, zero = (t.float() for t in split_scale(matrices.scale[expert]))
+    scale, zero = unpack_scale(matrices.scale[expert], bits)
     groups = scale.shape[-1]
     q = unpack(matrices.packed[expert], bits).unflatten(-1, (groups, -1)).float()
     signed = (q - zero.unsqueeze(-1)).flatten(-2)  # [N, K]

@@ -48,15 +48,21 @@ def activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.constexpr_function
-def tile_bytes_of(bits, group_size):
-    """`tiles.tile_bytes`, for kernels."""
-    return 128 // group_size * 256 + 2048 * (bits // 2)
+def shared_at(group_size):
+    """`tiles.meta_bytes`, for kernels: where the plane of both tiles begins."""
+    return 128 // group_size * 256
+
+
+@triton.constexpr_function
+def tile_at(tile, bits, group_size):
+    """Where a tile's own planes begin."""
+    return shared_at(group_size) + 2048 * (bits % 2) + tile * 2048 * (bits // 2)
 
 
 @triton.constexpr_function
 def record_bytes_of(bits, group_size):
     """`tiles.record_bytes`, for kernels."""
-    return 2048 * (bits % 2) + 2 * tile_bytes_of(bits, group_size)
+    return tile_at(2, bits, group_size)
 
 
 @triton.jit
@@ -82,9 +88,7 @@ def plane_offsets(BLOCK_N: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.cons
 def load_tile(record, offsets, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
               UNIT: tl.constexpr):  # fmt: skip
     """The one or two planes that are a tile's own. UNIT: bytes of an element."""
-    START: tl.constexpr = (
-        2048 * (BITS % 2) + TILE * tile_bytes_of(BITS, GROUP_SIZE) + 128 // GROUP_SIZE * 256
-    ) // UNIT
+    START: tl.constexpr = tile_at(TILE, BITS, GROUP_SIZE) // UNIT
     if BITS == 1:
         return 0, 0
     elif BITS < 4:
@@ -97,14 +101,11 @@ def load_tile(record, offsets, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, BIT
 
 @triton.jit
 def load_meta(record, BLOCK_N: tl.constexpr, AT: tl.constexpr, GROUP_SIZE: tl.constexpr,
-              BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Scale and zero DTYPE [N] of the group that holds the step's column AT. record: int32
-    pointer."""
-    TILE: tl.constexpr = 2048 * (BITS % 2) + AT // 128 * tile_bytes_of(BITS, GROUP_SIZE)
+              BITS: tl.constexpr):  # fmt: skip
+    """Meta int32 [N] of the group that holds the step's column AT. record: int32 pointer."""
     n = tl.arange(0, BLOCK_N)
     offsets = n // 64 * (record_bytes_of(BITS, GROUP_SIZE) // 4) + n % 64
-    word = tl.load(record + (TILE // 4 + AT % 128 // GROUP_SIZE * 64) + offsets)
-    return split_meta(word, DTYPE)
+    return tl.load(record + AT % 128 // GROUP_SIZE * 64 + offsets)  # the same for both tiles
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexp
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         # 3 bits: the high plane. 1 bit: the only one.
-        shared = tl.load(record + offsets) if BITS % 2 == 1 else 0
+        shared = tl.load((record + shared_at(GROUP_SIZE)) + offsets) if BITS % 2 == 1 else 0
         for tile in tl.static_range(2):
             w0, w1 = load_tile(record, offsets, tile, GROUP_SIZE, BITS, 1)
             w0 = shared if BITS == 1 else w0
@@ -160,10 +161,11 @@ def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexp
                     codes = concatenate(b0, b1) if part == 0 else concatenate(b2, b3)
                 else:
                     codes = b0 if part == 0 else (b1 if part == 1 else (b2 if part == 2 else b3))
-                scale, zero = load_meta(
+                meta = load_meta(
                     record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + part * X_BLOCK,
-                    GROUP_SIZE, BITS, tl.float32,
+                    GROUP_SIZE, BITS,
                 )  # fmt: skip
+                scale, zero = split_meta(meta, tile, BITS, tl.float32)
                 acc = multiply_part(
                     acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, valid, step,
                     tile * 128 + part * X_BLOCK, COLUMNS, X_BLOCK,

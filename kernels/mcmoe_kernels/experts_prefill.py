@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.dequantization import tile_words
+from mcmoe_kernels.dequantization import split_meta, tile_words
 from mcmoe_kernels.experts_decode import (
     activate,
     combine_kernel,
@@ -24,6 +24,7 @@ from mcmoe_kernels.experts_decode import (
     load_tile,
     plane_offsets,
     record_bytes_of,
+    shared_at,
 )
 from mcmoe_kernels.routing import pdl_options, route_pairs, wait_for_previous
 from mcmoe_kernels.tiles import TiledLayer
@@ -40,13 +41,12 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
     # Few pairs: a scale for each result costs less than one for each weight. Many: registers are
     # short, and scales kept as pairs of 16 bits would take more of them.
     SCALED: tl.constexpr = acc.shape[1] > 32 or GROUP_SIZE < 128
-    META: tl.constexpr = tl.float32 if SCALED else x.dtype.element_ty
     metas = ()
     for block in tl.static_range(4):
         metas += (
             load_meta(
                 record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128 + block * 32,
-                GROUP_SIZE, BITS, META,
+                GROUP_SIZE, BITS,
             ),
         )  # fmt: skip
     weights = tile_words(w0, w1, shared, metas, TILE, BITS, SCALED, x.dtype.element_ty, INLINE)
@@ -56,10 +56,7 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
     if SCALED:
         return tl.dot(weights, tokens, acc)
     else:
-        scale, zero = load_meta(
-            record.to(tl.pointer_type(tl.int32)), acc.shape[0], TILE * 128, GROUP_SIZE, BITS,
-            tl.float32,
-        )  # fmt: skip
+        scale, zero = split_meta(metas[0], TILE, BITS, tl.float32)
         return acc + tl.dot(weights, tokens) * scale[:, None]
 
 
@@ -86,7 +83,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
     for step in tl.range(0, STEPS, num_stages=STAGES):
         shared = 0
         if BITS % 2 == 1:
-            shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
+            words = (record + shared_at(GROUP_SIZE)).to(tl.pointer_type(tl.int16))
+            shared = tl.load(words + offsets)
         for tile in tl.static_range(2):
             acc = multiply_tile(
                 acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - step * 256, tile,
@@ -97,7 +95,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
     if HALF:
         shared = 0
         if BITS % 2 == 1:
-            shared = tl.load(record.to(tl.pointer_type(tl.int16)) + offsets)
+            words = (record + shared_at(GROUP_SIZE)).to(tl.pointer_type(tl.int16))
+            shared = tl.load(words + offsets)
         acc = multiply_tile(
             acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - STEPS * 256, 0, COLUMNS,
             GROUP_SIZE, BITS, INLINE,

@@ -25,7 +25,8 @@ from mcmoe_kernels.experts_decode import (
     activate,
     first_record,
     record_bytes_of,
-    tile_bytes_of,
+    shared_at,
+    tile_at,
 )
 from mcmoe_kernels.experts_prefill import launch_prefill
 from mcmoe_kernels.routing import wait_for_previous
@@ -41,10 +42,11 @@ def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_r
               valid, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
               BITS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
               PART: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Start the copies of one tile, TILE = tile % 2, of step `step`: planes, scales and x."""
+    """Start the copies of one tile, TILE = tile % 2, of step `step`: planes and x, and with the
+    first what both share."""
     STEP_BYTES: gl.constexpr = record_bytes_of(BITS, GROUP_SIZE)
     GROUPS: gl.constexpr = 128 // GROUP_SIZE
-    START: gl.constexpr = 2048 * (BITS % 2) + TILE * tile_bytes_of(BITS, GROUP_SIZE)
+    START: gl.constexpr = tile_at(TILE, BITS, GROUP_SIZE)
     WARPS: gl.constexpr = gl.num_warps()
     PLANE: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     META: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
@@ -55,17 +57,20 @@ def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_r
     )[None, :]
     words = record.to(gl.pointer_type(gl.int16))
     slot = tile % STAGES
+    step_slot = step % STAGES
     if BITS % 2 == 1 and TILE == 0:
-        async_load(shared_ring.index(step % (STAGES // 2 + 1)), words + offsets, mask=inside)
+        start = words + shared_at(GROUP_SIZE) // 2
+        async_load(shared_ring.index(step_slot), start + offsets, mask=inside)
     for plane in gl.static_range(BITS // 2):
-        start = words + (START + GROUPS * 256 + plane * 2048) // 2
+        start = words + (START + plane * 2048) // 2
         async_load(plane_ring.index(slot * (BITS // 2) + plane), start + offsets, mask=inside)
-    row = gl.arange(0, BLOCK_N, META)
-    row_offsets = row // 64 * (STEP_BYTES // 4) + row % 64
-    metas = record.to(gl.pointer_type(gl.int32))
-    for group in gl.static_range(GROUPS):
-        start = metas + (START // 4 + group * 64)
-        async_load(meta_ring.index(slot * GROUPS + group), start + row_offsets, mask=inside)
+    if TILE == 0:
+        row = gl.arange(0, BLOCK_N, META)
+        row_offsets = row // 64 * (STEP_BYTES // 4) + row % 64
+        metas = record.to(gl.pointer_type(gl.int32))
+        for group in gl.static_range(GROUPS):
+            target = meta_ring.index(step_slot * GROUPS + group)
+            async_load(target, (metas + group * 64) + row_offsets, mask=inside)
     for part in gl.static_range(128 // PART):
         column = tile * 128 + part * PART
         async_load(
@@ -80,13 +85,13 @@ def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: 
     """The words of a tile, int16 [N, 16]: of blocks 0 and 2, and of blocks 1 and 3."""
     slot = tile % STAGES
     if BITS == 1:
-        w0 = shared_ring.index(step % (STAGES // 2 + 1)).load(WEIGHT)
+        w0 = shared_ring.index(step % STAGES).load(WEIGHT)
         return w0, w0
     elif BITS == 2:
         w0 = plane_ring.index(slot).load(WEIGHT)
         return w0, w0
     elif BITS == 3:
-        high = shared_ring.index(step % (STAGES // 2 + 1)).load(WEIGHT)
+        high = shared_ring.index(step % STAGES).load(WEIGHT)
         low = plane_ring.index(slot).load(WEIGHT)
         w1 = merge_words(low, high, 2, 1 - 2 * TILE, True)
         return merge_words(low, high, 0, -2 * TILE, True), w1
@@ -95,15 +100,15 @@ def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: 
 
 
 @gluon.jit
-def weights_of_block(w0, w1, meta_ring, slot, BLOCK: gl.constexpr, TILE: gl.constexpr,
+def weights_of_block(w0, w1, metas, BLOCK: gl.constexpr, TILE: gl.constexpr,
                      GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr,
                      WEIGHT: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """The weights [N, 32] of one block of a tile, SCALED as in `weights_of`."""
+    """The weights [N, 32] of one block of a tile, SCALED as in `weights_of`. metas: a tuple, int32
+    [N] for each group."""
     word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
-    at = slot * (128 // GROUP_SIZE) + BLOCK * 32 // GROUP_SIZE
-    scale, zero = split_meta(meta_ring.index(at).load(gl.SliceLayout(1, WEIGHT)), DTYPE)
-    first = weights_of(word, scale, zero, BITS, TILE, BLOCK, 0, SCALED, DTYPE, True)
-    second = weights_of(word, scale, zero, BITS, TILE, BLOCK, 1, SCALED, DTYPE, True)
+    meta = metas[BLOCK * 32 // GROUP_SIZE]
+    first = weights_of(word, meta, BITS, TILE, BLOCK, 0, SCALED, DTYPE, True)
+    second = weights_of(word, meta, BITS, TILE, BLOCK, 1, SCALED, DTYPE, True)
     return concatenate(first, second)
 
 
@@ -120,18 +125,20 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
     """
     w0, w1 = load_words(tile, step, shared_ring, plane_ring, WEIGHT, TILE, BITS, STAGES)
     DTYPE: gl.constexpr = x_ring.dtype
-    slot = tile % STAGES
+    slot, step_slot = tile % STAGES, step % STAGES
+    GROUPS: gl.constexpr = 128 // GROUP_SIZE
+    metas = ()
+    for group in gl.static_range(GROUPS):
+        metas += (meta_ring.index(step_slot * GROUPS + group).load(gl.SliceLayout(1, WEIGHT)),)
     sums = acc
     for part in gl.static_range(PARTS):
         tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
         weights = weights_of_block(
-            w0, w1, meta_ring, slot, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, WEIGHT,
-            DTYPE,
+            w0, w1, metas, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, WEIGHT, DTYPE,
         )  # fmt: skip
         if PART == 64:
             second = weights_of_block(
-                w0, w1, meta_ring, slot, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, WEIGHT,
-                DTYPE,
+                w0, w1, metas, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, WEIGHT, DTYPE,
             )  # fmt: skip
             weights = concatenate(weights, second)
         weights = gl.convert_layout(weights, WEIGHT, assert_trivial=True)
@@ -140,8 +147,8 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
     if SCALED:
         return sums
     else:
-        meta = meta_ring.index(slot).load(gl.SliceLayout(1, acc.type.layout))
-        scale, zero = split_meta(meta, gl.float32)
+        meta = meta_ring.index(step_slot).load(gl.SliceLayout(1, acc.type.layout))
+        scale, zero = split_meta(meta, TILE, BITS, gl.float32)
         return acc + sums * scale[:, None]
 
 
@@ -166,14 +173,16 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     X_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PART], DTYPE)
     shared_ring = gl.allocate_shared_memory(
-        gl.int16, [STAGES // 2 + 1 if BITS % 2 == 1 else 1, BLOCK_N if BITS % 2 == 1 else 8, 16],
+        gl.int16, [STAGES if BITS % 2 == 1 else 1, BLOCK_N if BITS % 2 == 1 else 8, 16],
         WORDS,
     )  # fmt: skip
     plane_ring = gl.allocate_shared_memory(
         gl.int16, [STAGES * (BITS // 2) if BITS > 1 else 1, BLOCK_N if BITS > 1 else 8, 16], WORDS
     )
     meta_ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES * (128 // GROUP_SIZE), BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32,
+        [(STAGES) * (128 // GROUP_SIZE), BLOCK_N],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
     x_ring = gl.allocate_shared_memory(DTYPE, [STAGES * (128 // PART), BLOCK_M, PART], X_SHARED)
     valid = rows >= 0

@@ -5,17 +5,27 @@ A matrix W[N, K] of codes q in 0..2^bits-1 with groups of G columns is stored as
     weight_packed  uint8   [N, K*bits/8]   the codes of a row as one little-endian bit stream:
                                            code k occupies stream bits k*bits .. k*bits+bits-1,
                                            stream bit i is bit i%8 of byte i//8
-    weight_scale   float16 [N, 2*K/G]      scale and zero of each group, interleaved
+    weight_scale   int16   [N, K/G]        scale and zero of each group in one word
 
-and means W = (q - zero) * scale. Zeros are integers for 3 and 4 bits, multiples of 1/2 for 2 bits
-and 0.5 for 1 bit (sign times half the scale). Eight codes always fill whole bytes, so a slice of K
-by whole groups is a slice of bytes.
+and means W = (q - zero) * scale. The word's bits, as an unsigned number:
+
+    0..6    m, the scale's mantissa        scale = 2^(e - 24) * (1 + m / 128)
+    7..11   e, its exponent
+    12..15  the zero, in halves at 1 and 2 bits, in ones at 3 and 4
+
+so that scale and zero are exact in bfloat16, and take a quarter of what two float32 would. Zeros
+are 0.5 at 1 bit (sign times half the scale) and within the codes' range else. Eight codes always
+fill whole bytes, so a slice of K by whole groups is a slice of bytes.
 """
 
 import torch
 
 BIT_WIDTHS = (1, 2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
+ZERO_STEPS = {1: 2, 2: 2, 3: 1, 4: 1}  # bits -> of zeros, in one
+MIN_SCALE = 2.0**-24
+MAX_SCALE = 2.0**7 * (1 + 127 / 128)
+_EXPONENT = (127 - 24) << 7  # of the smallest scale, in the bits of bfloat16
 CODES_PER_CHUNK = 8  # the smallest run of codes that fills whole bytes at every width
 
 
@@ -60,15 +70,44 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.to(torch.uint8).flatten(-2)
 
 
-def interleave_scale(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Scale and zero [..., K/G] to the stored float16 [..., 2*K/G]."""
-    return torch.stack([scale, zero], dim=-1).to(torch.float16).flatten(-2)
+def pack_scale(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scale and zero [..., K/G] (any float dtype) to the stored words int16 [..., K/G].
+
+    Raises ValueError for a scale or zero that a word cannot hold exactly.
+    """
+    _check_bits(bits)
+    scale = scale.float()
+    steps = zero.float() * ZERO_STEPS[bits]
+    problems = []
+    inside = (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
+    if not bool((inside & (scale.bfloat16().float() == scale)).all()):
+        problems.append(f"scales must be exact in bfloat16, {MIN_SCALE} to {MAX_SCALE}")
+    if not bool(((steps >= 0) & (steps <= 15) & (steps == steps.round())).all()):
+        problems.append(f"zeros must be multiples of {1 / ZERO_STEPS[bits]}, 0 to 15 of them")
+    if problems:
+        raise ValueError("; ".join(problems))
+    exponent_and_mantissa = scale.bfloat16().contiguous().view(torch.int16).int() - _EXPONENT
+    word = exponent_and_mantissa | (steps.int() << 12)
+    return (word - ((word & 0x8000) << 1)).to(torch.int16)
 
 
-def split_scale(weight_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stored float16 [..., 2*K/G] to scale and zero, each [..., K/G] (views)."""
+def unpack_scale(weight_scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stored words int16 [..., K/G] to scale and zero, float32 [..., K/G]: exact."""
+    _check_bits(bits)
+    word = weight_scale.int()
+    scale = ((word & 0xFFF) + _EXPONENT) << 16
+    zero = ((word >> 12) & 15).float() / ZERO_STEPS[bits]
+    return scale.view(torch.float32), zero
+
+
+def upgrade_scale(weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The float16 [..., 2*K/G] of format version 1, scale and zero interleaved, to the stored words
+    int16 [..., K/G].
+
+    Raises ValueError for a scale or zero that a word cannot hold exactly.
+    """
     pairs = weight_scale.unflatten(-1, (weight_scale.shape[-1] // 2, 2))
-    return pairs[..., 0], pairs[..., 1]
+    return pack_scale(pairs[..., 0], pairs[..., 1], bits)
 
 
 def dequantize_codes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -80,14 +119,14 @@ def dequantize_codes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
 
 def dequantize(packed: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The stored pair of one matrix (or a stack of them) to float32 [..., N, K]: exact."""
-    return dequantize_codes(unpack(packed, bits), *split_scale(weight_scale))
+    return dequantize_codes(unpack(packed, bits), *unpack_scale(weight_scale, bits))
 
 
 def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
     """Bytes that a [rows, columns] matrix takes in a checkpoint, scales and zeros included."""
     if bits == 0:
         return 0
-    return rows * columns * bits // 8 + rows * (columns // group_size) * 4
+    return rows * columns * bits // 8 + rows * (columns // group_size) * 2
 
 
 def pack_int4_linear(codes: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,10 @@ step; K is padded to whole steps with codes and scales of zero. Memory holds, fo
 records of all row tiles one behind the other: programs that walk along K side by side read one
 contiguous stretch. A plane is 64 rows of 32 bytes; a record is
 
-    1 bit    a plane for both tiles, then for each tile: meta
-    2 bits   for each tile: meta, one plane
-    3 bits   a plane with the high bits of both tiles, then for each tile: meta, a plane of low bits
-    4 bits   for each tile: meta, two planes
+    1 bit    meta, a plane for both tiles
+    2 bits   meta, for each tile a plane
+    3 bits   meta, a plane with the high bits of both tiles, for each tile a plane of low bits
+    4 bits   meta, for each tile two planes
 
 The 128 columns of a tile are four blocks of 32. Byte j of a row's plane holds codes of the columns
 16 * (j % 2) + j // 2 of several blocks (`FIELDS`), so that
@@ -22,8 +22,8 @@ The 128 columns of a tile are four blocks of 32. Byte j of a row's plane holds c
 Rows of w13 alternate in blocks of 8: eight of gate, eight of up. They land in one thread of the
 accumulator, which makes the gated activation a matter of registers.
 
-Meta is the scale and zero of the tile's groups, one int32 a row and group: bfloat16 scale above
-bfloat16 zero, [128/G, 64].
+Meta is the scales and zeros of both tiles, [128/G, 64] int32: word (g, row) holds the stored words
+(`packing`) of group g of the second tile above that of the first.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
-from mcmoe_kernels.packing import dequantize_codes, split_scale, unpack
+from mcmoe_kernels.packing import dequantize_codes, unpack, unpack_scale
 
 TILE_ROWS = 64
 TILE_COLUMNS = 128
@@ -57,7 +57,7 @@ class TiledMatrices:
     """One matrix [rows, columns] per slot, a slot being a local expert that has weights.
 
     records: int8, flat. table: int32 [slots], 8 * (first byte of the slot / 256) + bits.
-    bits: the widths, on the host.
+    bits: the widths, on the host. model_bits: as in `ExpertMatrices`.
     """
 
     rows: int
@@ -66,6 +66,7 @@ class TiledMatrices:
     bits: tuple[int, ...]
     records: torch.Tensor
     table: torch.Tensor
+    model_bits: tuple[int, ...] = ()
 
     @property
     def num_records(self) -> int:
@@ -74,8 +75,8 @@ class TiledMatrices:
 
     @property
     def widths(self) -> int:
-        """The set of widths as a bit mask: 1 << bits for each."""
-        return sum(1 << b for b in set(self.bits))
+        """The widths that kernels are compiled for as a bit mask: 1 << bits for each."""
+        return sum(1 << b for b in {*self.bits, *self.model_bits} if b)
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,6 @@ def why_not_tiled(layer: ExpertLayer) -> list[str]:
         )
     if not any(layer.present(e) for e in range(layer.num_experts)):
         problems.append("no expert is held here")
-    for name, matrices in (("w13", layer.w13), ("w2", layer.w2)):
-        for e, scale in enumerate(matrices.scale):
-            inexact = scale.numel() and not torch.equal(scale.bfloat16().to(scale.dtype), scale)
-            if inexact:
-                problems.append(f"{name} of expert {e} has scales or zeros bfloat16 cannot hold")
     return problems
 
 
@@ -159,23 +155,23 @@ def num_steps(columns: int) -> int:
     return -(-columns // (2 * TILE_COLUMNS))
 
 
-def shared_bytes(bits: int) -> int:
-    """Bytes at the head of a record that belong to both tiles."""
-    return PLANE_BYTES * (bits % 2)
-
-
 def meta_bytes(group_size: int) -> int:
-    """Bytes of a tile's scales and zeros."""
+    """Bytes at the head of a record: scales and zeros of both tiles."""
     return TILE_COLUMNS // group_size * TILE_ROWS * 4
 
 
-def tile_bytes(bits: int, group_size: int) -> int:
-    """Bytes of one tile of a record, meta included."""
-    return meta_bytes(group_size) + PLANE_BYTES * (bits // 2)
+def shared_bytes(bits: int) -> int:
+    """Bytes behind them: the plane that belongs to both tiles."""
+    return PLANE_BYTES * (bits % 2)
+
+
+def tile_bytes(bits: int) -> int:
+    """Bytes of a tile's own planes."""
+    return PLANE_BYTES * (bits // 2)
 
 
 def record_bytes(bits: int, group_size: int) -> int:
-    return shared_bytes(bits) + 2 * tile_bytes(bits, group_size)
+    return meta_bytes(group_size) + shared_bytes(bits) + 2 * tile_bytes(bits)
 
 
 def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
@@ -189,7 +185,7 @@ def tile_matrices(
     first = order[0]
     rows = matrices.packed[first].shape[0]
     columns = matrices.packed[first].shape[1] * 8 // matrices.bits[first]
-    group_size = columns // (matrices.scale[first].shape[1] // 2)
+    group_size = columns // matrices.scale[first].shape[1]
     device = matrices.packed[first].device
     bits = tuple(matrices.bits[e] for e in order)
     starts = [0]
@@ -215,14 +211,15 @@ def tile_matrices(
         bits,
         records.view(torch.int8),
         torch.tensor(table, dtype=torch.int32, device=device),
+        matrices.model_bits,
     )
 
 
 def tile_codes(codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [N, K] and their stored scales float16 [N, 2*K/G] to records
+    """Codes uint8 [N, K] and their stored scales int16 [N, K/G] to records
     uint8 [N/64, steps, bytes]."""
     rows, columns = codes.shape
-    group_size = columns // (weight_scale.shape[1] // 2)
+    group_size = columns // weight_scale.shape[1]
     padded = num_steps(columns) * 2 * TILE_COLUMNS
     codes = torch.nn.functional.pad(codes, (0, padded - columns))
     # [N/64, steps, 2 tiles, 4 blocks, 64 rows, 32 bytes]; byte j is column 16 * (j % 2) + j // 2
@@ -242,30 +239,23 @@ def tile_codes(codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> to
         shared = [plane(fields, lambda q: q) for fields in FIELDS[1]]
     else:
         planes = [plane(fields, lambda q: q) for fields in FIELDS[bits]]
-    meta = tile_scale(weight_scale, padded // group_size)
-    meta = meta.unflatten(1, (-1, 2, TILE_COLUMNS // group_size)).contiguous()
-    meta = meta.view(torch.uint8).flatten(3)  # [N/64, steps, 2 tiles, bytes]
-    parts = [p.flatten(2) for p in shared]
-    for tile in range(2):
-        parts.append(meta[:, :, tile])
-        per_tile = len(planes) // 2
-        parts += [p.flatten(2) for p in planes[tile * per_tile : (tile + 1) * per_tile]]
-    return torch.cat(parts, dim=2)
+    meta = tile_scale(weight_scale, padded // group_size, TILE_COLUMNS // group_size)
+    meta = meta.contiguous().view(torch.uint8).flatten(2)
+    return torch.cat([meta, *(p.flatten(2) for p in shared + planes)], dim=2)
 
 
 def untile_codes(
     records: torch.Tensor, bits: int, columns: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inverse of `tile_codes`: codes uint8 [N, K], scale and zero float32 [N, K/G]."""
-    head, size = shared_bytes(bits), tile_bytes(bits, group_size)
     row_tiles, steps = records.shape[:2]
-    tiles = records[:, :, head:].unflatten(2, (2, size))
-    meta = tiles[..., : meta_bytes(group_size)].contiguous().view(torch.int32)
-    meta = meta.unflatten(-1, (-1, TILE_ROWS)).flatten(1, 3).transpose(1, 2).flatten(0, 1)
-    meta = meta[:, : columns // group_size].contiguous()
-    planes = tiles[..., meta_bytes(group_size) :]
-    planes = planes.unflatten(-1, (-1, TILE_ROWS, BLOCK_COLUMNS)).flatten(2, 3)
-    shared = records[:, :, :head].unflatten(2, (-1, TILE_ROWS, BLOCK_COLUMNS))
+    parts = (meta_bytes(group_size), shared_bytes(bits), 2 * tile_bytes(bits))
+    meta, shared, planes = records.split(parts, dim=2)
+    groups = TILE_COLUMNS // group_size
+    words = meta.contiguous().view(torch.int16).view(row_tiles, steps, groups, TILE_ROWS, 2)
+    words = words.permute(0, 3, 1, 4, 2).reshape(row_tiles * TILE_ROWS, -1)
+    scale, zero = unpack_scale(words[:, : columns // group_size], bits)
+    planes, shared = (p.unflatten(2, (-1, TILE_ROWS, BLOCK_COLUMNS)) for p in (planes, shared))
     block = records.new_empty(row_tiles, steps, 2, 4, TILE_ROWS, BLOCK_COLUMNS)
     low = FIELDS[2 if bits == 3 else bits]
     source, mask = (shared if bits == 1 else planes), (1 << (2 if bits == 3 else bits)) - 1
@@ -278,18 +268,15 @@ def untile_codes(
                 block[:, :, tile, b] |= ((shared[:, :, 0] >> HIGH_BITS[tile][b]) & 1) << 2
     block = block.unflatten(-1, (BLOCK_COLUMNS // 2, 2)).permute(0, 4, 1, 2, 3, 6, 5)
     codes = block.reshape(row_tiles * TILE_ROWS, -1)[:, :columns].contiguous()
-    return codes, (meta & -65536).view(torch.float32), (meta << 16).view(torch.float32)
+    return codes, scale, zero
 
 
-def tile_scale(weight_scale: torch.Tensor, groups: int) -> torch.Tensor:
-    """The stored float16 [N, 2*K/G] to int32 [N/64, groups, 64], zeros behind the last group."""
-    scale, zero = (
-        part.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32)
-        for part in split_scale(weight_scale)
-    )
-    word = (scale << 16) | (zero & 0xFFFF)
-    word = torch.nn.functional.pad(word, (0, groups - word.shape[1]))
-    return word.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
+def tile_scale(weight_scale: torch.Tensor, groups: int, groups_per_tile: int) -> torch.Tensor:
+    """The stored int16 [N, K/G] to int16 [N/64, steps, groups per tile, 64, 2 tiles], zeros behind
+    the last group."""
+    words = torch.nn.functional.pad(weight_scale, (0, groups - weight_scale.shape[1]))
+    words = words.view(-1, TILE_ROWS, groups // (2 * groups_per_tile), 2, groups_per_tile)
+    return words.permute(0, 2, 4, 1, 3)
 
 
 def dequantize_slot(matrices: TiledMatrices, slot: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ NO_CHECKPOINT = (
     "quantization_config. Compress it first with `mcmoe quantize <model> -o <folder>` and serve "
     "that folder, or drop --quantization mcmoe to serve the model as it is."
 )
-SCALE_BITS = 16
+SCALE_BITS = 16  # of a group: scale and zero
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -36,7 +36,7 @@ def true_bits(config: QuantizationConfig) -> float:
     share = {"w13": 2 / 3, "w2": 1 / 3}
     widths = [
         sum(
-            part * (bits + 2 * SCALE_BITS / config.group_size[group])
+            part * (bits + SCALE_BITS / config.group_size[group])
             for group, part in share.items()
             if (bits := config.bits(layer, group)[expert])
         )

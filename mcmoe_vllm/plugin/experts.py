@@ -3,7 +3,7 @@
 Parameters of the layer, for its E' present local experts (w2 likewise):
 
     w13_weight_packed  uint8    flat: expert e at byte packed_offsets(...)[e], [2I, H*bits/8]
-    w13_weight_scale   float16  [E', 2I, 2*H/G]
+    w13_weight_scale   int16    [E', 2I, H/G]
 
 Gate rows lie above up rows. Tensor parallelism takes rows of w1 and w3 and whole groups of w2's
 columns; expert parallelism takes whole experts. Loading fills views of these buffers and counts
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from mcmoe_kernels.experts import (
     packed_offsets,
     split_flat,
 )
+from mcmoe_kernels.packing import pack_scale
+from mcmoe_vllm.checkpoint import stored_scale
+from mcmoe_vllm.config import EXPERT_SCALES
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin import ops
 from mcmoe_vllm.plugin.config import McmoeConfig
@@ -47,9 +51,9 @@ except ImportError:  # vLLM 0.26: its modular path has no router for a CPU
 
 PROJECTIONS = ("w1", "w3", "w2")
 KINDS = ("weight_packed", "weight_scale")
-DTYPES = {"weight_packed": torch.uint8, "weight_scale": torch.float16}
+SCALE_DTYPES = {"F16": torch.float16, "I16": torch.int16}
 SHOWN_GAPS = 8
-DUMMY_SCALE = 2.0**-7
+DUMMY_SCALE = int(pack_scale(torch.tensor(2.0**-7), torch.tensor(1.0), bits=3))
 
 
 class McmoeExpertsMethod(FusedMoEMethodBase):
@@ -110,9 +114,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         for group in ("w13", "w2"):
             rows, columns = self._shape(group)
             size = packed_offsets(self.bits[group], rows, columns)[-1]
-            scale = (present, rows, 2 * columns // self.group_size[group])
+            scale = (present, rows, columns // self.group_size[group])
             self._register(layer, f"{group}_weight_packed", torch.zeros(size, dtype=torch.uint8))
-            self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.float16))
+            self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.int16))
 
     def load_weight(
         self,
@@ -134,6 +138,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         kind = f"weight_{weight_name.rpartition('_')[2]}"
         group = "w2" if shard_id == "w2" else "w13"
         self._check_tensor(loaded_weight, group, shard_id, expert_id, kind)
+        if kind == "weight_scale":
+            name = f"{self.prefix}: expert {expert_id} {shard_id}.{kind}"
+            loaded_weight = stored_scale(loaded_weight, self.widths[group][expert_id], name)
         parallel = self.moe.moe_parallel_config
         dim = 1 if group == "w2" else 0  # w2 is split over its columns, w1 and w3 over their rows
         size = loaded_weight.shape[dim] // parallel.tp_size
@@ -229,7 +236,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
 
     def _matrices(self, layer: Any, group: str) -> ExpertMatrices:
         packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
-        return split_flat(packed, scale, self.bits[group], *self._shape(group))
+        matrices = split_flat(packed, scale, self.bits[group], *self._shape(group))
+        return replace(matrices, model_bits=self.quant_config.config.widths(group))
 
     def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
         param = torch.nn.Parameter(value, requires_grad=False)
@@ -267,11 +275,11 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
         full = self.intermediate_size * self.moe.moe_parallel_config.tp_size
         rows, columns = (self.hidden_size, full) if group == "w2" else (full, self.hidden_size)
-        last = {
-            "weight_packed": columns * bits // 8,
-            "weight_scale": 2 * columns // self.group_size[group],
-        }
-        expected, dtype = (rows, last[kind]), DTYPES[kind]
+        expected, dtype = (rows, columns * bits // 8), torch.uint8
+        if kind == "weight_scale":
+            stored, per_group = EXPERT_SCALES[self.quant_config.config.format_version]
+            expected = (rows, per_group * columns // self.group_size[group])
+            dtype = SCALE_DTYPES[stored]
         if tuple(tensor.shape) == expected and tensor.dtype == dtype:
             return
         raise UserError(
@@ -286,8 +294,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         for group in ("w13", "w2"):
             packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
             packed.random_(0, 256)
-            scale[..., 0::2] = DUMMY_SCALE
-            scale[..., 1::2] = 1
+            scale.fill_(DUMMY_SCALE)
 
     def _refuse_gaps(self) -> None:
         missing = [

@@ -516,7 +516,7 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
     chosen, objective = allocation.allocate_projections(
         costs, pairs, 2.0, group_size, scope=scope, pins={(0, 1): 3}
     )
-    overhead = 32 / group_size
+    overhead = 16 / group_size
 
     def true_bits(rows):
         used = [w for row in rows for w13, w2 in row for w in (w13, w13, w2)]

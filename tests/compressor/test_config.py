@@ -54,7 +54,7 @@ def test_config_round_trip_through_json():
     config = make_config()
     text = json.dumps(config.to_dict())
     assert json.loads(text)["quant_method"] == "mcmoe"
-    assert json.loads(text)["format_version"] == FORMAT_VERSION == 1
+    assert json.loads(text)["format_version"] == FORMAT_VERSION == 2
     assert QuantizationConfig.from_dict(json.loads(text)) == config
 
 
@@ -106,7 +106,7 @@ def test_config_lists_all_offenders():
         (None, "needs an object"),
         (raw(quant_method="gptq"), "quant_method is 'gptq'"),
         ({}, "quant_method is None"),
-        (raw(format_version=FORMAT_VERSION + 1), "format_version 2, .* up to 1: upgrade"),
+        (raw(format_version=FORMAT_VERSION + 1), "format_version 3, .* up to 2: upgrade"),
         (raw(format_version=0), "format_version is 0"),
         (raw(format_version="1"), "format_version is '1'"),
         (raw(format_version=True), "format_version is True"),

@@ -1,7 +1,7 @@
-"""tests/golden/format_v1 holds the bytes of format version 1 for good: these tests may only grow.
+"""tests/golden holds the bytes of every format version for good: these tests may only grow.
 
 The first reader below is written from docs/FORMAT.md in plain Python, so that a mistake in
-packing.py cannot hide itself.
+packing.py cannot hide itself. Both versions hold the same weights.
 """
 
 import hashlib
@@ -16,17 +16,19 @@ import pytest
 import torch
 
 from mcmoe_kernels import packing
-from mcmoe_vllm.checkpoint import open_checkpoint, tensor_sha256
+from mcmoe_vllm.checkpoint import open_checkpoint, stored_scale, tensor_sha256
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.inspection import inspect_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDER = GOLDEN / "format_v1"
-SHARD = FOLDER / "model-00001-of-00001.safetensors"
+FOLDERS = {version: GOLDEN / f"format_v{version}" for version in (1, 2)}
 BLOCK = "model.layers.0.block_sparse_moe.experts"
 
 # Of the whole file, and of each matrix in float32, row-major, little-endian.
-SHARD_SHA256 = "89aa9ea6c4439d836addca81f389f444da95d41ec5a4ae8705fe6f30199e285e"
+SHARD_SHA256 = {
+    1: "89aa9ea6c4439d836addca81f389f444da95d41ec5a4ae8705fe6f30199e285e",
+    2: "b54e59244935f155eee0587eba63c9218c271b121a1e95d3df873b8044dfa0ee",
+}
 WEIGHT_SHA256 = {
     f"{BLOCK}.1.w1": "96da934411c6b59604d9bd98af983098525b792e30fd982f5931539e480f60d6",
     f"{BLOCK}.1.w3": "2779185d0da37f0746c027e99cd7348e9b636d8098a4e86928f7a35441d16cc7",
@@ -79,35 +81,60 @@ QWEIGHT_WORD = 725372254
 QWEIGHT_WEIGHTS = (798, -399, 665, -532, 532, -665, 399, -798)
 
 
+@pytest.fixture(scope="module", params=FOLDERS)
+def version(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def tensors():
-    checkpoint = open_checkpoint(FOLDER)
+def tensors(version):
+    checkpoint = open_checkpoint(FOLDERS[version])
     return checkpoint.read(checkpoint.names())
 
 
-def read_raw(name: str) -> tuple[list[int], bytes]:
+def shard(version: int) -> Path:
+    return FOLDERS[version] / "model-00001-of-00001.safetensors"
+
+
+def read_raw(version: int, name: str) -> tuple[list[int], bytes]:
     """Shape and bytes of a tensor, without safetensors and torch."""
-    data = SHARD.read_bytes()
+    data = shard(version).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     entry = json.loads(data[8 : 8 + length])[name]
     start, end = entry["data_offsets"]
     return entry["shape"], data[8 + length + start : 8 + length + end]
 
 
-def decode_expert(matrix: str, bits: int, group_size: int = 32) -> list[list[Fraction]]:
+def decode_scales(version: int, matrix: str, row: int, bits: int) -> list[tuple]:
+    """Scale and zero of each group of a row, by the words of docs/FORMAT.md."""
+    (_, numbers), stored = read_raw(version, f"{matrix}.weight_scale")
+    stored = stored[row * numbers * 2 : (row + 1) * numbers * 2]
+    if version == 1:
+        pairs = struct.unpack(f"<{numbers}e", stored)
+        return [tuple(map(Fraction, pair)) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
+    found = []
+    for word in struct.unpack(f"<{numbers}H", stored):
+        mantissa, exponent, steps = word % 128, word // 128 % 32, word // 4096
+        scale = Fraction(2) ** (exponent - 24) * (1 + Fraction(mantissa, 128))
+        found.append((scale, Fraction(steps, 2 if bits <= 2 else 1)))
+    return found
+
+
+def decode_expert(
+    version: int, matrix: str, bits: int, group_size: int = 32
+) -> list[list[Fraction]]:
     """Every weight of an expert matrix, exactly, by the words of docs/FORMAT.md."""
-    (rows, row_bytes), packed = read_raw(f"{matrix}.weight_packed")
-    (_, pairs), stored = read_raw(f"{matrix}.weight_scale")
+    (rows, row_bytes), packed = read_raw(version, f"{matrix}.weight_packed")
     columns = row_bytes * 8 // bits
     weights = []
     for n in range(rows):
         stream = int.from_bytes(packed[n * row_bytes : (n + 1) * row_bytes], "little")
-        scales = struct.unpack(f"<{pairs}e", stored[n * pairs * 2 : (n + 1) * pairs * 2])
+        scales = decode_scales(version, matrix, n, bits)
         row = []
         for k in range(columns):
             code = stream >> (k * bits) & ((1 << bits) - 1)
-            scale, zero = scales[2 * (k // group_size) : 2 * (k // group_size) + 2]
-            row.append((code - Fraction(zero)) * Fraction(scale))
+            scale, zero = scales[k // group_size]
+            row.append((code - zero) * scale)
         weights.append(row)
     return weights
 
@@ -117,37 +144,44 @@ def float32_sha256(rows: list[list[Fraction]]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(flat)}f", *flat)).hexdigest()
 
 
-def test_the_golden_file_has_not_changed():
-    assert hashlib.sha256(SHARD.read_bytes()).hexdigest() == SHARD_SHA256
+def test_the_golden_file_has_not_changed(version):
+    assert hashlib.sha256(shard(version).read_bytes()).hexdigest() == SHARD_SHA256[version]
 
 
 @pytest.mark.parametrize("matrix", WEIGHT_SHA256, ids=lambda m: m.split("experts.")[1])
-def test_expert_weights_by_the_written_format(matrix):
+def test_expert_weights_by_the_written_format(version, matrix):
     bits = int(matrix.split(".")[-2])
-    assert float32_sha256(decode_expert(matrix, bits)) == WEIGHT_SHA256[matrix]
+    assert float32_sha256(decode_expert(version, matrix, bits)) == WEIGHT_SHA256[matrix]
 
 
 @pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
-def test_literal_numbers_of_one_row(bits):
-    (_, row_bytes), packed = read_raw(f"{BLOCK}.{bits}.w1.weight_packed")
+def test_literal_numbers_of_one_row(version, bits):
+    matrix = f"{BLOCK}.{bits}.w1"
+    (_, row_bytes), packed = read_raw(version, f"{matrix}.weight_packed")
     assert packed[row_bytes : row_bytes + bits].hex() == FIRST_BYTES[bits]
-    _, stored = read_raw(f"{BLOCK}.{bits}.w1.weight_scale")
-    scale0, zero0, scale1, zero1 = struct.unpack("<4e", stored[8:16])
+    (scale0, zero0), (scale1, zero1) = decode_scales(version, matrix, 1, bits)
     assert (scale0 * 4096, zero0, scale1 * 4096, zero1) == SCALES_AND_ZEROS[bits]
-    row = [w * 4096 for w in decode_expert(f"{BLOCK}.{bits}.w1", bits)[1]]
+    row = [w * 4096 for w in decode_expert(version, matrix, bits)[1]]
     assert (tuple(row[:8]), tuple(row[32:40])) == WEIGHTS[bits]
+
+
+def test_literal_words_of_scales():
+    """Row 1 of w1 at 3 bits: 163 / 4096 and 7, 166 / 4096 and 0."""
+    _, stored = read_raw(2, f"{BLOCK}.3.w1.weight_scale")
+    assert stored[4:8].hex() == "a379a609"
 
 
 @pytest.mark.parametrize("matrix", WEIGHT_SHA256, ids=lambda m: m.split("experts.")[1])
 def test_packing_reads_and_writes_the_same_bytes(tensors, matrix):
     bits = int(matrix.split(".")[-2])
-    packed, stored = tensors[f"{matrix}.weight_packed"], tensors[f"{matrix}.weight_scale"]
-    weights = packing.dequantize(packed, stored, bits)
+    packed, name = tensors[f"{matrix}.weight_packed"], f"{matrix}.weight_scale"
+    words = stored_scale(tensors[name], bits, name)
+    weights = packing.dequantize(packed, words, bits)
     assert tensor_sha256(weights) == WEIGHT_SHA256[matrix]
     again = packing.pack(packing.unpack(packed, bits), bits)
     assert torch.equal(again, packed) and again.dtype == packed.dtype
-    again = packing.interleave_scale(*packing.split_scale(stored))
-    assert torch.equal(again, stored) and again.dtype == stored.dtype
+    again = packing.pack_scale(*packing.unpack_scale(words, bits), bits)
+    assert torch.equal(again, words) and again.dtype == torch.int16
 
 
 @pytest.mark.parametrize("linear", LINEAR_SHA256)
@@ -177,23 +211,23 @@ def test_literal_numbers_of_an_int4_linear(tensors):
     assert tuple(found.tolist()) == QWEIGHT_WEIGHTS
 
 
-def test_the_golden_checkpoint_passes_every_check():
-    found = inspect_checkpoint(FOLDER, check=True)
+def test_the_golden_checkpoint_passes_every_check(version):
+    found = inspect_checkpoint(FOLDERS[version], check=True)
     assert found.bits == {0: ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4))}
-    assert not any(f"{BLOCK}.0." in name for name in open_checkpoint(FOLDER).tensors)
+    assert not any(f"{BLOCK}.0." in name for name in open_checkpoint(FOLDERS[version]).tensors)
 
 
-def test_the_script_still_makes_the_same_tensors(tmp_path, tensors):
+def test_the_script_still_makes_the_same_tensors(tmp_path):
     spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.make_golden(tmp_path / "made")
-    made = open_checkpoint(tmp_path / "made")
-    again = made.read(made.names())
-    assert {n: tensor_sha256(t) for n, t in again.items()} == {
-        n: tensor_sha256(t) for n, t in tensors.items()
-    }
-    assert made.config == open_checkpoint(FOLDER).config
+    made, kept = open_checkpoint(tmp_path / "made"), open_checkpoint(FOLDERS[2])
+    hashes, again = (
+        {name: tensor_sha256(t) for name, t in c.read(c.names()).items()} for c in (kept, made)
+    )
+    assert again == hashes
+    assert made.config == kept.config
 
 
 def test_the_examples_in_the_written_format_are_true():

@@ -67,7 +67,7 @@ def test_every_architecture_becomes_a_checkpoint_that_computes(
         assert (output / name).stat().st_size > 0
     assert not (tmp_path / "out.work").exists()
     assert result["average_bits"]["experts"] == pytest.approx(
-        result["average_bits"]["codes"] + 0.25  # 16-bit scale and zero per 128 weights
+        result["average_bits"]["codes"] + 0.125  # 16 bits of scale and zero per 128 weights
     )
     assert 2.5 - 3 / (3 * 2 * experts) < result["average_bits"]["codes"] <= 2.5
     assert result["tuning"]["after"] <= result["tuning"]["before"]
@@ -347,7 +347,7 @@ def test_pins_global_scope_and_dropped_experts(tiny_models, tmp_path, calibratio
     )
     assert made.bits[0][2] == 0 and set(made.bits[1]) == {1}
     used = [w for row in made.pairs() for w13, w2 in row for w in (w13, w13, w2)]
-    assert sum(w + 0.25 * (w > 0) for w in used) <= 3 * 12 * 1.75  # dropped: no scales either
+    assert sum(w + 0.125 * (w > 0) for w in used) <= 3 * 12 * 1.625  # dropped: no scales either
     output = tmp_path / "out"
     quantize(
         options(
@@ -382,7 +382,7 @@ def test_an_expert_without_tokens_is_reported_and_safe(tmp_path, calibration_tex
     assert starved == [e for e, n in enumerate(tokens) if n < 256]
     checkpoint = open_checkpoint(tmp_path / "out")
     scales = checkpoint.read([n for n in checkpoint.tensors if n.endswith("weight_scale")])
-    assert all(s.isfinite().all() and (s[:, ::2] > 0).all() for s in scales.values())
+    assert scales and all(s.dtype == torch.int16 for s in scales.values())  # no word is invalid
     assert "hardly reached" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -312,7 +312,7 @@ def write_dequantized(folder: Path, target: Path) -> Path:
         stem, _, kind = name.rpartition(".")
         if kind == "weight_packed":
             scale = stored[f"{stem}.weight_scale"]
-            columns = scale.shape[1] // 2 * quantization.group_size["w13"]
+            columns = scale.shape[1] * quantization.group_size["w13"]
             bits = tensor.shape[1] * 8 // columns
             plain[f"{stem}.weight"] = dequantize(tensor, scale, bits)
         elif kind == "qweight":

@@ -1,10 +1,11 @@
-"""Makes tests/golden/format_v1, a whole checkpoint of format version 1 with every width.
+"""Makes tests/golden/format_v2, a whole checkpoint of format version 2 with every width.
 
     PYTHONPATH=.:kernels python tests/golden/make_golden.py FOLDER
 
 Every number follows from the formulas below, none from a quantizer or a random generator. The
-folder in the repository is never made anew: a format that changes gets a new version and a new
-folder beside it.
+folders in the repository are never made anew: a format that changes gets a new version and a new
+folder beside them. format_v1 has the same weights, scales and zeros, made by this script when it
+wrote version 1.
 """
 
 import sys
@@ -71,8 +72,8 @@ def make_tensors() -> dict[str, torch.Tensor]:
             tensors[f"{prefix}.weight_packed"] = packing.pack(
                 codes(rows, columns, bits, salt), bits
             )
-            tensors[f"{prefix}.weight_scale"] = packing.interleave_scale(
-                scales(rows, groups, salt), zeros(rows, groups, bits, salt)
+            tensors[f"{prefix}.weight_scale"] = packing.pack_scale(
+                scales(rows, groups, salt), zeros(rows, groups, bits, salt), bits
             )
     return tensors
 

@@ -11,8 +11,10 @@ from mcmoe_kernels.dequantization import (  # noqa: E402
     blocks_bytes,
     merge_planes,
     merge_words,
+    split_meta,
     weights_of,
 )
+from mcmoe_kernels.packing import pack_scale, unpack_scale  # noqa: E402
 from mcmoe_kernels.tiles import HIGH_BITS  # noqa: E402
 
 EVERY_WORD = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(-1, 16)
@@ -20,15 +22,14 @@ BITS = [1, 2, 3, 4]
 
 
 @triton.jit
-def weights_kernel(words, scale, zero, out, BITS: tl.constexpr, TILE: tl.constexpr,
+def weights_kernel(words, metas, out, BITS: tl.constexpr, TILE: tl.constexpr,
                    BLOCK: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr,
                    INLINE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * 64 + tl.arange(0, 64)
     at = row[:, None] * 16 + tl.arange(0, 16)[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     result = weights_of(
-        tl.load(words + at), tl.load(scale + row).to(dtype), tl.load(zero + row).to(dtype),
-        BITS, TILE, BLOCK, HALF, SCALED, dtype, INLINE,
+        tl.load(words + at), tl.load(metas + row), BITS, TILE, BLOCK, HALF, SCALED, dtype, INLINE,
     )  # fmt: skip
     tl.store(out + at, result)
 
@@ -58,6 +59,14 @@ def merge_kernel(low, high, as_bytes, as_words, LOW: tl.constexpr, HIGH: tl.cons
     )
 
 
+@triton.jit
+def meta_kernel(words, scale, zero, TILE: tl.constexpr, BITS: tl.constexpr):
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    s, z = split_meta(tl.load(words + at), TILE, BITS, scale.dtype.element_ty)
+    tl.store(scale + at, s)
+    tl.store(zero + at, z)
+
+
 def ways(device):
     return (False, True) if device == "cuda" else (False,)  # the interpreter has no PTX
 
@@ -77,6 +86,11 @@ def test_weights_of_every_word(bits, tile, scaled, device):
     zero = (rows % (1 << bits)).float()
     if bits <= 2:
         zero = torch.full_like(scale, 0.5) if bits == 1 else rows % 7 / 2
+    stored = pack_scale(scale, zero, bits)
+    other = EVERY_WORD.flatten()[: len(stored)].to(device)  # in the half of the other tile
+    metas = (
+        torch.stack([other, stored] if tile else [stored, other], -1).flatten().view(torch.int32)
+    )
     dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16]
     for dtype in dtypes:
         for block, half in ((b, h) for b in range(4) for h in range(2)):
@@ -86,10 +100,26 @@ def test_weights_of_every_word(bits, tile, scaled, device):
             for inline in ways(device):
                 out = torch.full(words.shape, torch.nan, dtype=dtype, device=device)
                 weights_kernel[(len(words) // 64,)](
-                    words, scale, zero, out, BITS=bits, TILE=tile, BLOCK=block, HALF=half,
+                    words, metas, out, BITS=bits, TILE=tile, BLOCK=block, HALF=half,
                     SCALED=scaled, INLINE=inline,
                 )  # fmt: skip
                 assert torch.equal(out, expected), (dtype, block, half, inline)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tile", [0, 1])
+def test_scale_and_zero_of_every_word(bits, tile, device):
+    stored = EVERY_WORD.flatten().to(device)
+    other = stored.flip(0)  # in the half of the other tile
+    words = (
+        torch.stack([other, stored] if tile else [stored, other], -1).flatten().view(torch.int32)
+    )
+    expected = unpack_scale(stored, bits)
+    for dtype in (torch.float32, torch.float16):
+        found = [torch.full(stored.shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        meta_kernel[(len(stored) // 1024,)](words, *found, TILE=tile, BITS=bits)
+        for f, e in zip(found, expected, strict=True):
+            assert torch.equal(f, e.to(dtype))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from mcmoe_kernels import experts_warpgroup
 from mcmoe_kernels.experts import fused_experts_torch
 from mcmoe_kernels.experts_gpu import fused_experts, warm_up
-from mcmoe_kernels.packing import pack
+from mcmoe_kernels.packing import pack, pack_scale, unpack_scale
 from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, WarpgroupConfig, fit
@@ -95,6 +95,14 @@ def test_shapes_that_fill_no_step(config, hidden, intermediate, group_size, devi
     check(layer, 6, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
 
 
+def set_scale(matrices, rows, value, zero=None):
+    """Of the first expert; its zeros stay if none is given."""
+    words, bits = matrices.scale[0][rows], matrices.bits[0]
+    scale, zeros = unpack_scale(words, bits)
+    zeros = zeros if zero is None else torch.full_like(zeros, zero)
+    words.copy_(pack_scale(torch.full_like(scale, value), zeros, bits))
+
+
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_integers_come_out_exact(bits, config, device):
@@ -102,10 +110,10 @@ def test_integers_come_out_exact(bits, config, device):
     number on the way is an integer that all the formats hold, so one wrong bit shows."""
     layer = random_layer((bits, 1, 2, 3, 4))  # all pairs go to the first
     unit = 2 if bits == 1 else 1  # 1 bit: the zero is 0.5
-    layer.w13.scale[0][:, ::2] = unit
-    layer.w2.scale[0][:, ::2] = unit * 2.0**-6  # so that float16 holds the sums
+    set_scale(layer.w13, slice(None), unit)
+    set_scale(layer.w2, slice(None), unit * 2.0**-6)  # so that float16 holds the sums
     layer.w13.packed[0][:128] = pack(torch.ones(128, 256, dtype=torch.uint8), bits)
-    layer.w13.scale[0][:128] = torch.tensor([16.0, 0.0]).repeat(2)
+    set_scale(layer.w13, slice(128), 16.0, zero=0.0)
     x = torch.zeros(16, 256, dtype=torch.float16)
     x[torch.arange(16), torch.randperm(256)[:16]] = 2.0
     ids, weights = torch.zeros(16, 1, dtype=torch.int32), torch.ones(16, 1)

@@ -84,6 +84,6 @@ def test_other_layers_are_left_alone():
 def test_true_bits_count_scales_and_dropped_experts():
     from mcmoe_vllm.plugin.config import true_bits
 
-    # three of four experts have weights, 0.5 bits of scale and zero a weight
-    w13, w2 = (2 + 3 + 4) / 4 + 0.375, (3 + 2 + 1) / 4 + 0.375
+    # three of four experts have weights, 0.25 bits of scale and zero a weight
+    w13, w2 = (2 + 3 + 4) / 4 + 0.1875, (3 + 2 + 1) / 4 + 0.1875
     assert true_bits(make().config) == pytest.approx((2 * w13 + w2) / 3)

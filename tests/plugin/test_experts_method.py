@@ -1,12 +1,14 @@
 """Loading and running one layer's experts through vLLM's method interface, without an engine."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
+from mcmoe_kernels.packing import unpack_scale
 from mcmoe_vllm.config import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from tests.expert_layers import (
@@ -160,11 +162,38 @@ def test_gaps_are_listed(checkpoint, vllm_config, moe_config, fake_layer):
     assert all(f"expert 2 {p}.weight_packed" in message for p in ("w1", "w2", "w3"))
 
 
+def test_version_1_loads_the_same_weights(vllm_config, moe_config, fake_layer, checkpoint):
+    found = []
+    for version in (1, 2):
+        layer = fake_layer(8)
+        config = replace(quantization_config(), format_version=version)
+        method = make_method(moe_config, layer, config)
+        tensors = list(expert_tensors(checkpoint))
+        if version == 1:  # float16, scale and zero side by side
+            tensors = [
+                (
+                    name,
+                    interleaved(t, shard, expert) if name.endswith("scale") else t,
+                    shard,
+                    expert,
+                )
+                for name, t, shard, expert in tensors
+            ]
+        load(layer, tensors)
+        found.append((layer.w13_weight_scale.clone(), layer.w2_weight_scale.clone()))
+        method.process_weights_after_loading(layer)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def interleaved(words, shard, expert):
+    bits = int((BITS2 if shard == "w2" else BITS13)[expert])
+    return torch.stack(unpack_scale(words, bits), dim=-1).flatten(-2).half()
+
+
 def test_dummy_weights_have_no_gaps_and_compute(vllm_config, moe_config, fake_layer):
     vllm_config.load_config.load_format = "dummy"
     layer = fake_layer(8)
     method = make_method(moe_config, layer)
-    layer.w13_weight_scale.data.uniform_(-1e-3, 1e-3)  # as vLLM's dummy loader does
     assert method.process_weights_after_loading(layer) is None
     out = method.apply(layer, random_input(2, HIDDEN), *random_routing(2, 8, 2))
     assert out.any() and out.isfinite().all()
@@ -181,7 +210,7 @@ def test_dummy_weights_have_no_gaps_and_compute(vllm_config, moe_config, fake_la
         (
             "w2_weight_scale", "w2", 0, torch.zeros(HIDDEN, 2, dtype=torch.float16),
             "expert 0 w2.weight_scale is float16 [256, 2], but width 2 in config.json "
-            "(group size 32) needs float16 [256, 8]",
+            "(group size 32) needs int16 [256, 4]",
         ),
         (
             "w2_weight_scale", "w2", 0, torch.zeros(HIDDEN, 8, dtype=torch.bfloat16),
@@ -259,7 +288,7 @@ def test_the_start_is_announced_once(checkpoint, vllm_config, moe_config, fake_l
     assert not lines
     method.quant_config.experts_ready(method.prepared.path, announce=True)
     (line,) = lines
-    mean13 = sum(map(int, BITS13)) / 8 + 7 / 8  # 32 bits of scale and zero per group of 32
-    mean2 = sum(map(int, BITS2)) / 8 + 7 / 8
+    mean13 = sum(map(int, BITS13)) / 8 + 7 / 16  # 16 bits of scale and zero per group of 32
+    mean2 = sum(map(int, BITS2)) / 8 + 7 / 16
     assert f"{(2 * mean13 + mean2) / 3:.2f} true bits/weight (experts)" in line
     assert line.startswith("mcmoe 0.1.0: 2 MoE layers") and "compute path = CPU" in line
