@@ -203,7 +203,6 @@ class _GroupFit:
         self.max_code = 2**column - 1
         self.binary = column == 1
         self.symmetric = symmetric
-        self.real_zeros = zeros == "real"
         self.steps = torch.where(column == 2, 2.0 if zeros == "half" else 1.0, 1.0)  # of zeros
         self.weighted_binary = binary_scale == "hessian"
         self.power = NORM_POWER if search == "norm" else 2.0
@@ -235,7 +234,7 @@ class _GroupFit:
             w, importance, self.shrink.expand(-1, w.shape[0], 1)[..., 0], self.max_code[:, 0],
             self.steps[:, 0],
             power=self.power, weighted=self.weighted, symmetric=self.symmetric,
-            real_zeros=self.real_zeros, weighted_binary=self.weighted_binary,
+            weighted_binary=self.weighted_binary,
         )  # fmt: skip
 
     def search(
@@ -257,7 +256,7 @@ class _GroupFit:
             else:
                 scale = round_scale((high - low) * shrink / self.max_code)
                 zero = -low * shrink / scale
-                zero = zero if self.real_zeros else (zero * self.steps).round() / self.steps
+                zero = (zero * self.steps).round() / self.steps
                 zero = torch.minimum(zero.clamp(min=0), self.max_code)
             q = torch.round(w / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
             q = torch.minimum(q, self.max_code.unsqueeze(1))

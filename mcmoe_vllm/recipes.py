@@ -44,8 +44,7 @@ class Recipe:
     binary_scale: of a group at 1 bit, twice the "mean" of |w| or its "hessian"-weighted mean.
     refinements: rounds after GPTQ of fitting scales to codes and codes to scales and to each other
         under the whole Hessian; 0 to 99.
-    zeros: "integer", "half" (multiples of 1/2 at 2 bits, which the format stores too), or "real",
-        which only benchmarks can use.
+    zeros: "integer", or "half" (multiples of 1/2 at 2 bits, which the format stores too).
     answers: whether w2 is fitted to what the quantized w13 gives it, instead of to what w13 would.
     sequential: whether a layer is calibrated on what the quantized layers before it put out.
     exact_targets: whether int4 linears and experts are fitted to what they give the 16-bit model,
@@ -114,7 +113,7 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "refinements": range(100),
     "error_refinements": range(100),
     "tuning_passes": range(100),
-    "zeros": ("integer", "half", "real"),
+    "zeros": ("integer", "half"),
     "answers": (True, False),
     "sequential": (True, False),
     "exact_targets": (True, False),

@@ -42,8 +42,7 @@ def column_of(tile, j):
 def fit_group_kernel(w, importance, shrinks, max_codes, zero_steps, scales, zeros, rows,
                      batch_stride, column_stride, shrink_count, GROUP_SIZE: tl.constexpr,
                      POWER: tl.constexpr, WEIGHTED: tl.constexpr, SYMMETRIC: tl.constexpr,
-                     REAL_ZEROS: tl.constexpr, WEIGHTED_BINARY: tl.constexpr,
-                     BLOCK_N: tl.constexpr):  # fmt: skip
+                     WEIGHTED_BINARY: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
@@ -70,10 +69,7 @@ def fit_group_kernel(w, importance, shrinks, max_codes, zero_steps, scales, zero
         else:
             scale = round_scale(tl.div_rn((high - low) * shrink, max_code + tl.zeros_like(high)))
             zero = tl.div_rn(-low * shrink, scale)
-            if REAL_ZEROS:
-                zero = tl.minimum(tl.maximum(zero, 0.0), max_code)
-            else:
-                zero = tl.div_rn(encode(zero * steps, max_code * steps), steps + zero * 0)
+            zero = tl.div_rn(encode(zero * steps, max_code * steps), steps + zero * 0)
         wide = scale[None, :] + tl.zeros_like(tile)
         q = encode(tl.div_rn(tile, wide) + zero[None, :], max_code)
         difference = tl.abs((q - zero[None, :]) * scale[None, :] - tile)
@@ -113,7 +109,6 @@ def fit_group(
     power: float,
     weighted: bool,
     symmetric: bool,
-    real_zeros: bool,
     weighted_binary: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero [B, N] of one group w [B, G, N] by search, as `quantizer._GroupFit.search`.
@@ -130,7 +125,7 @@ def fit_group(
         zero_steps.contiguous(), scale, zero,
         rows, w.stride(0), w.stride(1), shrink.shape[0],
         GROUP_SIZE=group_size, POWER=power, WEIGHTED=weighted, SYMMETRIC=symmetric,
-        REAL_ZEROS=real_zeros, WEIGHTED_BINARY=weighted_binary, BLOCK_N=ROWS, num_warps=4,
+        WEIGHTED_BINARY=weighted_binary, BLOCK_N=ROWS, num_warps=4,
     )  # fmt: skip
     return scale, zero
 

@@ -183,7 +183,7 @@ def test_the_papers_quantizer_equals_an_independent_reading(bits):
         ({"range_search": "hessian"}, 2),
         ({"binary_scale": "hessian"}, 1),
         ({"refinements": 1}, 2),
-        ({"zeros": "real"}, 2),
+        ({"zeros": "half"}, 2),
     ],
 )
 def test_every_trait_of_the_papers_quantizer_matters(trait, bits):

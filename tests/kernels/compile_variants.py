@@ -102,7 +102,7 @@ def quantizer_variants():
     """The same of the quantizer's kernels, which depend on no table."""
     fit = {
         "GROUP_SIZE": 128, "POWER": 2.0, "WEIGHTED": True, "SYMMETRIC": False,
-        "REAL_ZEROS": False, "WEIGHTED_BINARY": True,
+        "WEIGHTED_BINARY": True,
     }  # fmt: skip
     paper = fit | {"POWER": 2.4, "WEIGHTED": False, "WEIGHTED_BINARY": False}
     for name, more, warps in (

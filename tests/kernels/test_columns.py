@@ -35,9 +35,8 @@ def fit_of(device, **options):
         {"zeros": "half"},
         {"search": "norm", "binary_scale": "mean"},
         {"search": "full"},
-        {"zeros": "real"},
     ],
-    ids=["best", "paper", "full", "real-zeros"],
+    ids=["best", "paper", "full"],
 )
 def test_fit_group(device, options):
     w, hessian = batch(device)
@@ -47,7 +46,7 @@ def test_fit_group(device, options):
     found = columns.fit_group(
         group, importance, fit.shrink.expand(-1, len(BITS), 1)[..., 0], fit.max_code[:, 0],
         fit.steps[:, 0], power=fit.power, weighted=fit.weighted, symmetric=False,
-        real_zeros=fit.real_zeros, weighted_binary=fit.weighted_binary,
+        weighted_binary=fit.weighted_binary,
     )  # fmt: skip
     for value, expected in zip(found, fit.search(group, importance), strict=True):
         # Two ranges can be within the last bits of each other.
@@ -61,7 +60,7 @@ def test_fit_group_symmetric(device):
     fit = quantizer._GroupFit(torch.full((4,), 4, device=device), True)
     scale, zero = columns.fit_group(
         w, importance, fit.shrink[..., 0], fit.max_code[:, 0], fit.steps[:, 0], power=2.0,
-        weighted=True, symmetric=True, real_zeros=False, weighted_binary=True,
+        weighted=True, symmetric=True, weighted_binary=True,
     )  # fmt: skip
     expected, middle = fit.search(w, importance)
     assert torch.equal(zero, middle) and bool((zero == 8).all())
