@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
+GROUP_SIZE = 128
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
 PEER_COLOUR = "#666666"
 PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v", "llm-compressor": "D"}
@@ -33,7 +34,7 @@ ALLOCATIONS = {
 
 def main() -> None:
     lines = (ROOT / "benchmarks/results/quality.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss_difference" in row]
+    rows = [in_this_format(row) for row in map(json.loads, lines) if "loss_difference" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(4.2 * len(models), 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,6 +52,14 @@ def main() -> None:
     print_peers(rows, models)
     print_allocations(rows, models)
     print_changes(rows)
+
+
+def in_this_format(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the true bits that its weights take in format version 2, which holds those of
+    version 1 unchanged in 16 bits less for each group."""
+    if row["recipe"] not in COLOURS or row.get("format_version", 1) == 2:
+        return row
+    return {**row, "true_bits": row["true_bits"] - 16 / GROUP_SIZE}
 
 
 def recipe_rows(rows: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
@@ -115,7 +124,7 @@ def print_table(rows: list[dict[str, Any]], models: list[str]) -> None:
         for recipe in COLOURS
     }
     for i, seeds in enumerate(of[models[0], "best"]):
-        cells = [f"{seeds[0]['nominal_bits']:g} ({seeds[0]['true_bits']:.2f})"]
+        cells = [f"{seeds[0]['nominal_bits']:g} ({seeds[0]['true_bits']:.3f})"]
         for model in models:
             for recipe in COLOURS:
                 point = of[model, recipe][i]

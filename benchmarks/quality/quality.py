@@ -48,7 +48,7 @@ from machine import machine
 
 from mcmoe_vllm import evaluation, pipeline
 from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.config import Plan, read_json, write_json
+from mcmoe_vllm.config import FORMAT_VERSION, Plan, read_json, write_json
 from mcmoe_vllm.knapsack import choose
 from mcmoe_vllm.models import find_architecture
 from mcmoe_vllm.recipes import RECIPES, Recipe
@@ -272,7 +272,7 @@ def main() -> None:
     common = {
         "model": arguments.model.name, "text": Path(arguments.text).name, "windows": len(tokens),
         "sequence_length": length, "calibration": Path(arguments.calibration).name,
-        "samples": arguments.samples,
+        "samples": arguments.samples, "format_version": FORMAT_VERSION,
     }  # fmt: skip
     plain = common | {"method": "none", "recipe": "none", "changes": "", "nominal_bits": 16.0,
                       "seed": 0, "draw": 0, "sequential": False}  # fmt: skip
