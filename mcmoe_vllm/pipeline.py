@@ -43,6 +43,7 @@ from mcmoe_vllm.checkpoint import (
 from mcmoe_vllm.config import (
     CANDIDATE_BITS,
     DENSE_BITS,
+    FORMAT_VERSION,
     GROUP_SIZES,
     Plan,
     QuantizationConfig,
@@ -434,6 +435,7 @@ def _open_work(job: _Job, path: Path, command: str) -> WorkDirectory:
     description = {
         "command": command,
         "mcmoe_version": __version__,
+        "format_version": FORMAT_VERSION,
         "torch_version": torch.__version__,
         "device": job.model.device.type,
         "threads": torch.get_num_threads(),

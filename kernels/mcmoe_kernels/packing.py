@@ -13,9 +13,9 @@ and means W = (q - zero) * scale. The word's bits, as an unsigned number:
     7..11   e, its exponent
     12..15  the zero, in halves at 1 and 2 bits, in ones at 3 and 4
 
-so that scale and zero are exact in bfloat16, and take a quarter of what two float32 would. Zeros
-are 0.5 at 1 bit (sign times half the scale) and within the codes' range else. Eight codes always
-fill whole bytes, so a slice of K by whole groups is a slice of bytes.
+so that scale and zero are exact in bfloat16. Zeros are 0.5 at 1 bit (sign times half the scale)
+and within the codes' range else. Eight codes always fill whole bytes, so a slice of K by whole
+groups is a slice of bytes.
 """
 
 import torch

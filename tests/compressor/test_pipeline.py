@@ -193,7 +193,7 @@ def test_resuming_with_other_settings_lists_all_of_them(finished, tmp_path):
     _, settings = finished
     work = tmp_path / "out.work"
     work.mkdir()
-    job = {"command": "quantize", "bits": 2.5, "seed": 0}
+    job = {"command": "quantize", "bits": 2.5, "seed": 0, "format_version": 1}
     (work / "job.json").write_text(json.dumps(job))
     with pytest.raises(UserError) as error:
         quantize(
@@ -209,6 +209,7 @@ def test_resuming_with_other_settings_lists_all_of_them(finished, tmp_path):
         )
     assert "bits was 2.5, is now 2.0" in str(error.value)
     assert "seed was 0, is now 5" in str(error.value)
+    assert "format_version was 1, is now 2" in str(error.value)  # tensors would be of both
     assert (work / "job.json").exists()
 
 
