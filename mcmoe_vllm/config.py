@@ -114,9 +114,9 @@ class QuantizationConfig:
 
     def widths(self, projection: str) -> tuple[int, ...]:
         """The widths that occur in any layer; projection is "w13" or "w2"."""
-        return tuple(
-            sorted({b for layer in self.expert_bits for b in self.bits(layer, projection)})
-        )
+        side = ("w13", "w2").index(projection)
+        digits = {d for strings in self.expert_bits.values() for d in strings[side]}
+        return tuple(sorted(map(int, digits)))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json, including `quant_method`."""

@@ -100,6 +100,13 @@ def load_tile(record, offsets, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, BIT
 
 
 @triton.jit
+def load_shared(record, offsets, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
+                UNIT: tl.constexpr):  # fmt: skip
+    """The plane of both tiles: 3 bits, the high one; 1 bit, the only one. UNIT: as above."""
+    return tl.load((record + shared_at(GROUP_SIZE) // UNIT) + offsets) if BITS % 2 == 1 else 0
+
+
+@triton.jit
 def load_meta(record, BLOCK_N: tl.constexpr, AT: tl.constexpr, GROUP_SIZE: tl.constexpr,
               BITS: tl.constexpr):  # fmt: skip
     """Meta int32 [N] of the group that holds the step's column AT. record: int32 pointer."""
@@ -148,8 +155,7 @@ def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexp
     record += first_step.to(tl.int64) * STRIDE
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(first_step, last_step, num_stages=STAGES):
-        # 3 bits: the high plane. 1 bit: the only one.
-        shared = tl.load((record + shared_at(GROUP_SIZE)) + offsets) if BITS % 2 == 1 else 0
+        shared = load_shared(record, offsets, GROUP_SIZE, BITS, 1)
         for tile in tl.static_range(2):
             w0, w1 = load_tile(record, offsets, tile, GROUP_SIZE, BITS, 1)
             w0 = shared if BITS == 1 else w0

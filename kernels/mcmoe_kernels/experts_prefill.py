@@ -21,10 +21,10 @@ from mcmoe_kernels.experts_decode import (
     combine_kernel,
     first_record,
     load_meta,
+    load_shared,
     load_tile,
     plane_offsets,
     record_bytes_of,
-    shared_at,
 )
 from mcmoe_kernels.routing import pdl_options, route_pairs, wait_for_previous
 from mcmoe_kernels.tiles import TiledLayer
@@ -81,10 +81,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
     valid = (rows >= 0)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
-        shared = 0
-        if BITS % 2 == 1:
-            words = (record + shared_at(GROUP_SIZE)).to(tl.pointer_type(tl.int16))
-            shared = tl.load(words + offsets)
+        words = record.to(tl.pointer_type(tl.int16))
+        shared = load_shared(words, offsets, GROUP_SIZE, BITS, 2)
         for tile in tl.static_range(2):
             acc = multiply_tile(
                 acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - step * 256, tile,
@@ -93,10 +91,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
         record += STRIDE
         x += 256
     if HALF:
-        shared = 0
-        if BITS % 2 == 1:
-            words = (record + shared_at(GROUP_SIZE)).to(tl.pointer_type(tl.int16))
-            shared = tl.load(words + offsets)
+        words = record.to(tl.pointer_type(tl.int16))
+        shared = load_shared(words, offsets, GROUP_SIZE, BITS, 2)
         acc = multiply_tile(
             acc, record, offsets, x, x_offsets, valid, shared, COLUMNS - STEPS * 256, 0, COLUMNS,
             GROUP_SIZE, BITS, INLINE,

@@ -181,7 +181,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     )
     meta_ring = gl.allocate_shared_memory(
         gl.int32,
-        [(STAGES) * (128 // GROUP_SIZE), BLOCK_N],
+        [STAGES * (128 // GROUP_SIZE), BLOCK_N],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
     x_ring = gl.allocate_shared_memory(DTYPE, [STAGES * (128 // PART), BLOCK_M, PART], X_SHARED)

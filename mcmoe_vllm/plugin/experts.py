@@ -137,9 +137,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             return False if return_success else None
         kind = f"weight_{weight_name.rpartition('_')[2]}"
         group = "w2" if shard_id == "w2" else "w13"
-        self._check_tensor(loaded_weight, group, shard_id, expert_id, kind)
+        name = f"{self.prefix}: expert {expert_id} {shard_id}.{kind}"
+        self._check_tensor(name, loaded_weight, group, expert_id, kind)
         if kind == "weight_scale":
-            name = f"{self.prefix}: expert {expert_id} {shard_id}.{kind}"
             loaded_weight = stored_scale(loaded_weight, self.widths[group][expert_id], name)
         parallel = self.moe.moe_parallel_config
         dim = 1 if group == "w2" else 0  # w2 is split over its columns, w1 and w3 over their rows
@@ -161,12 +161,12 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             self._fill_dummy(layer)
         else:
             self._refuse_gaps()
-        expert_map = layer.expert_map
+        expert_map, config = layer.expert_map, self.quant_config.config
         experts = ExpertLayer(
             self.hidden_size,
             self.intermediate_size,
-            self._matrices(layer, "w13"),
-            self._matrices(layer, "w2"),
+            replace(self._matrices(layer, "w13"), model_bits=config.widths("w13")),
+            replace(self._matrices(layer, "w2"), model_bits=config.widths("w2")),
             self.activation,
             None if expert_map is None else expert_map.to(torch.int32),
         )
@@ -236,8 +236,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
 
     def _matrices(self, layer: Any, group: str) -> ExpertMatrices:
         packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
-        matrices = split_flat(packed, scale, self.bits[group], *self._shape(group))
-        return replace(matrices, model_bits=self.quant_config.config.widths(group))
+        return split_flat(packed, scale, self.bits[group], *self._shape(group))
 
     def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
         param = torch.nn.Parameter(value, requires_grad=False)
@@ -263,9 +262,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
 
     def _check_tensor(
-        self, tensor: torch.Tensor, group: str, shard_id: str, expert: int, kind: str
+        self, name: str, tensor: torch.Tensor, group: str, expert: int, kind: str
     ) -> None:
-        name = f"{self.prefix}: expert {expert} {shard_id}.{kind}"
         bits = self.widths[group][expert]
         if bits == 0:
             raise UserError(
