@@ -1,6 +1,7 @@
 """The experts on a GPU: the one function that the rest calls, and what it needs beforehand."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -72,16 +73,24 @@ def warm_up(
     prune_ratio: float = 0.0,
     counting: bool = False,
 ) -> None:
-    """Compile every kernel that the layer may use, so that no capture of a graph has to."""
+    """Compile every kernel that the layer may use, so that no capture of a graph has to.
+
+    Configurations are compiled side by side, as Triton's compiler works outside Python's lock.
+    """
     device = layer.slot_of.device
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
-    configs = configs_for(table_name(device), shape_of(layer, top_k))
-    for config in dict.fromkeys(configs.values()):
-        for tokens in COMPILED_APART:
-            x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
-            ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
-            weights = torch.zeros(ids.shape, device=device)
-            fused_experts(x, layer, weights, ids, config, prune_ratio, counts)
+    configs = set(configs_for(table_name(device), shape_of(layer, top_k)).values())
+
+    def compile_config(config: Config) -> None:
+        with torch.cuda.device(device):  # the current device is a thread's own
+            for tokens in COMPILED_APART:
+                x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
+                ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
+                weights = torch.zeros(ids.shape, device=device)
+                fused_experts(x, layer, weights, ids, config, prune_ratio, counts)
+
+    with ThreadPoolExecutor(min(len(configs), len(os.sched_getaffinity(0)))) as pool:
+        list(pool.map(compile_config, configs))  # raises what a thread raised
 
 
 def why_not_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:
