@@ -7,6 +7,7 @@ the same layer, so a compiled graph from the cache finds its weights again.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def add_layer(name: str, prepared: PreparedExperts) -> None:
     Raises UserError if another live layer has the name: a second engine in this process would
     otherwise compute with the weights of the first.
     """
+    if name in _layers:
+        gc.collect()  # a deleted engine's objects refer to each other and wait for the collector
     if name in _layers:
         raise UserError(
             f"{name} is already loaded in this process: two mcmoe engines cannot share one "

@@ -38,6 +38,20 @@ def prepared():
     gc.collect()
 
 
+def test_a_deleted_layer_that_waits_for_the_collector_frees_its_name():
+    layer = random_layer(MIXED13, MIXED2)
+    engine = {"experts": ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)}
+    engine["self"] = engine  # as an engine's objects do
+    gc.disable()
+    try:
+        ops.add_layer("test.again", engine["experts"])
+        del engine
+        second = ops.prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)
+        ops.add_layer("test.again", second)
+    finally:
+        gc.enable()
+
+
 def test_the_operator_is_opaque_and_keeps_its_contract(prepared):
     x, (weights, ids) = random_input(5, 256), random_routing(5, 6, 2)
     torch.library.opcheck(
