@@ -17,7 +17,7 @@ from mcmoe_vllm.checkpoint import (
     write_shard,
 )
 from mcmoe_vllm.cli import main
-from mcmoe_vllm.config import QuantizationConfig, read_json, write_json
+from mcmoe_vllm.config import FORMAT_VERSION, QuantizationConfig, read_json, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
 
@@ -27,15 +27,16 @@ SHARDS = [shard_name(i + 1, LAYERS + 1) for i in range(LAYERS + 1)]
 FIRST = "model.layers.0.mlp.experts"
 
 
-def expert_tensors(prefix, rows, columns, bits):
+def expert_tensors(prefix, rows, columns, bits, version):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator)
     shape = (rows, columns // GROUP)
-    zero = torch.full(shape, 0.5 if bits == 1 else 1.0)
-    return {
-        f"{prefix}.weight_packed": packing.pack(codes, bits),
-        f"{prefix}.weight_scale": packing.pack_scale(torch.full(shape, 0.25), zero, bits),
-    }
+    scale, zero = torch.full(shape, 0.25), torch.full(shape, 0.5 if bits == 1 else 1.0)
+    if version == 1:
+        stored = torch.stack((scale, zero), dim=-1).flatten(1).half()
+    else:
+        stored = packing.pack_scale(scale, zero, bits)
+    return {f"{prefix}.weight_packed": packing.pack(codes, bits), f"{prefix}.weight_scale": stored}
 
 
 def linear_tensors(prefix, rows, columns, dense_bits):
@@ -47,7 +48,7 @@ def linear_tensors(prefix, rows, columns, dense_bits):
     }
 
 
-def make_checkpoint(path: Path, dense_bits: int = 4) -> Path:
+def make_checkpoint(path: Path, dense_bits: int = 4, version: int = FORMAT_VERSION) -> Path:
     """A Qwen2-MoE checkpoint: dropped experts, widths that differ, attention and shared experts."""
     path.mkdir()
     plain = {"dtype": torch.bfloat16}
@@ -77,9 +78,9 @@ def make_checkpoint(path: Path, dense_bits: int = 4) -> Path:
         for expert, (b13, b2) in enumerate(zip(map(int, w13), map(int, w2), strict=True)):
             prefix = f"{block}.mlp.experts.{expert}"
             if b13:
-                tensors |= expert_tensors(f"{prefix}.gate_proj", WIDTH, HIDDEN, b13)
-                tensors |= expert_tensors(f"{prefix}.up_proj", WIDTH, HIDDEN, b13)
-                tensors |= expert_tensors(f"{prefix}.down_proj", HIDDEN, WIDTH, b2)
+                tensors |= expert_tensors(f"{prefix}.gate_proj", WIDTH, HIDDEN, b13, version)
+                tensors |= expert_tensors(f"{prefix}.up_proj", WIDTH, HIDDEN, b13, version)
+                tensors |= expert_tensors(f"{prefix}.down_proj", HIDDEN, WIDTH, b2, version)
         write_shard(path / SHARDS[layer + 1], tensors)
     quantization = QuantizationConfig(
         group_size=dict.fromkeys(("w13", "w2", "dense"), GROUP),
@@ -87,6 +88,7 @@ def make_checkpoint(path: Path, dense_bits: int = 4) -> Path:
         dense_bits=dense_bits,
         dense_modules=("self_attn", "shared_expert") if dense_bits == 4 else (),
         average_bits={"nominal": 2.0},
+        format_version=version,
     )
     write_json(
         path / "config.json",
@@ -111,6 +113,12 @@ def sound(tmp_path_factory):
 @pytest.fixture
 def folder(sound, tmp_path):
     return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A checkpoint of format version 1: scale, zero, scale, zero, ... of a row in float16."""
+    return make_checkpoint(tmp_path / "old", version=1)
 
 
 def edit_shard(folder, layer, edit, hashes=True):
@@ -499,6 +507,46 @@ def test_zeros_at_the_ends_of_the_range_pass(folder, expert, most):
     for steps in (0, most):
         edit_shard(folder, 0, set_zero(expert, steps))
         inspect_checkpoint(folder, check=True)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.25, float("nan"), float("inf")])
+def test_scales_of_version_1_are_finite_and_positive(old, value):
+    edit_shard(old, 0, set_value(f"{FIRST}.3.gate_proj.weight_scale", 2, value))
+    message = refusal(old, check=True)
+    assert f"{FIRST}.3.gate_proj.weight_scale has 1 scales that are not finite" in message
+    assert "1 checks failed" in message
+
+
+def test_scales_of_version_1_are_exact_in_bfloat16(old):
+    edit_shard(old, 0, set_value(f"{FIRST}.3.gate_proj.weight_scale", 0, 1 + 2**-8))
+    assert "has 1 scales that bfloat16 cannot hold" in refusal(old, check=True)
+
+
+@pytest.mark.parametrize(
+    ("expert", "value", "allowed"),
+    [
+        (1, 0.0, "at 1 bits: 0.5"),
+        (1, 1.0, "at 1 bits: 0.5"),
+        (2, 0.25, "at 2 bits: multiples of 0.5 in 0..3"),
+        (2, 3.5, "at 2 bits: multiples of 0.5 in 0..3"),
+        (3, 0.5, "at 3 bits: integers 0..7"),
+        (3, -1.0, "at 3 bits: integers 0..7"),
+        (3, float("nan"), "at 3 bits: integers 0..7"),
+        (4, 16.0, "at 4 bits: integers 0..15"),
+    ],
+)
+def test_zeros_of_version_1_are_in_range(old, expert, value, allowed):
+    edit_shard(old, 0, set_value(f"{FIRST}.{expert}.gate_proj.weight_scale", 1, value))
+    message = refusal(old, check=True)
+    assert "has 1 zeros out of range" in message and allowed in message
+
+
+def test_zeros_of_version_1_at_the_ends_of_the_range_pass(old):
+    for expert, most in ((2, 3), (3, 7), (4, 15)):
+        name = f"{FIRST}.{expert}.gate_proj.weight_scale"
+        edit_shard(old, 0, set_value(name, 1, 0.0))
+        edit_shard(old, 0, set_value(name, 3, float(most)))
+    inspect_checkpoint(old, check=True)
 
 
 def test_damaged_files_are_refused_before_anything_else(folder):

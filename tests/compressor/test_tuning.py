@@ -65,11 +65,11 @@ def test_its_divergence_is_that_of_the_evaluation(untuned):
 
 def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(untuned):
     """One step of descent changes the loss as the recomputed gradient promises."""
-    # Few tokens: no step may move one of them to another expert, where the loss jumps.
+    # Few tokens, short steps: none may move one of them to another expert, where the loss jumps.
     untuned = first_windows(untuned, 8)
     checkpoint, windows, states = untuned
     losses = []
-    for rate in (1e-6, 1e-5):
+    for rate in (1e-6, 3e-6):
         seen = []
         loaded = evaluation.load_streamed(checkpoint, "cpu", torch.float64)
         tuning.tune_model(
@@ -77,9 +77,9 @@ def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(untune
             report=lambda step, steps, loss, seen=seen: seen.append(loss),
         )  # fmt: skip
         losses.append(sum(seen[len(seen) // 2 :]))
-    # Adam's first steps follow the gradient's sign: a tenfold rate falls tenfold, and it falls.
+    # Adam's first steps follow the gradient's sign: three times the rate falls three times as far.
     still = sum_of_second_pass(untuned)
-    assert (still - losses[1]) / (still - losses[0]) == pytest.approx(10, rel=0.2)
+    assert (still - losses[1]) / (still - losses[0]) == pytest.approx(3, rel=0.2)
 
 
 def first_windows(untuned, count):
