@@ -22,12 +22,17 @@ def _field_bytes_asm(shift, mask):
 
 
 @triton.constexpr_function
-def _merge_asm(low_shift, high_shift):
+def _merge_asm(low_shift, high_shift, rest):
+    """The two low bits of each nibble from $1; from $2 the third (0xEA is (a & b) | c) or, with
+    `rest`, the third and fourth, an operation less (0xE4 is (a & c) | (b & ~c))."""
+    low, high = 0x33333333, 0x44444444
+    select = f"lop3.b32 $0, t, u, {low}, 0xE4; }}"
+    mask = f"and.b32 t, t, {low}; lop3.b32 $0, u, {high}, t, 0xEA; }}"
     return (
         "{ .reg .b32 t, u; "
         + _shift("t", "$1", low_shift)
         + _shift("u", "$2", high_shift)
-        + f"and.b32 t, t, {0x33333333}; lop3.b32 $0, u, {0x44444444}, t, 0xEA; }}"
+        + (select if rest else mask)
     )
 
 
@@ -77,22 +82,24 @@ def _zero_base(bits, scaled):
 
 
 @triton.constexpr_function
-def _place(bits, tile, block, half, is_bfloat16):
+def _place(bits, tile, block, half, is_bfloat16, scaled):
     """Where block `block` (of 4), columns 16 * half on, lies in a word: (shift, position).
 
-    The mantissa has room for a few fields side by side, which saves shifts; few positions save
-    addends, of which a group needs one for each. A zero that is a multiple of 1/2 (1 and 2 bits)
-    has no exact sum with 2^7 at position 0.
+    The mantissa has room for a few fields side by side, which then share a shift; each position
+    costs a group an addend, and a word that is shared costs registers, which are short if `scaled`.
+    A zero that is a multiple of 1/2 (1 and 2 bits) has no exact sum with 2^7 at position 0.
     """
-    room = 7 if is_bfloat16 else 10
     nibble = 4 * (block // 2)
     offset = {1: 4 * tile + block, 2: 2 * block, 3: nibble, 4: nibble}[bits] + 8 * half
-    if bits == 1:
-        return (offset - 1, 1)
-    if bits == 2:
-        shift = {0: -2, 2: 0, 4: 0, 6: 4, 8: 4, 10: 6, 12: 8, 14: 12}[offset]
+    if scaled:
+        room = 7 if is_bfloat16 else 10
+        two = {0: -2, 2: 0, 4: 0, 6: 4, 8: 4, 10: 6, 12: 8, 14: 12}
+        shift = {1: offset - 1, 2: two.get(offset)}.get(
+            bits, 0 if offset + bits <= room else offset
+        )
     else:
-        shift = 0 if offset + bits <= room else offset
+        together, lowest = {1: (4, 1), 2: (6, 1), 3: (8, 0), 4: (4 if is_bfloat16 else 8, 0)}[bits]
+        shift = offset // together * together - lowest
     return (shift, offset - shift)
 
 
@@ -113,7 +120,7 @@ def merge_planes(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
     """Two nibbles of 3-bit codes in each byte: int8 planes in and out."""
     if INLINE:
         return tl.inline_asm_elementwise(
-            _merge_asm(LOW_SHIFT, HIGH_SHIFT),
+            _merge_asm(LOW_SHIFT, HIGH_SHIFT, False),
             "=r,r,r",
             [low, high],
             dtype=tl.int8,
@@ -129,10 +136,10 @@ def merge_planes(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
 @triton.jit
 def merge_words(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
                 INLINE: tl.constexpr):  # fmt: skip
-    """Four nibbles of 3-bit codes in each word: int16 planes in and out."""
+    """Four nibbles of 3-bit codes, fourth bits anything, in each word: int16 planes in and out."""
     if INLINE:
         return tl.inline_asm_elementwise(
-            _merge_asm(LOW_SHIFT, HIGH_SHIFT),
+            _merge_asm(LOW_SHIFT, HIGH_SHIFT, True),
             "=r,r,r",
             [low, high],
             dtype=tl.int16,
@@ -140,9 +147,9 @@ def merge_words(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
             pack=2,
         )
     elif HIGH_SHIFT < 0:
-        return ((low >> LOW_SHIFT) & 0x3333) | ((high << -HIGH_SHIFT) & 0x4444)
+        return ((low >> LOW_SHIFT) & 0x3333) | ((high << -HIGH_SHIFT) & ~0x3333)
     else:
-        return ((low >> LOW_SHIFT) & 0x3333) | ((high >> HIGH_SHIFT) & 0x4444)
+        return ((low >> LOW_SHIFT) & 0x3333) | ((high >> HIGH_SHIFT) & ~0x3333)
 
 
 @triton.jit
@@ -217,8 +224,8 @@ def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.con
     meta: int32 [N], of the group that the block is in. SCALED: whether to multiply by scale.
     """
     BFLOAT16: tl.constexpr = tl.bfloat16 == DTYPE
-    SHIFT: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[0]
-    POSITION: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16)[1]
+    SHIFT: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16, SCALED)[0]
+    POSITION: tl.constexpr = _place(BITS, TILE, BLOCK, HALF, BFLOAT16, SCALED)[1]
     MASK: tl.constexpr = (1 << BITS) - 1
     OFFSET: tl.constexpr = _magic(BFLOAT16)[1] / (1 << POSITION)
     if INLINE and BFLOAT16:

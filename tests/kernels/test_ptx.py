@@ -106,7 +106,7 @@ def test_weights_of_every_word(bits, tile, scaled, dtype, device):
     )  # fmt: skip
     factor, base = (f.cpu().view(dtype) for f in found)
     for block, half in ((b, h) for b in range(4) for h in range(2)):
-        shift, position = dequantization._place(bits, tile, block, half, bfloat16)
+        shift, position = dequantization._place(bits, tile, block, half, bfloat16, scaled)
         offset = dequantization._magic(bfloat16)[1] / (1 << position)
         constant = -offset
         if bfloat16:
