@@ -163,16 +163,16 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
 
 
 def print_changes(rows: list[dict[str, Any]]) -> None:
-    """`best` with one trait changed, beside `best` itself at the same bits and seed."""
-    rows = recipe_rows(rows, "best")
-    plain = {(r["model"], r["nominal_bits"], r["seed"]): r["kl"] for r in rows if not r["changes"]}
+    """The KL divergence of `best`, seed 0, and of `best` with one trait changed."""
+    rows = [row for row in recipe_rows(rows, "best") if row["seed"] == 0]
+    found = {(r["changes"], r["model"], r["nominal_bits"]): r["kl"] for r in rows}
+    columns = sorted({key[1:] for key in found if key[0]})
     print()
-    print_header("change", "model, bits", "KL, with everything", "with the change")
-    for row in rows:
-        if row["changes"]:
-            before = plain[row["model"], row["nominal_bits"], row["seed"]]
-            where = f"{row['model']}, {row['nominal_bits']:g}"
-            print_cells(f"`{row['changes']}`", where, f"{before:.4f}", f"{row['kl']:.4f}")
+    print_header("change", *(f"{m}, {b:g} bits" for m, b in columns))
+    for change in sorted({key[0] for key in found}):  # "", nothing changed, comes first
+        values = [found.get((change, *column)) for column in columns]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        print_cells(f"`{change}`" if change else "none", *cells)
 
 
 if __name__ == "__main__":
