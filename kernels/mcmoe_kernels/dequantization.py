@@ -94,9 +94,8 @@ def _place(bits, tile, block, half, is_bfloat16, scaled):
     if scaled:
         room = 7 if is_bfloat16 else 10
         two = {0: -2, 2: 0, 4: 0, 6: 4, 8: 4, 10: 6, 12: 8, 14: 12}
-        shift = {1: offset - 1, 2: two.get(offset)}.get(
-            bits, 0 if offset + bits <= room else offset
-        )
+        wide = 0 if offset + bits <= room else offset
+        shift = {1: offset - 1, 2: two.get(offset), 3: wide, 4: wide}[bits]
     else:
         together, lowest = {1: (4, 1), 2: (6, 1), 3: (8, 0), 4: (4 if is_bfloat16 else 8, 0)}[bits]
         shift = offset // together * together - lowest
