@@ -24,7 +24,10 @@ def _field_bytes_asm(shift, mask):
 @triton.constexpr_function
 def _merge_asm(low_shift, high_shift, rest):
     """The two low bits of each nibble from $1; from $2 the third (0xEA is (a & b) | c) or, with
-    `rest`, the third and fourth, an operation less (0xE4 is (a & c) | (b & ~c))."""
+    `rest`, the third and fourth, an operation less (0xE4 is (a & c) | (b & ~c)).
+
+    Bytes are merged without `rest`: with it, programs of `experts_decode` spill registers.
+    """
     low, high = 0x33333333, 0x44444444
     select = f"lop3.b32 $0, t, u, {low}, 0xE4; }}"
     mask = f"and.b32 t, t, {low}; lop3.b32 $0, u, {high}, t, 0xEA; }}"
