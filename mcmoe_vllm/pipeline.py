@@ -903,7 +903,7 @@ def _quantize_experts(
 
 
 def _tune(job: _Job, work: WorkDirectory) -> dict[str, Any]:
-    """Tune the finished checkpoint in its place; the mean KL before and after.
+    """Tune the finished checkpoint in its place; the mean KL before and after, and its seconds.
 
     What changed is kept in a file of its own first, so that a job killed while it rewrites shards
     tunes nothing twice.
@@ -912,6 +912,7 @@ def _tune(job: _Job, work: WorkDirectory) -> dict[str, Any]:
     kept = work.path / "tuned.safetensors"
     summary = work.path / "tuned.json"
     if not summary.exists():
+        began = time.perf_counter()
         found = work.load_hidden("quantize")
         assert found is not None
         compressed = open_checkpoint(folder)
@@ -928,7 +929,8 @@ def _tune(job: _Job, work: WorkDirectory) -> dict[str, Any]:
         )
         dtypes = compressed.read(list(tuned.tensors)) if tuned.tensors else {}
         write_shard(kept, {n: t.to(dtypes[n].dtype) for n, t in tuned.tensors.items()})
-        write_json(summary, {"before": tuned.before, "after": tuned.after})
+        seconds = round(time.perf_counter() - began, 3)
+        write_json(summary, {"before": tuned.before, "after": tuned.after, "seconds": seconds})
     changed = load_file(kept)
     compressed = open_checkpoint(folder)
     by_shard: dict[str, list[str]] = {}

@@ -24,7 +24,7 @@ from mcmoe_vllm.streaming import run_expert
 
 HELD_OUT = 8  # one window in so many decides whether tuning helped
 FITTED = 2  # one in so many of the others is learned from: all of them take twice the time
-BATCH_TOKENS = 1024
+BATCH_TOKENS, BATCH_WINDOWS = 1024, 2  # a step's, at least: unpacking takes most of its time
 UNPACKED_BYTES = 2**28  # of codes that are unpacked once, not in every pass through their layer
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of the way tuned, in the order in which they are tried
 WARM_UP = 0.1  # of the steps
@@ -59,7 +59,8 @@ class _Matrix:
 
     def levels(self, zero: torch.Tensor) -> torch.Tensor:
         """Codes less zeros on the device, float32 [N, K/G, G]."""
-        codes = packing.unpack(self.packed.to(zero.device), self.bits).float()
+        packed = self.packed.to(zero.device, non_blocking=True)
+        codes = packing.unpack(packed, self.bits).float()
         return codes.unflatten(-1, (zero.shape[-1], -1)) - zero.unsqueeze(-1)
 
     def dequantize(self) -> torch.Tensor:
@@ -141,7 +142,7 @@ def tune_model(
     for value in learned:
         value.requires_grad_(True)
     states = [state for block in teacher for state in block]
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    size = max(BATCH_WINDOWS, BATCH_TOKENS // windows.shape[1])
     held = [i for i in range(len(windows)) if i % HELD_OUT == HELD_OUT - 1] or [0]
     fitted = [i for i in range(len(windows)) if i not in held][::FITTED] or held
 
@@ -289,6 +290,8 @@ def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
 def _load_matrix(checkpoint: Checkpoint, name: str, bits: int, device: torch.device) -> _Matrix:
     prefix = name.removesuffix("weight")
     packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # it goes to the GPU in every pass through its layer
     stretch = torch.zeros(scale.shape, device=device)
     return _Matrix(prefix + "weight_scale", bits, packed, scale, stretch)
 
