@@ -184,8 +184,8 @@ def compile_one(job: tuple[str, int, int | None, type], config: Config | None = 
     padded = widths + widths[-1:] * (experts - len(widths))
     matrices = [kind(n, k, 128, padded, empty, table)
                 for n, k in ((2 * intermediate, hidden), (hidden, intermediate))]  # fmt: skip
-    slot_of = torch.full((experts,), -1, dtype=torch.int32, device="cuda")
-    layer = TiledLayer(hidden, intermediate, *matrices, slot_of)
+    lookup = torch.full((experts, 4), -1, dtype=torch.int32, device="cuda")
+    layer = TiledLayer(hidden, intermediate, *matrices, lookup)
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
     ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device="cuda")
     fused_experts(x, layer, torch.zeros(ids.shape, device="cuda"), ids, config)

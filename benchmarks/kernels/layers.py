@@ -11,6 +11,7 @@ from mcmoe_kernels.tiles import (
     TILE_ROWS,
     TiledLayer,
     TiledMatrices,
+    look_up,
     matrix_bytes,
     meta_bytes,
     record_bytes,
@@ -50,7 +51,7 @@ def random_layer(
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
     w13 = random_matrices(2 * intermediate, hidden, widths, kind)
     w2 = random_matrices(hidden, intermediate, widths, kind)
-    return TiledLayer(hidden, intermediate, w13, w2, order.int().cuda())
+    return TiledLayer(hidden, intermediate, w13, w2, look_up(order.cuda(), w13, w2))
 
 
 def random_matrices(rows: int, columns: int, widths: tuple[int, ...], kind: type) -> TiledMatrices:

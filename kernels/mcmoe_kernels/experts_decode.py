@@ -23,6 +23,7 @@ from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
 from mcmoe_kernels.routing import (
     add_pair_counts,
     expert_of_pair,
+    few_pairs,
     max_blocks,
     pdl_options,
     route,
@@ -199,31 +200,31 @@ def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_s
 
 
 @triton.jit
-def find_single_block(ids, slot_of, topk_weights, ratio, table, block,
+def find_single_block(ids, lookup, topk_weights, ratio, block, ENTRY: tl.constexpr,
                       PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """With one token, block b is pair b: its slot (-1: pruned or empty), its entry in `table`, and
-    the pairs int32 [2 * BLOCK_M] of the block, each twice."""
+    """With one token, block b is pair b: its entry in the table of w13 (ENTRY 1) or w2 (2), 0 if
+    it is pruned or empty, and the pairs int32 [2 * BLOCK_M] of the block, each twice."""
     pair = block + tl.arange(0, 1)
-    slot = slot_of_pair(ids, slot_of, topk_weights, ratio, pair, pair >= 0, PRUNED_TOP_K)
-    slot = tl.max(slot, 0)
-    entry = tl.load(table + tl.maximum(slot, 0))
-    return slot, entry, tl.where(tl.arange(0, 2 * BLOCK_M) < 2, block, -1)
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, pair >= 0, PRUNED_TOP_K)
+    entry = tl.load(lookup + expert * 4 + ENTRY, mask=expert >= 0, other=0)
+    return tl.max(entry, 0), tl.where(tl.arange(0, 2 * BLOCK_M) < 2, block, -1)
 
 
 @triton.jit
 def load_block(block_info, block_pair, block, ENTRY: tl.constexpr, BLOCK_M: tl.constexpr):
     """The same as `find_single_block` finds, from the table that `prepare_kernel` left."""
     slot = tl.load(block_info + block * 4)
-    entry = tl.load(block_info + block * 4 + ENTRY)
-    return slot, entry, tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+    entry = tl.where(slot >= 0, tl.load(block_info + block * 4 + ENTRY), 0)
+    return entry, tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
 
 
 @triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
-def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_ids, counts,
-                   table13, table2, scratch, block_info, block_pair, ended, pairs, blocks,
+def prepare_kernel(x, digits, x_meta, ids, lookup, topk_weights, ratio, kept_ids, counts,
+                   scratch, block_info, block_pair, ended, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
-                   PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-                   SINGLE: tl.constexpr, ENDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, FEW: tl.constexpr,
+                   BLOCK_M: tl.constexpr, SINGLE: tl.constexpr, ENDED: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     """Program 0 prunes and routes; the others take pieces of x. ended: int32 [ENDED], for
     `down_kernel`."""
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
@@ -239,8 +240,8 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_id
             add_pair_counts(counts, ids, expert, pair, pair < pairs)
         else:
             route(
-                ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, scratch,
-                block_info, block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, BLOCK_M, 256,
+                ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_info,
+                block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, FEW, BLOCK_M, 256,
             )  # fmt: skip
         return
     split_rows(
@@ -249,8 +250,8 @@ def prepare_kernel(x, digits, x_meta, ids, slot_of, topk_weights, ratio, kept_id
 
 
 @triton.jit(do_not_specialize=["ratio", "top_k"])
-def gate_up_kernel(digits, x_meta, records, ids, slot_of, topk_weights, ratio, table13,
-                   block_info, block_pair, h_digits, h_meta, top_k,
+def gate_up_kernel(digits, x_meta, records, ids, lookup, topk_weights, ratio, block_info,
+                   block_pair, h_digits, h_meta, top_k,
                    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
@@ -260,13 +261,13 @@ def gate_up_kernel(digits, x_meta, records, ids, slot_of, topk_weights, ratio, t
     first_row = tl.program_id(0) * BLOCK_N
     block = tl.program_id(1)
     if SINGLE:
-        slot, entry, pairs = find_single_block(
-            ids, slot_of, topk_weights, ratio, table13, block, PRUNED_TOP_K, BLOCK_M
+        entry, pairs = find_single_block(
+            ids, lookup, topk_weights, ratio, block, 1, PRUNED_TOP_K, BLOCK_M
         )
     wait_for_previous(PDL)
     if not SINGLE:
-        slot, entry, pairs = load_block(block_info, block_pair, block, 1, BLOCK_M)
-    if slot < 0:
+        entry, pairs = load_block(block_info, block_pair, block, 1, BLOCK_M)
+    if entry == 0:
         return
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = dot_any_width(
@@ -298,8 +299,8 @@ def gate_up_kernel(digits, x_meta, records, ids, slot_of, topk_weights, ratio, t
 
 
 @triton.jit(do_not_specialize=["ratio", "pairs_total"])
-def down_kernel(h_digits, h_meta, records, ids, slot_of, topk_weights, ratio, table2,
-                block_info, block_pair, parts, ended, out, pairs_total,
+def down_kernel(h_digits, h_meta, records, ids, lookup, topk_weights, ratio, block_info,
+                block_pair, parts, ended, out, pairs_total,
                 HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                 GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                 SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -315,19 +316,19 @@ def down_kernel(h_digits, h_meta, records, ids, slot_of, topk_weights, ratio, ta
     block = tl.program_id(1)
     if SINGLE:
         part = tl.arange(0, triton.next_power_of_2(SPLITS * SINGLE))
-        slot, entry, pairs = find_single_block(
-            ids, slot_of, topk_weights, ratio, table2, block, PRUNED_TOP_K, BLOCK_M
+        entry, pairs = find_single_block(
+            ids, lookup, topk_weights, ratio, block, 2, PRUNED_TOP_K, BLOCK_M
         )
         # What adding up needs is here before the sums are.
         used = slot_of_pair(
-            ids, slot_of, topk_weights, ratio, part % SINGLE, part < SPLITS * SINGLE, PRUNED_TOP_K
+            ids, lookup, topk_weights, ratio, part % SINGLE, part < SPLITS * SINGLE, PRUNED_TOP_K
         ) >= 0  # fmt: skip
         weights = tl.load(topk_weights + part % SINGLE, mask=used, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     if not SINGLE:
-        slot, entry, pairs = load_block(block_info, block_pair, block, 2, BLOCK_M)
+        entry, pairs = load_block(block_info, block_pair, block, 2, BLOCK_M)
     row = first_row + tl.arange(0, BLOCK_N)
-    if slot >= 0:
+    if entry != 0:
         acc = dot_any_width(
             h_digits, h_meta, pairs, records, entry, first_row,
             first_step, tl.minimum(first_step + PER_SPLIT, STEPS),
@@ -353,7 +354,7 @@ def down_kernel(h_digits, h_meta, records, ids, slot_of, topk_weights, ratio, ta
 
 
 @triton.jit(do_not_specialize=["pairs_total"])
-def combine_kernel(parts, topk_weights, ids, slot_of, out, pairs_total,
+def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
                    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SPLITS: tl.constexpr,
                    BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j]."""
@@ -365,7 +366,7 @@ def combine_kernel(parts, topk_weights, ids, slot_of, out, pairs_total,
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
         expert = tl.load(ids + pair)
-        slot = tl.load(slot_of + tl.maximum(expert, 0))
+        slot = tl.load(lookup + tl.maximum(expert, 0) * 4)
         computed = tl.where(expert >= 0, slot, -1) + tl.zeros_like(column) >= 0
         weight = tl.load(topk_weights + pair).to(tl.float32)
         at = pair.to(tl.int64) * HIDDEN + column
@@ -428,23 +429,22 @@ def fused_experts_decode(
     pruned_top_k = top_k if pruned else 0
     kept_ids = torch.empty_like(topk_ids) if pruned and not single else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
-        x, digits, x_meta, topk_ids, layer.slot_of, topk_weights, prune_ratio, kept_ids, counts,
-        w13.table, w2.table, scratch, block_info, block_pair, ended, pairs, blocks,
-        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks,
-        PRUNED_TOP_K=pruned_top_k, SLOTS=slots, BLOCK_M=block_m, SINGLE=single,
+        x, digits, x_meta, topk_ids, layer.lookup, topk_weights, prune_ratio, kept_ids, counts,
+        scratch, block_info, block_pair, ended, pairs, blocks,
+        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, PRUNED_TOP_K=pruned_top_k,
+        SLOTS=slots, FEW=few_pairs(pairs), BLOCK_M=block_m, SINGLE=single,
         ENDED=len(ended) if single else 1, num_warps=4, **common,
     )  # fmt: skip
     shape = {
         "HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline,
         "PRUNED_TOP_K": pruned_top_k if single else 0,
     }  # fmt: skip
-    routes = (topk_ids, layer.slot_of, topk_weights, prune_ratio)
+    routes = (topk_ids, layer.lookup, topk_weights, prune_ratio)
     limit13, limit2 = (
         {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
     )
     gate_up_kernel[(2 * inter // config.block_n13, blocks)](
-        digits, x_meta, w13.records, *routes, w13.table, block_info, block_pair, h_digits, h_meta,
-        top_k,
+        digits, x_meta, w13.records, *routes, block_info, block_pair, h_digits, h_meta, top_k,
         GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
         ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
         H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
@@ -452,8 +452,7 @@ def fused_experts_decode(
         num_warps=config.warps13, **limit13, **shape, **common,
     )  # fmt: skip
     down_kernel[(row_blocks * config.splits, blocks)](
-        h_digits, h_meta, w2.records, *routes, w2.table, block_info, block_pair, parts, ended, out,
-        pairs,
+        h_digits, h_meta, w2.records, *routes, block_info, block_pair, parts, ended, out, pairs,
         GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
         BLOCK_N=config.block_n2, STAGES=config.stages2, SINGLE=top_k if single else 0,
         num_warps=config.warps2, **limit2, **shape, **common,
@@ -462,7 +461,7 @@ def fused_experts_decode(
         return out
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
-        parts, topk_weights, kept_ids, layer.slot_of, out, pairs,
+        parts, topk_weights, kept_ids, layer.lookup, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=config.splits, BLOCK=width,
         num_warps=max(2, width // 256), **common,
     )  # fmt: skip

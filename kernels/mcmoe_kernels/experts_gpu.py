@@ -9,6 +9,7 @@ from mcmoe_kernels.experts_decode import COMBINE_WIDE, fused_experts_decode
 from mcmoe_kernels.experts_prefill import fused_experts_prefill
 from mcmoe_kernels.experts_warpgroup import fused_experts_warpgroup
 from mcmoe_kernels.pruning import prune_ids
+from mcmoe_kernels.routing import FEW_PAIRS
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import (
     Config,
@@ -22,8 +23,9 @@ from mcmoe_kernels.tuning import (
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-# One token routes itself, and from COMBINE_WIDE tokens on rows are summed in wider pieces.
-COMPILED_APART = (1, 2, COMBINE_WIDE)
+# One token routes itself; more than FEW_PAIRS[-1] pairs are routed by another loop, and from
+# COMBINE_WIDE tokens on rows are summed in wider pieces.
+COMPILED_APART = (1, 2, COMBINE_WIDE, FEW_PAIRS[-1] + 1)
 
 
 def fused_experts(
@@ -63,7 +65,7 @@ def fused_experts(
 
 
 def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:
-    return LayerShape(layer.slot_of.numel(), top_k, layer.hidden_size, layer.intermediate_size)
+    return LayerShape(len(layer.lookup), top_k, layer.hidden_size, layer.intermediate_size)
 
 
 def warm_up(
@@ -77,7 +79,7 @@ def warm_up(
 
     Configurations are compiled side by side, as Triton's compiler works outside Python's lock.
     """
-    device = layer.slot_of.device
+    device = layer.lookup.device
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
     configs = set(configs_for(table_name(device), shape_of(layer, top_k)).values())
 

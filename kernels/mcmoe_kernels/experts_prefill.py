@@ -285,7 +285,7 @@ def launch_prefill(
         GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, BLOCK_N=config.block_n2, **own, **common,
     )  # fmt: skip
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
-        y, topk_weights, topk_ids, layer.slot_of, out, pairs,
+        y, topk_weights, topk_ids, layer.lookup, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return out

@@ -1,6 +1,6 @@
 """Which (token, expert) pairs each program computes: blocks of pairs that share an expert.
 
-A pair is one entry of topk_ids, numbered row by row. Its slot is slot_of[id], -1 where nothing is
+A pair is one entry of topk_ids, numbered row by row. Its slot is lookup[id, 0], -1 where nothing is
 to be computed: a pruned or padding pair (id -1), a remote expert, a dropped one. Pairs of one
 slot fill blocks of `block_m`; blocks come in the order of slots, hence widest expert first.
 
@@ -8,8 +8,9 @@ slot fill blocks of `block_m`; blocks come in the order of slots, hence widest e
                                              the tables of w13 and w2, and one unused number
     block_pair  int32 [num_blocks, block_m]  the pairs, -1 behind the last one
 
-num_blocks depends on shapes alone. The order of pairs within a slot is that in which atomics
-arrive: it moves a pair to another column of the same product and changes no bit of the result.
+num_blocks depends on shapes alone. Few pairs find their places by comparing all of them; of many,
+the order within a slot is that in which atomics arrive: it moves a pair to another column of the
+same product and changes no bit of the result.
 """
 
 import torch
@@ -20,6 +21,7 @@ from mcmoe_kernels.tiles import TiledLayer
 
 PAIRS_AT_ONCE = 256
 ONE_PROGRAM_PAIRS = 1024  # so many are routed by one program: one launch instead of three
+FEW_PAIRS = (64, 128)  # so many are compared with each other, in kernels of these sizes
 
 
 def max_blocks(pairs: int, slots: int, block_m: int) -> int:
@@ -27,6 +29,11 @@ def max_blocks(pairs: int, slots: int, block_m: int) -> int:
     # Each slot in use has at most one block that is not full.
     full = min(pairs, slots)
     return full + (pairs - full) // block_m
+
+
+def few_pairs(pairs: int) -> int:
+    """The size of the kernel that compares so many pairs, 0 if none does."""
+    return next((size for size in FEW_PAIRS if pairs <= size), 0)
 
 
 def slots_of_torch(topk_ids: torch.Tensor, slot_of: torch.Tensor) -> torch.Tensor:
@@ -82,9 +89,9 @@ def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.cons
 
 
 @triton.jit
-def slot_of_pair(ids, slot_of, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
+def slot_of_pair(ids, lookup, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
     expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
-    return tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
+    return tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
 
 
 @triton.jit
@@ -110,30 +117,34 @@ def clear_blocks(block_info, block_pair, blocks, begin, stride, BLOCK_M: tl.cons
 
 
 @triton.jit
-def count_pairs(ids, slot_of, topk_weights, ratio, count, rank, pairs, begin, stride,
+def count_pairs(ids, lookup, topk_weights, ratio, count, rank, pairs, begin, stride,
                 PRUNED_TOP_K: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Count the pairs of each slot and note each pair's place among them."""
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
         pair = first + tl.arange(0, CHUNK)
-        slot = slot_of_pair(ids, slot_of, topk_weights, ratio, pair, pair < pairs, PRUNED_TOP_K)
+        slot = slot_of_pair(ids, lookup, topk_weights, ratio, pair, pair < pairs, PRUNED_TOP_K)
         place = tl.atomic_add(count + slot, 1, mask=slot >= 0, sem="relaxed")
         tl.store(rank + pair, place, mask=pair < pairs)
 
 
 @triton.jit
-def note_block(block_info, block, slot, table13, table2, mask):
-    tl.store(block_info + block * 4, slot, mask=mask)
-    entry13 = tl.load(table13 + slot, mask=mask & (slot >= 0), other=0)
-    entry2 = tl.load(table2 + slot, mask=mask & (slot >= 0), other=0)
-    tl.store(block_info + block * 4 + 1, entry13, mask=mask)
-    tl.store(block_info + block * 4 + 2, entry2, mask=mask)
+def note_pair(block_info, block_pair, lookup, expert, slot, pair, block, place,
+              BLOCK_M: tl.constexpr):  # fmt: skip
+    """Write each pair at its place in its block, and the first ones their block's slot and
+    entries. Pairs whose slot is -1 are left out."""
+    tl.store(block_pair + block * BLOCK_M + place, pair, mask=slot >= 0)
+    first = (slot >= 0) & (place == 0)
+    entry13 = tl.load(lookup + expert * 4 + 1, mask=slot >= 0, other=0)
+    entry2 = tl.load(lookup + expert * 4 + 2, mask=slot >= 0, other=0)
+    tl.store(block_info + block * 4, slot, mask=first)
+    tl.store(block_info + block * 4 + 1, entry13, mask=first)
+    tl.store(block_info + block * 4 + 2, entry2, mask=first)
 
 
 @triton.jit
-def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, count, rank,
-                first_block, block_info, block_pair, pairs, begin, stride,
-                PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-                CHUNK: tl.constexpr):  # fmt: skip
+def place_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, count, rank, first_block,
+                block_info, block_pair, pairs, begin, stride, PRUNED_TOP_K: tl.constexpr,
+                SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Write each pair into its block. first_block: scratch int32 [SLOTS] of this program."""
     slots = tl.arange(0, SLOTS)
     blocks = (tl.load(count + slots) + BLOCK_M - 1) // BLOCK_M
@@ -146,41 +157,71 @@ def place_pairs(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, ta
         if PRUNED_TOP_K:
             tl.store(kept_ids + pair, expert, mask=inside)
             add_pair_counts(counts, ids, expert, pair, inside)
-        slot = tl.load(slot_of + expert, mask=inside & (expert >= 0), other=-1)
+        slot = tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
         place = tl.load(rank + pair, mask=pair < pairs, other=0)
         block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
-        tl.store(block_pair + block * BLOCK_M + place % BLOCK_M, pair, mask=slot >= 0)
-        note_block(block_info, block, slot, table13, table2, (slot >= 0) & (place % BLOCK_M == 0))
+        note_pair(
+            block_info, block_pair, lookup, expert, slot, pair, block, place % BLOCK_M, BLOCK_M
+        )  # fmt: skip
 
 
 @triton.jit
-def route(ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, scratch,
-          block_info, block_pair, pairs, blocks, PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+def compare_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, block_info, block_pair,
+                  pairs, PRUNED_TOP_K: tl.constexpr, PAIRS: tl.constexpr,
+                  BLOCK_M: tl.constexpr):  # fmt: skip
+    """The whole table from comparing up to PAIRS pairs with each other: no memory between steps."""
+    pair = tl.arange(0, PAIRS)
+    inside = pair < pairs
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
+    if PRUNED_TOP_K:
+        tl.store(kept_ids + pair, expert, mask=inside)
+        add_pair_counts(counts, ids, expert, pair, inside)
+    slot = tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
+    before = (slot[None, :] == slot[:, None]) & (pair[None, :] < pair[:, None])
+    rank = tl.sum(before.to(tl.int32), 1)
+    place = rank % BLOCK_M
+    first = (slot >= 0) & (place == 0)
+    lower = (slot[None, :] < slot[:, None]) & first[None, :]
+    block = tl.sum(lower.to(tl.int32), 1) + rank // BLOCK_M
+    note_pair(block_info, block_pair, lookup, expert, slot, pair, block, place, BLOCK_M)
+
+
+@triton.jit
+def route(ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_info, block_pair,
+          pairs, blocks, PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, FEW: tl.constexpr,
           BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """The whole table in one program, in kept_ids what pruning leaves, in counts how many.
 
-    scratch: int32 [2 * SLOTS + pairs].
+    FEW: at least `pairs`, or 0 for any number. scratch: int32 [2 * SLOTS + pairs], unused by few.
     """
+    if FEW:
+        clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
+        tl.debug_barrier()
+        compare_pairs(
+            ids, lookup, topk_weights, ratio, kept_ids, counts, block_info, block_pair, pairs,
+            PRUNED_TOP_K, FEW, BLOCK_M,
+        )  # fmt: skip
+        return
     count, first_block, rank = scratch, scratch + SLOTS, scratch + 2 * SLOTS
     tl.store(count + tl.arange(0, SLOTS), 0)
     clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
     tl.debug_barrier()
-    count_pairs(ids, slot_of, topk_weights, ratio, count, rank, pairs, 0, 1, PRUNED_TOP_K, CHUNK)
+    count_pairs(ids, lookup, topk_weights, ratio, count, rank, pairs, 0, 1, PRUNED_TOP_K, CHUNK)
     tl.debug_barrier()
     place_pairs(
-        ids, slot_of, topk_weights, ratio, kept_ids, counts, table13, table2, count, rank,
-        first_block, block_info, block_pair, pairs, 0, 1, PRUNED_TOP_K, SLOTS, BLOCK_M, CHUNK,
+        ids, lookup, topk_weights, ratio, kept_ids, counts, count, rank, first_block, block_info,
+        block_pair, pairs, 0, 1, PRUNED_TOP_K, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"])
-def route_kernel(ids, slot_of, table13, table2, scratch, block_info, block_pair, pairs, blocks,
-                 SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+def route_kernel(ids, lookup, scratch, block_info, block_pair, pairs, blocks,
+                 SLOTS: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr,
+                 CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     wait_for_previous(PDL)
     route(
-        ids, slot_of, ids, 0.0, ids, None, table13, table2, scratch, block_info, block_pair, pairs,
-        blocks, 0, SLOTS, BLOCK_M, CHUNK,
+        ids, lookup, ids, 0.0, ids, None, scratch, block_info, block_pair, pairs, blocks,
+        0, SLOTS, FEW, BLOCK_M, CHUNK,
     )  # fmt: skip
 
 
@@ -195,18 +236,18 @@ def clear_kernel(count, block_info, block_pair, blocks, SLOTS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def count_kernel(ids, slot_of, count, rank, pairs, CHUNK: tl.constexpr):
+def count_kernel(ids, lookup, count, rank, pairs, CHUNK: tl.constexpr):
     count_pairs(
-        ids, slot_of, ids, 0.0, count, rank, pairs, tl.program_id(0), tl.num_programs(0), 0, CHUNK
+        ids, lookup, ids, 0.0, count, rank, pairs, tl.program_id(0), tl.num_programs(0), 0, CHUNK
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def place_kernel(ids, slot_of, table13, table2, count, rank, first_block, block_info, block_pair,
-                 pairs, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+def place_kernel(ids, lookup, count, rank, first_block, block_info, block_pair, pairs,
+                 SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     place_pairs(
-        ids, slot_of, ids, 0.0, ids, None, table13, table2, count, rank,
+        ids, lookup, ids, 0.0, ids, None, count, rank,
         first_block + tl.program_id(0) * SLOTS, block_info, block_pair, pairs, tl.program_id(0),
         tl.num_programs(0), 0, SLOTS, BLOCK_M, CHUNK,
     )  # fmt: skip
@@ -225,12 +266,11 @@ def route_pairs(
     block_info = topk_ids.new_empty((blocks, 4), dtype=torch.int32)
     block_pair = topk_ids.new_empty((blocks, block_m), dtype=torch.int32)
     shape = {"SLOTS": slots, "BLOCK_M": block_m, "CHUNK": PAIRS_AT_ONCE}
-    tables = layer.w13.table, layer.w2.table
     if pairs <= ONE_PROGRAM_PAIRS:
         scratch = topk_ids.new_empty(2 * slots + pairs, dtype=torch.int32)
         route_kernel[(1,)](
-            topk_ids, layer.slot_of, *tables, scratch, block_info, block_pair, pairs, blocks,
-            **shape, **pdl_options(pdl),
+            topk_ids, layer.lookup, scratch, block_info, block_pair, pairs, blocks,
+            FEW=few_pairs(pairs), **shape, **pdl_options(pdl),
         )  # fmt: skip
         return block_info, block_pair
     programs = min(128, triton.cdiv(pairs, PAIRS_AT_ONCE))
@@ -238,10 +278,9 @@ def route_pairs(
         topk_ids.new_empty(size, dtype=torch.int32) for size in (slots, pairs, (programs, slots))
     )
     clear_kernel[(programs,)](count, block_info, block_pair, blocks, **shape)
-    count_kernel[(programs,)](topk_ids, layer.slot_of, count, rank, pairs, CHUNK=PAIRS_AT_ONCE)
+    count_kernel[(programs,)](topk_ids, layer.lookup, count, rank, pairs, CHUNK=PAIRS_AT_ONCE)
     place_kernel[(programs,)](
-        topk_ids, layer.slot_of, *tables, count, rank, first_block, block_info, block_pair, pairs,
-        **shape,
+        topk_ids, layer.lookup, count, rank, first_block, block_info, block_pair, pairs, **shape,
     )  # fmt: skip
     return block_info, block_pair
 

@@ -83,15 +83,21 @@ class TiledMatrices:
 class TiledLayer:
     """The local experts of one layer, widest first.
 
-    slot_of: int32 [global experts] -> slot, -1 for experts that are remote or were dropped.
+    lookup: int32 [global experts, 4]: the expert's slot, its entries in the tables of w13 and w2,
+    and a 0. One load finds what a program needs of an expert. -1, 0, 0, 0: remote or dropped.
     """
 
     hidden_size: int
     intermediate_size: int
     w13: TiledMatrices
     w2: TiledMatrices
-    slot_of: torch.Tensor
+    lookup: torch.Tensor
     activation: str = "silu"
+
+    @property
+    def slot_of(self) -> torch.Tensor:
+        """int32 [global experts]; a view."""
+        return self.lookup[:, 0]
 
     @property
     def num_slots(self) -> int:
@@ -114,14 +120,25 @@ def tile_layer(layer: ExpertLayer) -> TiledLayer:
     if layer.expert_map is not None:
         held = layer.expert_map >= 0
         slot_of = torch.where(held, local[layer.expert_map.clamp(min=0).long()], -1)
+    w13 = tile_matrices(layer.w13, order, gate_up_rows(layer.intermediate_size, device))
+    w2 = tile_matrices(layer.w2, order)
     return TiledLayer(
         layer.hidden_size,
         layer.intermediate_size,
-        tile_matrices(layer.w13, order, gate_up_rows(layer.intermediate_size, device)),
-        tile_matrices(layer.w2, order),
-        slot_of.to(torch.int32).contiguous(),
+        w13,
+        w2,
+        look_up(slot_of, w13, w2),
         layer.activation,
     )
+
+
+def look_up(slot_of: torch.Tensor, w13: TiledMatrices, w2: TiledMatrices) -> torch.Tensor:
+    """`TiledLayer.lookup`. slot_of: int [global experts], -1 for none."""
+    slot = slot_of.clamp(min=0).long()
+    none = torch.zeros_like(slot)
+    rows = torch.stack([slot, w13.table[slot], w2.table[slot], none], dim=1)
+    held = (slot_of >= 0)[:, None]
+    return torch.where(held, rows, rows.new_tensor([-1, 0, 0, 0])).to(torch.int32)
 
 
 def why_not_tiled(layer: ExpertLayer) -> list[str]:

@@ -27,8 +27,8 @@ WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
 TYPES = {
     "digits": "*i8", "h_digits": "*i8", "records": "*i8", "x_meta": "*fp32", "h_meta": "*fp32",
     "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
-    "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "slot_of": "*i32",
-    "table13": "*i32", "table2": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
+    "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "lookup": "*i32",
+    "scratch": "*i32", "pairs": "i32", "out": "*bf16",
     "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
     "counts": "*i64", "ended": "*i32",
     **dict.fromkeys(("w", "importance", "shrinks", "max_codes", "zero_steps", "scale", "zero",
@@ -91,7 +91,7 @@ def variants(shape: LayerShape, config, capability: int):
     yield "prepare", experts_decode.prepare_kernel, {
         "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
         "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-        "SINGLE": False, "ENDED": 1, **pdl,
+        "FEW": 64, "SINGLE": False, "ENDED": 1, **pdl,
     }, {"num_warps": 4}  # fmt: skip
     yield "combine", experts_decode.combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,

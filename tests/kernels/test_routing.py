@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from mcmoe_kernels import routing
 from mcmoe_kernels.experts_decode import prepare_kernel
-from mcmoe_kernels.routing import max_blocks, route_pairs, route_torch
+from mcmoe_kernels.routing import few_pairs, max_blocks, route_pairs, route_torch
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_vllm.pruning import pair_counts, prune
 from tests.expert_layers import random_layer, random_routing, to_device
@@ -33,11 +33,10 @@ def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
     digits = torch.empty(len(ids), 2, 128, dtype=torch.int8, device=ids.device)
     meta = torch.empty(len(ids), 1, 2, device=ids.device)
     prepare_kernel[(1 + len(ids),)](
-        x, digits, meta, ids, layer.slot_of, ids if weights is None else weights, ratio,
-        new(ids.shape), counts, layer.w13.table, layer.w2.table, new(16 + pairs), block_info,
-        block_pair, new(1), pairs, blocks, COLUMNS=128, X_BLOCK=128, X_BLOCKS=1,
-        PRUNED_TOP_K=0 if weights is None else ids.shape[1], SLOTS=8, BLOCK_M=block_m,
-        SINGLE=len(ids) == 1, ENDED=1, PDL=False,
+        x, digits, meta, ids, layer.lookup, ids if weights is None else weights, ratio,
+        new(ids.shape), counts, new(16 + pairs), block_info, block_pair, new(1), pairs, blocks,
+        COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0 if weights is None else ids.shape[1],
+        SLOTS=8, FEW=few_pairs(pairs), BLOCK_M=block_m, SINGLE=len(ids) == 1, ENDED=1, PDL=False,
     )  # fmt: skip
     return block_info, block_pair
 
