@@ -53,7 +53,8 @@ PACKAGES = ("torch", "triton", "vllm", "humming-kernels")
 
 def main() -> None:
     arguments = parse_arguments()
-    head = about(arguments.commit, "sweep" if arguments.sweep else "peers")
+    beside = "peers" if set(PEERS) <= set(arguments.kernels) else "alone"
+    head = about(arguments.commit, "sweep" if arguments.sweep else beside)
     if arguments.sweep:
         rows = sweep(arguments, head)
     else:

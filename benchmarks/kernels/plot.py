@@ -27,9 +27,10 @@ def main() -> None:
     figure = Figure(figsize=(3.6 * len(shapes), 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    last_run = {(row["shape"], row["tokens"]): row["run"] for row in rows}
+    rows = [row for row in rows if row["run"] == last_run[row["shape"], row["tokens"]]]
     for axes, shape in zip(panels, shapes, strict=True):
-        last_run = [row for row in rows if row["shape"] == shape][-1]["run"]
-        draw(axes, [r for r in rows if r["shape"] == shape and r["run"] == last_run])
+        draw(axes, [row for row in rows if row["shape"] == shape])
         axes.set_title(shape)
     panels[0].set_ylabel("time of one layer, mcmoe = 1")
     panels[-1].legend(frameon=False, fontsize="small")

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mcmoe_kernels.threads import each_thread
 from mcmoe_kernels.tiles import column_permutation
 
 MAX_FIXED = 32512  # 127 * 256: the high digit of X + 128 still fits
@@ -84,3 +85,64 @@ def split_rows(x, digits, meta, row, first, COLUMNS: tl.constexpr, BLOCK: tl.con
     at = meta + (row * (COLUMNS // BLOCK) + block) * 2
     tl.store(at, tl.sum(scale, 1), mask=block < COLUMNS // BLOCK)  # one element a row
     tl.store(at + 1, tl.sum(fixed, 1).to(tl.float32), mask=block < COLUMNS // BLOCK)
+
+
+@triton.jit
+def values_of(word, DTYPE: tl.constexpr):
+    """int32 to the two 16-bit floats in it, as float32."""
+    first = word.to(tl.int16).to(DTYPE, bitcast=True)
+    second = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def four_bytes(b0, b1, b2, b3):
+    """The low bytes of four int32 in one."""
+    return (b0 & 255) | ((b1 & 255) << 8) | ((b2 & 255) << 16) | (b3 << 24)
+
+
+@triton.jit
+def load_token(thread, x, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """A row of X for `store_token`: four columns a thread at a time, those of bytes
+    4 * (thread % 8) to + 3 of a block of 32, two from its first half and two from its second."""
+    words = x.to(tl.pointer_type(tl.int32))
+    loaded = ()
+    for begin in tl.static_range(0, COLUMNS, 128 * WARPS):
+        first = begin + thread // 8 * 32
+        at = words + first // 2 + thread % 8
+        inside = first < COLUMNS
+        loaded += ((tl.load(at, mask=inside, other=0), tl.load(at + 8, mask=inside, other=0)),)
+    return loaded
+
+
+@triton.jit
+def store_token(thread, loaded, digits, meta, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+                DTYPE: tl.constexpr, WARPS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """What `split_rows` stores of one row, by all threads of a program (`threads`)."""
+    TOGETHER: tl.constexpr = BLOCK // 4  # threads that share a scale
+    SHAPE: tl.constexpr = (32 * WARPS // TOGETHER, TOGETHER)
+    out = digits.to(tl.pointer_type(tl.int32))
+    for i in tl.static_range(len(loaded)):
+        word0, word1 = loaded[i]
+        v0, v2 = values_of(word0, DTYPE)
+        v1, v3 = values_of(word1, DTYPE)
+        low = tl.maximum(absolute_bits(v0), absolute_bits(v1))
+        high = tl.maximum(absolute_bits(v2), absolute_bits(v3))
+        largest = tl.maximum(low, high).reshape(SHAPE)
+        largest = each_thread(largest * 0 + tl.max(largest, 1)[:, None], WARPS, INLINE)
+        f0, scale = to_fixed(v0, largest)
+        f1, scale = to_fixed(v1, largest)
+        f2, scale = to_fixed(v2, largest)
+        f3, scale = to_fixed(v3, largest)
+        h0, h1, h2, h3 = (f0 + 128) >> 8, (f1 + 128) >> 8, (f2 + 128) >> 8, (f3 + 128) >> 8
+        first = i * (128 * WARPS) + thread // 8 * 32
+        inside = first < COLUMNS
+        at = first // 4 + thread % 8
+        tl.store(out + at, four_bytes(h0, h1, h2, h3), mask=inside)
+        rest = four_bytes(f0 - 256 * h0, f1 - 256 * h1, f2 - 256 * h2, f3 - 256 * h3)
+        tl.store(out + COLUMNS // 4 + at, rest, mask=inside)
+        total = ((f0 + f1) + (f2 + f3)).reshape(SHAPE)
+        total = each_thread(total * 0 + tl.sum(total, 1)[:, None], WARPS, INLINE)
+        leads = inside & (thread % TOGETHER == 0)
+        tl.store(meta + first // BLOCK * 2, scale, mask=leads)
+        tl.store(meta + first // BLOCK * 2 + 1, total.to(tl.float32), mask=leads)

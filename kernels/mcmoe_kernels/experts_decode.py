@@ -8,11 +8,9 @@ zeros are applied to a group's sum, and one launch runs experts of all widths. F
     gate_up   block x rows of w13: act(gate) * up, rounded to x.dtype, as digits again
     down      block x rows of w2 x parts of K: partial sums, float32
     combine   parts and experts of a token, weighted, in a fixed order
-
-For one token, whom a program works for follows from topk_ids alone: programs of gate_up and down
-find it themselves while the launch before theirs ends, and the last program of down for a block of
-rows combines.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -21,17 +19,14 @@ import triton.language as tl
 from mcmoe_kernels.dequantization import blocks_bytes, concatenate, split_meta
 from mcmoe_kernels.digits import absolute_bits, split_rows, to_fixed
 from mcmoe_kernels.routing import (
-    add_pair_counts,
-    expert_of_pair,
-    few_pairs,
+    few_options,
     max_blocks,
     pdl_options,
     route,
-    slot_of_pair,
     wait_for_previous,
 )
 from mcmoe_kernels.tiles import TiledLayer
-from mcmoe_kernels.tuning import DecodeConfig
+from mcmoe_kernels.tuning import DecodeConfig, WarpConfig
 
 COMBINE_WIDE = 32  # tokens from which `combine` takes 1024 columns a program
 
@@ -200,75 +195,53 @@ def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_s
 
 
 @triton.jit
-def find_single_block(ids, lookup, topk_weights, ratio, block, ENTRY: tl.constexpr,
-                      PRUNED_TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """With one token, block b is pair b: its entry in the table of w13 (ENTRY 1) or w2 (2), 0 if
-    it is pruned or empty, and the pairs int32 [2 * BLOCK_M] of the block, each twice."""
-    pair = block + tl.arange(0, 1)
-    expert = expert_of_pair(ids, topk_weights, ratio, pair, pair >= 0, PRUNED_TOP_K)
-    entry = tl.load(lookup + expert * 4 + ENTRY, mask=expert >= 0, other=0)
-    return tl.max(entry, 0), tl.where(tl.arange(0, 2 * BLOCK_M) < 2, block, -1)
+def load_entry(block_info, block, ENTRY: tl.constexpr):
+    """A block's entry in the table of w13 (ENTRY 1) or w2 (2), 0 behind the last block."""
+    slot = tl.load(block_info + block * 4)
+    return tl.where(slot >= 0, tl.load(block_info + block * 4 + ENTRY), 0)
 
 
 @triton.jit
-def load_block(block_info, block_pair, block, ENTRY: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The same as `find_single_block` finds, from the table that `prepare_kernel` left."""
-    slot = tl.load(block_info + block * 4)
-    entry = tl.where(slot >= 0, tl.load(block_info + block * 4 + ENTRY), 0)
-    return entry, tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+def load_pairs(block_pair, block, BLOCK_M: tl.constexpr):
+    """The pairs int32 [2 * BLOCK_M] of a block, each twice."""
+    return tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
 
 
 @triton.jit(do_not_specialize=["ratio", "pairs", "blocks"])
 def prepare_kernel(x, digits, x_meta, ids, lookup, topk_weights, ratio, kept_ids, counts,
-                   scratch, block_info, block_pair, ended, pairs, blocks,
+                   scratch, block_info, block_pair, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
                    PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, FEW: tl.constexpr,
-                   BLOCK_M: tl.constexpr, SINGLE: tl.constexpr, ENDED: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
-    """Program 0 prunes and routes; the others take pieces of x. ended: int32 [ENDED], for
-    `down_kernel`."""
+                   BLOCK_M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program 0 prunes and routes; the others take pieces of x."""
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
     wait_for_previous(PDL)
     program = tl.program_id(0) - 1
     if program < 0:
-        if SINGLE:
-            tl.store(ended + tl.arange(0, ENDED), 0)
-            pair = tl.arange(0, SLOTS)
-            expert = expert_of_pair(
-                ids, topk_weights, ratio, pair, pair < pairs, PRUNED_TOP_K
-            )  # fmt: skip
-            add_pair_counts(counts, ids, expert, pair, pair < pairs)
-        else:
-            route(
-                ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_info,
-                block_pair, pairs, blocks, PRUNED_TOP_K, SLOTS, FEW, BLOCK_M, 256,
-            )  # fmt: skip
+        route(
+            ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_info, block_pair,
+            pairs, blocks, PRUNED_TOP_K, SLOTS, FEW, BLOCK_M, 256,
+        )  # fmt: skip
         return
     split_rows(
         x, digits, x_meta, program // PARTS, program % PARTS * X_BLOCKS, COLUMNS, X_BLOCK, X_BLOCKS
     )
 
 
-@triton.jit(do_not_specialize=["ratio", "top_k"])
-def gate_up_kernel(digits, x_meta, records, ids, lookup, topk_weights, ratio, block_info,
-                   block_pair, h_digits, h_meta, top_k,
+@triton.jit(do_not_specialize=["top_k"])
+def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
                    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-                   SINGLE: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
                    PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     first_row = tl.program_id(0) * BLOCK_N
     block = tl.program_id(1)
-    if SINGLE:
-        entry, pairs = find_single_block(
-            ids, lookup, topk_weights, ratio, block, 1, PRUNED_TOP_K, BLOCK_M
-        )
     wait_for_previous(PDL)
-    if not SINGLE:
-        entry, pairs = load_block(block_info, block_pair, block, 1, BLOCK_M)
+    entry = load_entry(block_info, block, 1)
     if entry == 0:
         return
+    pairs = load_pairs(block_pair, block, BLOCK_M)
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
     acc = dot_any_width(
         digits, x_meta, rows, records, entry, first_row,
@@ -298,35 +271,21 @@ def gate_up_kernel(digits, x_meta, records, ids, lookup, topk_weights, ratio, bl
     tl.store(at + 1, tl.sum(fixed, 1).to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["ratio", "pairs_total"])
-def down_kernel(h_digits, h_meta, records, ids, lookup, topk_weights, ratio, block_info,
-                block_pair, parts, ended, out, pairs_total,
+@triton.jit(do_not_specialize=["pairs_total"])
+def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
                 HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                 GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                 SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                STAGES: tl.constexpr, SINGLE: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
-                PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """SINGLE: the one token's experts; the last of their programs for a block of rows to end adds
-    up what all left. 0: `combine_kernel` does."""
+                STAGES: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
     PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
     first_step = split * PER_SPLIT
     block = tl.program_id(1)
-    if SINGLE:
-        part = tl.arange(0, triton.next_power_of_2(SPLITS * SINGLE))
-        entry, pairs = find_single_block(
-            ids, lookup, topk_weights, ratio, block, 2, PRUNED_TOP_K, BLOCK_M
-        )
-        # What adding up needs is here before the sums are.
-        used = slot_of_pair(
-            ids, lookup, topk_weights, ratio, part % SINGLE, part < SPLITS * SINGLE, PRUNED_TOP_K
-        ) >= 0  # fmt: skip
-        weights = tl.load(topk_weights + part % SINGLE, mask=used, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    if not SINGLE:
-        entry, pairs = load_block(block_info, block_pair, block, 2, BLOCK_M)
+    entry = load_entry(block_info, block, 2)
+    pairs = load_pairs(block_pair, block, BLOCK_M)
     row = first_row + tl.arange(0, BLOCK_N)
     if entry != 0:
         acc = dot_any_width(
@@ -340,17 +299,6 @@ def down_kernel(h_digits, h_meta, records, ids, lookup, topk_weights, ratio, blo
             parts + at[None, :] + row[:, None], acc,
             mask=(pair >= 0)[None, :] & (row >= 0)[:, None],
         )  # fmt: skip
-    if SINGLE:
-        tl.debug_barrier()
-        before = tl.atomic_add(ended + first_row // BLOCK_N, 1, sem="acq_rel")
-        if before == SPLITS * SINGLE - 1:
-            # From the L2 cache: what another multiprocessor wrote is not in this one's own.
-            values = tl.load(
-                parts + part[:, None] * HIDDEN + row[None, :],
-                mask=used[:, None] & (row >= 0)[None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            total = tl.sum(values * weights[:, None], 0)
-            tl.store(out + row, total.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["pairs_total"])
@@ -399,16 +347,34 @@ def fused_experts_decode(
     token's largest are skipped. counts: int64 [2], see `experts_gpu`. inline: use inline PTX. pdl:
     let each launch begin before the previous ends.
     """
+    return launch_decode(
+        x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
+        (gate_up_kernel, {}), (down_kernel, {}),
+    )  # fmt: skip
+
+
+def launch_decode(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: DecodeConfig | WarpConfig,
+    prune_ratio: float,
+    counts: torch.Tensor | None,
+    inline: bool,
+    pdl: bool,
+    gate_up: tuple[Any, dict[str, Any]],
+    down: tuple[Any, dict[str, Any]],
+) -> torch.Tensor:
+    """The four launches. gate_up, down: a kernel and constants of its own."""
     tokens, hidden = x.shape
-    top_k, inter = topk_ids.shape[1], layer.intermediate_size
-    pairs, single = topk_ids.numel(), tokens == 1
+    top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
     w13, w2, block_m = layer.w13, layer.w2, config.block_m
-    x_block, h_block = w13.group_size, min(w2.group_size, config.block_n13 // 2)
-    blocks = pairs if single else max_blocks(pairs, layer.num_slots, block_m)
-    slots = triton.next_power_of_2(pairs if single else layer.num_slots)
-    row_blocks = hidden // config.block_n2
+    x_block, h_block = w13.group_size, hidden_block(layer, config)
+    blocks = max_blocks(pairs, layer.num_slots, block_m)
+    slots = triton.next_power_of_2(layer.num_slots)
     # Buffers of their own: pieces of one would differ in alignment, which is compiled in.
-    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts, ended = (
+    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts = (
         x.new_empty(shape, dtype=dtype)
         for shape, dtype in (
             ((tokens, 2, hidden), torch.int8),
@@ -419,46 +385,36 @@ def fused_experts_decode(
             ((blocks, 4), torch.int32),
             ((blocks, block_m), torch.int32),
             ((config.splits, pairs, hidden), torch.float32),
-            (triton.next_power_of_2(row_blocks), torch.int32),
         )
     )
     out = torch.empty_like(x)
     common = pdl_options(pdl)
     x_blocks = 1024 // x_block
     pruned = prune_ratio > 0 or counts is not None
-    pruned_top_k = top_k if pruned else 0
-    kept_ids = torch.empty_like(topk_ids) if pruned and not single else topk_ids
+    kept_ids = torch.empty_like(topk_ids) if pruned else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
         x, digits, x_meta, topk_ids, layer.lookup, topk_weights, prune_ratio, kept_ids, counts,
-        scratch, block_info, block_pair, ended, pairs, blocks,
-        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, PRUNED_TOP_K=pruned_top_k,
-        SLOTS=slots, FEW=few_pairs(pairs), BLOCK_M=block_m, SINGLE=single,
-        ENDED=len(ended) if single else 1, num_warps=4, **common,
+        scratch, block_info, block_pair, pairs, blocks,
+        COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, PRUNED_TOP_K=top_k if pruned else 0,
+        SLOTS=slots, BLOCK_M=block_m, **few_options(pairs), **common,
     )  # fmt: skip
-    shape = {
-        "HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline,
-        "PRUNED_TOP_K": pruned_top_k if single else 0,
-    }  # fmt: skip
-    routes = (topk_ids, layer.lookup, topk_weights, prune_ratio)
-    limit13, limit2 = (
-        {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
-    )
-    gate_up_kernel[(2 * inter // config.block_n13, blocks)](
-        digits, x_meta, w13.records, *routes, block_info, block_pair, h_digits, h_meta, top_k,
+    shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
+    limit13, limit2 = register_limits(config)
+    kernel, own = gate_up
+    kernel[(2 * inter // config.block_n13, blocks)](
+        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
         GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
-        ACTIVATION=layer.activation, DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")),
-        H_BLOCK=h_block, BLOCK_N=config.block_n13, STAGES=config.stages13,
-        SINGLE=top_k if single else 0,
-        num_warps=config.warps13, **limit13, **shape, **common,
+        ACTIVATION=layer.activation, DTYPE=dtype_of(x), H_BLOCK=h_block,
+        BLOCK_N=config.block_n13, STAGES=config.stages13,
+        num_warps=config.warps13, **own, **limit13, **shape, **common,
     )  # fmt: skip
-    down_kernel[(row_blocks * config.splits, blocks)](
-        h_digits, h_meta, w2.records, *routes, block_info, block_pair, parts, ended, out, pairs,
+    kernel, own = down
+    kernel[(hidden // config.block_n2 * config.splits, blocks)](
+        h_digits, h_meta, w2.records, block_info, block_pair, parts, pairs,
         GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
-        BLOCK_N=config.block_n2, STAGES=config.stages2, SINGLE=top_k if single else 0,
-        num_warps=config.warps2, **limit2, **shape, **common,
+        BLOCK_N=config.block_n2, STAGES=config.stages2,
+        num_warps=config.warps2, **own, **limit2, **shape, **common,
     )  # fmt: skip
-    if single:
-        return out
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
         parts, topk_weights, kept_ids, layer.lookup, out, pairs,
@@ -466,3 +422,19 @@ def fused_experts_decode(
         num_warps=max(2, width // 256), **common,
     )  # fmt: skip
     return out
+
+
+def hidden_block(layer: TiledLayer, config: DecodeConfig | WarpConfig) -> int:
+    """How many columns of act(gate) * up share a scale: no more than a program of gate_up has."""
+    return min(layer.w2.group_size, config.block_n13 // 2)
+
+
+def register_limits(config: DecodeConfig | WarpConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """The options of both products' launches that limit registers."""
+    limits = config.registers13, config.registers2
+    first, second = ({"maxnreg": limit} if limit else {} for limit in limits)
+    return first, second
+
+
+def dtype_of(x: torch.Tensor) -> tl.dtype:
+    return getattr(tl, str(x.dtype).removeprefix("torch."))

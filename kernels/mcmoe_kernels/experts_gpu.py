@@ -7,6 +7,8 @@ import torch
 
 from mcmoe_kernels.experts_decode import COMBINE_WIDE, fused_experts_decode
 from mcmoe_kernels.experts_prefill import fused_experts_prefill
+from mcmoe_kernels.experts_single import fused_experts_single
+from mcmoe_kernels.experts_warp import fused_experts_warp
 from mcmoe_kernels.experts_warpgroup import fused_experts_warpgroup
 from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.routing import FEW_PAIRS
@@ -15,6 +17,7 @@ from mcmoe_kernels.tuning import (
     Config,
     DecodeConfig,
     LayerShape,
+    WarpConfig,
     WarpgroupConfig,
     choose_config,
     configs_for,
@@ -23,9 +26,9 @@ from mcmoe_kernels.tuning import (
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-# One token routes itself; more than FEW_PAIRS[-1] pairs are routed by another loop, and from
-# COMBINE_WIDE tokens on rows are summed in wider pieces.
-COMPILED_APART = (1, 2, COMBINE_WIDE, FEW_PAIRS[-1] + 1)
+# One token has kernels of its own, and from COMBINE_WIDE tokens on rows are summed in wider pieces.
+# More than FEW_PAIRS pairs are routed in another way.
+COMPILED_APART = (1, 2, COMBINE_WIDE)
 
 
 def fused_experts(
@@ -55,6 +58,9 @@ def fused_experts(
     if config is None:
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
     pdl = supports_pdl(x.device)
+    if isinstance(config, WarpConfig):
+        run = fused_experts_single if x.shape[0] == 1 else fused_experts_warp
+        return run(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
     if isinstance(config, DecodeConfig):
         return fused_experts_decode(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
     if prune_ratio > 0 or counts is not None:
@@ -81,11 +87,14 @@ def warm_up(
     """
     device = layer.lookup.device
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
-    configs = set(configs_for(table_name(device), shape_of(layer, top_k)).values())
+    shape = shape_of(layer, top_k)
+    configs = set(configs_for(table_name(device), shape).values())
+    single = choose_config(device, shape, 1)
+    batches = {*COMPILED_APART, FEW_PAIRS // top_k + 1}
 
     def compile_config(config: Config) -> None:
         with torch.cuda.device(device):  # the current device is a thread's own
-            for tokens in COMPILED_APART:
+            for tokens in batches - ({1} if config != single else set()):
                 x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
                 ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
                 weights = torch.zeros(ids.shape, device=device)

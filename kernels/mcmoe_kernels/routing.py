@@ -21,7 +21,7 @@ from mcmoe_kernels.tiles import TiledLayer
 
 PAIRS_AT_ONCE = 256
 ONE_PROGRAM_PAIRS = 1024  # so many are routed by one program: one launch instead of three
-FEW_PAIRS = (64, 128)  # so many are compared with each other, in kernels of these sizes
+FEW_PAIRS = 64  # so many are compared with each other
 
 
 def max_blocks(pairs: int, slots: int, block_m: int) -> int:
@@ -31,9 +31,10 @@ def max_blocks(pairs: int, slots: int, block_m: int) -> int:
     return full + (pairs - full) // block_m
 
 
-def few_pairs(pairs: int) -> int:
-    """The size of the kernel that compares so many pairs, 0 if none does."""
-    return next((size for size in FEW_PAIRS if pairs <= size), 0)
+def few_options(pairs: int) -> dict[str, int]:
+    """What a launch of a kernel that calls `route` is given. A load of fewer elements than threads
+    would be done again for rows and for columns of a comparison, by every thread many times."""
+    return {"FEW": FEW_PAIRS, "num_warps": 2} if pairs <= FEW_PAIRS else {"FEW": 0, "num_warps": 4}
 
 
 def slots_of_torch(topk_ids: torch.Tensor, slot_of: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.cons
     if PRUNED_TOP_K:
         first = pair // PRUNED_TOP_K * PRUNED_TOP_K
         weight = tl.load(topk_weights + pair, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.zeros_like(weight)
+        largest = (expert * 0).to(tl.float32)
         for j in tl.static_range(PRUNED_TOP_K):
             other = tl.load(topk_weights + first + j, mask=inside, other=0.0).to(tl.float32)
             valid = tl.load(ids + first + j, mask=inside, other=-1) >= 0
@@ -270,7 +271,7 @@ def route_pairs(
         scratch = topk_ids.new_empty(2 * slots + pairs, dtype=torch.int32)
         route_kernel[(1,)](
             topk_ids, layer.lookup, scratch, block_info, block_pair, pairs, blocks,
-            FEW=few_pairs(pairs), **shape, **pdl_options(pdl),
+            **few_options(pairs), **shape, **pdl_options(pdl),
         )  # fmt: skip
         return block_info, block_pair
     programs = min(128, triton.cdiv(pairs, PAIRS_AT_ONCE))

@@ -51,6 +51,23 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class WarpConfig:
+    """`experts_warp` and, for one token, `experts_single`. stages13, stages2: steps of 256 columns
+    that are loaded ahead. block_m: 4. Others as in `DecodeConfig`; a warp has 16, 32 or 64 rows."""
+
+    block_m: int = 4
+    block_n13: int = 128
+    block_n2: int = 128
+    warps13: int = 4
+    warps2: int = 4
+    stages13: int = 2
+    stages2: int = 2
+    splits: int = 1
+    registers13: int = 0
+    registers2: int = 0
+
+
+@dataclass(frozen=True)
 class PrefillConfig:
     """`experts_prefill`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
     group_n: row blocks that follow each other for every block of pairs, so that both stay in the
@@ -84,9 +101,10 @@ class WarpgroupConfig:
     registers: int = 0
 
 
-Config = DecodeConfig | PrefillConfig | WarpgroupConfig
-KERNELS: dict[str, type[DecodeConfig] | type[PrefillConfig] | type[WarpgroupConfig]] = {
+Config = DecodeConfig | WarpConfig | PrefillConfig | WarpgroupConfig
+KERNELS: dict[str, type[Config]] = {
     "decode": DecodeConfig,
+    "warp": WarpConfig,
     "prefill": PrefillConfig,
     "warpgroup": WarpgroupConfig,
 }
@@ -176,6 +194,9 @@ def fit(config: Config, shape: LayerShape) -> Config:
             block_m = min(config.block_m, PrefillConfig.block_m)
             return fit(PrefillConfig(block_m=block_m, group_n=config.group_n), shape)
         config = replace(config, warps=min(config.warps, min(block_n13, block_n2) // 16))
+    if isinstance(config, WarpConfig):  # a warp has 16 rows or more
+        warps13, warps2 = min(config.warps13, block_n13 // 16), min(config.warps2, block_n2 // 16)
+        config = replace(config, warps13=warps13, warps2=warps2)
     return replace(config, block_n13=block_n13, block_n2=block_n2)
 
 

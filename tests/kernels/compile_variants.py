@@ -20,8 +20,22 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mcmoe_kernels import columns, experts_decode, experts_prefill, experts_warpgroup
-from mcmoe_kernels.tuning import LayerShape, PrefillConfig, WarpgroupConfig, read_table
+from mcmoe_kernels import (
+    columns,
+    experts_decode,
+    experts_prefill,
+    experts_single,
+    experts_warp,
+    experts_warpgroup,
+    routing,
+)
+from mcmoe_kernels.tuning import (
+    LayerShape,
+    PrefillConfig,
+    WarpConfig,
+    WarpgroupConfig,
+    read_table,
+)
 
 WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
 TYPES = {
@@ -78,21 +92,36 @@ def variants(shape: LayerShape, config, capability: int):
         {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
     )
     h_block = min(128, config.block_n13 // 2)
-    for name, single in (("", 0), ("_single", shape.top_k)):
-        how = {"SINGLE": single, "PRUNED_TOP_K": single, **pdl}
-        yield "gate_up" + name, experts_decode.gate_up_kernel, {
-            **sizes, **quantized, **first, **how, "X_BLOCK": 128, "DTYPE": tl.bfloat16,
-            "H_BLOCK": h_block, "STAGES": config.stages13,
-        }, {"num_warps": config.warps13, **limit13}  # fmt: skip
-        yield "down" + name, experts_decode.down_kernel, {
-            **sizes, **quantized, **second, **how, "X_BLOCK": h_block, "SPLITS": config.splits,
-            "STAGES": config.stages2,
-        }, {"num_warps": config.warps2, **limit2}  # fmt: skip
-    yield "prepare", experts_decode.prepare_kernel, {
-        "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
-        "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-        "FEW": 64, "SINGLE": False, "ENDED": 1, **pdl,
-    }, {"num_warps": 4}  # fmt: skip
+    own13 = {"X_BLOCK": 128, "DTYPE": tl.bfloat16, "H_BLOCK": h_block, "STAGES": config.stages13}
+    own2 = {"X_BLOCK": h_block, "SPLITS": config.splits, "STAGES": config.stages2}
+    options13 = {"num_warps": config.warps13, **limit13}
+    options2 = {"num_warps": config.warps2, **limit2}
+    kernels = {"gate_up": experts_decode.gate_up_kernel, "down": experts_decode.down_kernel}
+    if isinstance(config, WarpConfig):
+        own13["WARPS"], own2["WARPS"] = config.warps13, config.warps2
+        token = {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k, "counts": None, **pdl}
+        token |= {**sizes, **quantized}
+        ended = {"ENDED": hidden // config.block_n2}
+        yield "gate_up_single", experts_single.gate_up_single_kernel, {
+            **token, **first, **own13, **ended,
+        }, options13  # fmt: skip
+        yield "down_single", experts_single.down_single_kernel, {
+            **token, **second, **own2,
+        }, options2  # fmt: skip
+        kernels = {
+            "gate_up_warp": experts_warp.gate_up_warp_kernel,
+            "down_warp": experts_warp.down_warp_kernel,
+        }
+    (name13, kernel13), (name2, kernel2) = kernels.items()
+    yield name13, kernel13, {**sizes, **quantized, **first, **own13, **pdl}, options13
+    yield name2, kernel2, {**sizes, **quantized, **second, **own2, **pdl}, options2
+    for pairs in (1, routing.FEW_PAIRS + 1):
+        few = routing.few_options(pairs)
+        yield "prepare", experts_decode.prepare_kernel, {
+            "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
+            "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
+            "FEW": few.pop("FEW"), **pdl,
+        }, few  # fmt: skip
     yield "combine", experts_decode.combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,
     }, {"num_warps": 2}  # fmt: skip

@@ -11,7 +11,14 @@ from mcmoe_kernels.experts_gpu import fused_experts, warm_up
 from mcmoe_kernels.packing import pack, pack_scale, unpack_scale
 from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import tile_layer
-from mcmoe_kernels.tuning import DecodeConfig, LayerShape, PrefillConfig, WarpgroupConfig, fit
+from mcmoe_kernels.tuning import (
+    DecodeConfig,
+    LayerShape,
+    PrefillConfig,
+    WarpConfig,
+    WarpgroupConfig,
+    fit,
+)
 from mcmoe_vllm.pruning import pair_counts
 from tests.expert_layers import (
     experts_float64,
@@ -29,9 +36,11 @@ MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
+    "warp": WarpConfig(4, 64, 64, 2, 4, 1, 2, 2),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
     "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 64, 3),
     "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128),
+    "warp, wide": WarpConfig(4, 256, 128, 16, 8, 1, 1, 2, 64, 64),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128, 16),
     "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 32, 2),
 }
@@ -46,7 +55,7 @@ EACH = [
     )
     for name, config in CONFIGS.items()
 ]
-PLAIN = EACH[:3]
+PLAIN = EACH[:4]
 # The interpreter rounds float32 to bfloat16 by cutting off, and multiplies no bfloat16.
 DTYPES = {"cpu": [torch.float16], "cuda": [torch.float16, torch.bfloat16]}
 
@@ -120,6 +129,20 @@ def test_integers_come_out_exact(bits, config, device):
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert torch.equal(out, fused_experts_torch(x, layer, weights, ids))
     assert len(out.unique()) > 20
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(256, 256, 128), (192, 96, 32)])
+def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, device):
+    """Its kernels make the digits and the sum themselves, in the order of the others."""
+    layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
+    tiled = tile_layer(to_device(layer, device))
+    config = fit(CONFIGS["warp"], LayerShape(4, 3, hidden, intermediate))
+    x, (weights, ids) = random_input(2, hidden, torch.float16), random_routing(2, 4, 3)
+    ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, hidden)
+    together = run(x, tiled, weights, ids, config, device)
+    for row in (slice(0, 1), slice(1, 2)):
+        alone = run(x[row], tiled, weights[row], ids[row], config, device)
+        assert torch.equal(alone, together[row])
 
 
 @pytest.mark.parametrize("config", PLAIN)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from mcmoe_kernels import routing
 from mcmoe_kernels.experts_decode import prepare_kernel
-from mcmoe_kernels.routing import few_pairs, max_blocks, route_pairs, route_torch
+from mcmoe_kernels.routing import few_options, max_blocks, route_pairs, route_torch
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_vllm.pruning import pair_counts, prune
 from tests.expert_layers import random_layer, random_routing, to_device
@@ -34,9 +34,9 @@ def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
     meta = torch.empty(len(ids), 1, 2, device=ids.device)
     prepare_kernel[(1 + len(ids),)](
         x, digits, meta, ids, layer.lookup, ids if weights is None else weights, ratio,
-        new(ids.shape), counts, new(16 + pairs), block_info, block_pair, new(1), pairs, blocks,
+        new(ids.shape), counts, new(16 + pairs), block_info, block_pair, pairs, blocks,
         COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0 if weights is None else ids.shape[1],
-        SLOTS=8, FEW=few_pairs(pairs), BLOCK_M=block_m, SINGLE=len(ids) == 1, ENDED=1, PDL=False,
+        SLOTS=8, BLOCK_M=block_m, PDL=False, **few_options(pairs),
     )  # fmt: skip
     return block_info, block_pair
 
@@ -91,7 +91,7 @@ def test_no_routing_needs_more_blocks(block_m):
         assert sum(-(-c // block_m) for c in worst) <= most <= pairs
 
 
-@pytest.mark.parametrize("tokens", [1, 300])  # has no table; more pairs than are taken at once
+@pytest.mark.parametrize("tokens", [1, 300])  # compared; more pairs than are taken at once
 def test_what_is_pruned_is_counted(tokens, device):
     layer = tile_layer(
         to_device(random_layer(BITS, hidden=128, intermediate=64, group_size=64), device)
@@ -103,6 +103,5 @@ def test_what_is_pruned_is_counted(tokens, device):
     _, kept = prune(weights, ids, 0.6)
     assert bool((kept != ids).any())
     assert torch.equal(counts, 7 + pair_counts(ids, kept))
-    if tokens > 1:
-        pairs = [p for block in blocks_of(*table) for p in block[3]]
-        assert len(pairs) == (layer.slot_of[kept.clamp(min=0).long()].ge(0) & (kept >= 0)).sum()
+    pairs = [p for block in blocks_of(*table) for p in block[3]]
+    assert len(pairs) == (layer.slot_of[kept.clamp(min=0).long()].ge(0) & (kept >= 0)).sum()

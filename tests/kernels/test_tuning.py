@@ -8,9 +8,9 @@ import torch
 from mcmoe_kernels import tuning
 from mcmoe_kernels.tuning import (
     CONFIGS,
-    DecodeConfig,
     LayerShape,
     PrefillConfig,
+    WarpConfig,
     choose_config,
     configs_for,
     dump_config,
@@ -49,7 +49,7 @@ def test_another_shape_takes_the_nearest_and_says_so(caplog):
 
 def test_the_nearest_number_of_tokens_by_factor():
     one, many = choose_config(CPU, MIXTRAL, 1), choose_config(CPU, MIXTRAL, 10**6)
-    assert isinstance(one, DecodeConfig) and isinstance(many, PrefillConfig)
+    assert isinstance(one, WarpConfig) and isinstance(many, PrefillConfig)
     listed = configs_for("default", MIXTRAL)
     assert choose_config(CPU, MIXTRAL, 7) == listed[8]
 

@@ -1,0 +1,468 @@
+"""The experts for few tokens, every warp on its own: codes go from memory to registers to MMAs.
+
+The launches, products and results of `experts_decode` for blocks of up to four pairs, but without
+shared memory and barriers: a thread finds what it multiplies in eight bytes side by side in a plane
+of `tiles`, so that it loads its own operands, some steps ahead.
+
+Tensors have an element a thread (`threads`). A thread is one of (warps, 8 rows, 4 quads), as the
+8-bit MMA of 16 rows, 32 columns and 8 columns of X wants it:
+
+    weights   bytes 8 * quad to 8 * quad + 7 of a plane, of rows `row` and `row` + 8
+    digits    the same bytes of pair row // 2, digit row % 2
+    results   rows `row` and `row` + 8, both digits of pair `quad`
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+
+from mcmoe_kernels.dequantization import split_meta
+from mcmoe_kernels.digits import absolute_bits, store_token, to_fixed
+from mcmoe_kernels.experts_decode import (
+    activate,
+    first_record,
+    launch_decode,
+    load_entry,
+    record_bytes_of,
+    shared_at,
+    tile_at,
+)
+from mcmoe_kernels.routing import wait_for_previous
+from mcmoe_kernels.threads import each_thread, threads
+from mcmoe_kernels.tiles import TiledLayer
+from mcmoe_kernels.tuning import WarpConfig
+
+MULTIPLY_ASM = tl.constexpr(
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
+
+
+@triton.jit
+def bytes_of(word, WARPS: tl.constexpr):
+    """int32 [threads] to its bytes, int32 [warps, 8, 16]."""
+    word = word.reshape(WARPS, 8, 4)
+    even = tl.join((word << 24) >> 24, (word << 8) >> 24)
+    odd = tl.join((word << 16) >> 24, word >> 24)
+    return tl.join(even, odd).reshape(WARPS, 8, 16)
+
+
+@triton.jit
+def bytes_of_two(low, high, WARPS: tl.constexpr):
+    """The bytes of two words a thread, int32 [warps, 8, 32]: 16 of `low`, then 16 of `high`."""
+    pair = tl.join(bytes_of(low, WARPS), bytes_of(high, WARPS))
+    return pair.permute(0, 1, 3, 2).reshape(WARPS, 8, 32)
+
+
+@triton.jit
+def multiply_bytes(acc, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, INLINE: tl.constexpr):
+    """acc + A @ B of each warp: A [16, 32], B [32, 8], acc four int32 a thread."""
+    c0, c1, c2, c3 = acc
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            MULTIPLY_ASM,
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        a = tl.join(bytes_of_two(a0, a2, WARPS), bytes_of_two(a1, a3, WARPS)).permute(0, 3, 1, 2)
+        b = bytes_of_two(b0, b1, WARPS).permute(0, 2, 1)
+        a, b = a.reshape(WARPS, 16, 32).to(tl.int8), b.to(tl.int8)
+        product = tl.dot(a, b, out_dtype=tl.int32).reshape(WARPS, 2, 8, 4, 2).permute(0, 2, 3, 1, 4)
+        even, odd = product.split()
+        d0, d2 = even.split()
+        d1, d3 = odd.split()
+        threads: tl.constexpr = 32 * WARPS
+        return (
+            c0 + d0.reshape(threads), c1 + d1.reshape(threads),
+            c2 + d2.reshape(threads), c3 + d3.reshape(threads),
+        )  # fmt: skip
+
+
+@triton.jit
+def halves(word):
+    """int64 to its two int32."""
+    return word.to(tl.int32), (word >> 32).to(tl.int32)
+
+
+@triton.jit
+def load_words(at, START: tl.constexpr, inside):
+    """16 rows of a plane, START bytes behind the record, as operands: of `row` and of `row` + 8,
+    the lower and the higher columns."""
+    w0, w2 = halves(tl.load(at + START // 8, mask=inside))
+    w1, w3 = halves(tl.load(at + START // 8 + 32, mask=inside))
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def load_planes(thread, record, offsets, meta_offsets, step, last_step, GROUP_SIZE: tl.constexpr,
+                BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """What a step holds of TILES * 16 rows: their planes, and their metas by group of a tile.
+    Anything from last_step on."""
+    at = record.to(tl.pointer_type(tl.int64)) + offsets
+    meta_at = record.to(tl.pointer_type(tl.int32)) + meta_offsets
+    inside = thread * 0 + step < last_step
+    loaded = ()
+    for rows in tl.static_range(TILES):
+        planes = ()
+        if BITS % 2 == 1:
+            planes += (load_words(at + rows * 64, shared_at(GROUP_SIZE), inside),)
+        for tile in tl.static_range(2):
+            for plane in tl.static_range(BITS // 2):
+                planes += (
+                    load_words(
+                        at + rows * 64, tile_at(tile, BITS, GROUP_SIZE) + 2048 * plane, inside
+                    ),
+                )  # fmt: skip
+        metas = ()
+        for group in tl.static_range(128 // GROUP_SIZE):
+            here = meta_at + group * 64 + rows * 16
+            metas += ((tl.load(here, mask=inside), tl.load(here + 8, mask=inside)),)
+        loaded += ((planes, metas),)
+    return loaded
+
+
+@triton.jit
+def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Field SHIFT of each byte."""
+    w0, w1, w2, w3 = words
+    return (
+        (w0 >> SHIFT) & MASK * 0x01010101, (w1 >> SHIFT) & MASK * 0x01010101,
+        (w2 >> SHIFT) & MASK * 0x01010101, (w3 >> SHIFT) & MASK * 0x01010101,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_word(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr):
+    shifted = high << -HIGH_SHIFT if HIGH_SHIFT < 0 else high >> HIGH_SHIFT
+    return ((low >> LOW_SHIFT) & 0x33333333) | (shifted & 0x44444444)
+
+
+@triton.jit
+def merge(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr):
+    """Two nibbles of 3-bit codes in each byte, see `tiles`."""
+    l0, l1, l2, l3 = low
+    h0, h1, h2, h3 = high
+    return (
+        merge_word(l0, h0, LOW_SHIFT, HIGH_SHIFT), merge_word(l1, h1, LOW_SHIFT, HIGH_SHIFT),
+        merge_word(l2, h2, LOW_SHIFT, HIGH_SHIFT), merge_word(l3, h3, LOW_SHIFT, HIGH_SHIFT),
+    )  # fmt: skip
+
+
+@triton.jit
+def blocks_words(planes, TILE: tl.constexpr, BITS: tl.constexpr):
+    """The four blocks of 32 columns of one tile of a step, as operands of four MMAs."""
+    if BITS == 1:
+        p = planes[0]
+        return (
+            field(p, 4 * TILE, 1), field(p, 4 * TILE + 1, 1),
+            field(p, 4 * TILE + 2, 1), field(p, 4 * TILE + 3, 1),
+        )  # fmt: skip
+    elif BITS == 2:
+        p = planes[TILE]
+        return field(p, 0, 3), field(p, 2, 3), field(p, 4, 3), field(p, 6, 3)
+    else:
+        if BITS == 3:
+            even = merge(planes[1 + TILE], planes[0], 0, -2 * TILE)
+            odd = merge(planes[1 + TILE], planes[0], 2, 1 - 2 * TILE)
+        else:
+            even, odd = planes[2 * TILE], planes[2 * TILE + 1]
+        return field(even, 0, 15), field(odd, 0, 15), field(even, 4, 15), field(odd, 4, 15)
+
+
+@triton.jit
+def multiply_part(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left, AT: tl.constexpr,
+                  RAGGED: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
+                  BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+                  INLINE: tl.constexpr):  # fmt: skip
+    """acc += X_BLOCK columns of a step's weights, from AT on, scaled, times those of X."""
+    TILE: tl.constexpr = AT // 128
+    # No mask where the shape needs none: it would cost instructions.
+    if RAGGED:
+        inside = thread * 0 + AT < columns_left
+        valid, valid_pair = valid & inside, valid_pair & inside
+    digits = ()
+    for block in tl.static_range(X_BLOCK // 32):
+        digits += (halves(tl.load(x + (AT + 32 * block) // 8, mask=valid, other=0)),)
+    scale, total = halves(tl.load(x_meta + AT // X_BLOCK, mask=valid_pair, other=0))
+    x_scale, x_sum = scale.to(tl.float32, bitcast=True), total.to(tl.float32, bitcast=True)
+    nothing = thread * 0
+    sums = ()
+    for rows in tl.static_range(TILES):
+        planes, metas = loaded[rows]
+        blocks = blocks_words(planes, TILE, BITS)
+        product = (nothing, nothing, nothing, nothing)
+        for block in tl.static_range(X_BLOCK // 32):
+            a0, a1, a2, a3 = blocks[AT % 128 // 32 + block]
+            b0, b1 = digits[block]
+            product = multiply_bytes(product, a0, a1, a2, a3, b0, b1, WARPS, INLINE)
+        c0, c1, c2, c3 = product
+        meta0, meta1 = metas[AT % 128 // GROUP_SIZE]
+        scale0, zero0 = split_meta(meta0, TILE, BITS, tl.float32)
+        scale1, zero1 = split_meta(meta1, TILE, BITS, tl.float32)
+        value0 = ((c0 * 256 + c1).to(tl.float32) - zero0 * x_sum) * x_scale
+        value1 = ((c2 * 256 + c3).to(tl.float32) - zero1 * x_sum) * x_scale
+        sum0, sum1 = acc[rows]
+        sums += ((sum0 + value0 * scale0, sum1 + value1 * scale1),)
+    return sums
+
+
+@triton.jit
+def multiply_planes(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left,
+                    RAGGED: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
+                    BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+                    INLINE: tl.constexpr):  # fmt: skip
+    """acc += a step's weights, scaled, times X. x, x_meta: where the step's columns of X begin.
+    RAGGED: less than 256 of them may be left, or none.
+
+    acc: two float32 [threads] for each 16 rows.
+    """
+    for part in tl.static_range(256 // X_BLOCK):
+        acc = multiply_part(
+            thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left, part * X_BLOCK,
+            RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES, WARPS, INLINE,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def dot_planes(thread, token, x, x_meta, rows, pair_rows, record, first_step, last_step,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+               X_BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+               WARPS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+               WAIT: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of W times the block's rows of X over some steps, STEPS or, at the end of a row,
+    fewer -> two float32 [threads] for each 16 rows of a warp.
+
+    rows: int32 [threads], the row of X whose digits the thread loads, -1 for none; pair_rows: the
+    same of its results. record: of the first row. AHEAD: so many steps are loaded ahead. When the
+    first of them are on their way, this waits for the previous grid if WAIT, and stores the digits
+    of X if it is given their row (`digits.load_token`), of DTYPE: token, else None.
+    """
+    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
+    STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    first = thread // 32 * (16 * TILES)
+    row, quad = thread % 32 // 4, thread % 4
+    start = first // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    offsets = start // 8 + (first % 64 + row) * 4 + quad
+    meta_offsets = start // 4 + first % 64 + row
+    record += first_step.to(tl.int64) * STRIDE
+    loaded = ()
+    for i in tl.static_range(AHEAD):
+        loaded += (
+            load_planes(
+                thread, record + i * STRIDE, offsets, meta_offsets, first_step + i, last_step,
+                GROUP_SIZE, BITS, TILES,
+            ),
+        )  # fmt: skip
+    wait_for_previous(WAIT)
+    if token is not None:
+        store_token(thread, token, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
+        tl.debug_barrier()
+    valid, valid_pair = rows >= 0, pair_rows >= 0
+    at = (tl.maximum(rows, 0) * 2 + row % 2) * (COLUMNS // 8) + quad
+    x = x.to(tl.pointer_type(tl.int64)) + at + first_step * 32
+    at = tl.maximum(pair_rows, 0) * (COLUMNS // X_BLOCK)
+    x_meta = x_meta.to(tl.pointer_type(tl.int64)) + at + first_step * (256 // X_BLOCK)
+    nothing = (thread * 0).to(tl.float32)
+    acc = ()
+    for _ in tl.static_range(TILES):
+        acc += ((nothing, nothing),)
+    RAGGED: tl.constexpr = STEPS % AHEAD != 0 or COLUMNS % (256 * STEPS) != 0
+    end = tl.minimum(COLUMNS, last_step * 256)
+    for step in range(first_step, last_step, AHEAD):
+        following = ()
+        for i in tl.static_range(AHEAD):
+            acc = multiply_planes(
+                thread, acc, loaded[i], x + i * 32, x_meta + i * (256 // X_BLOCK), valid,
+                valid_pair, end - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES,
+                WARPS, INLINE,
+            )  # fmt: skip
+            following += (
+                load_planes(
+                    thread, record + (AHEAD + i) * STRIDE, offsets, meta_offsets,
+                    step + AHEAD + i, last_step, GROUP_SIZE, BITS, TILES,
+                ),
+            )  # fmt: skip
+        loaded = following
+        record += AHEAD * STRIDE
+        x += AHEAD * 32
+        x_meta += AHEAD * (256 // X_BLOCK)
+    return acc
+
+
+@triton.jit
+def dot_any_width(thread, token, x, x_meta, rows, pair_rows, records, entry, first_row, first_step,
+                  last_step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                  X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
+                  WARPS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+                  WAIT: tl.constexpr, DTYPE: tl.constexpr,
+                  INLINE: tl.constexpr):  # fmt: skip
+    """`dot_planes` by the width of the expert; only the widths in WIDTHS are compiled."""
+    nothing = (thread * 0).to(tl.float32)
+    acc = ()
+    for _ in tl.static_range(BLOCK_N // (16 * WARPS)):
+        acc += ((nothing, nothing),)
+    for bits in tl.static_range(1, 5):
+        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
+            if entry % 8 == bits:
+                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                acc = dot_planes(
+                    thread, token, x, x_meta, rows, pair_rows, start, first_step, last_step, ROWS,
+                    COLUMNS, GROUP_SIZE, X_BLOCK, bits, BLOCK_N, WARPS, STEPS, AHEAD, WAIT, DTYPE,
+                    INLINE,
+                )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def gate_up_block(thread, token, digits, x_meta, rows, pair_rows, gives, records, entry, first_row,
+                  h_digits, h_meta, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                  GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                  ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
+                  BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+                  INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w13 times a block of pairs: act(gate) * up as digits. token, rows, pair_rows:
+    as in `dot_planes`. gives: int32 [threads], the pair of a thread's results, -1 for none."""
+    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
+    STEPS: tl.constexpr = (HIDDEN + 255) // 256
+    row = thread % 32 // 4
+    first_step = entry * 0
+    acc = dot_any_width(
+        thread, token, digits, x_meta, rows, pair_rows, records, entry, first_row, first_step,
+        first_step + STEPS, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, WARPS,
+        STEPS, min(STAGES, STEPS), False, DTYPE, INLINE,
+    )  # fmt: skip
+    # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own. H_BLOCK columns of h
+    # are those of WARPS_TOGETHER warps.
+    WARPS_TOGETHER: tl.constexpr = H_BLOCK // (8 * TILES)
+    SHAPE: tl.constexpr = (WARPS // WARPS_TOGETHER, 8 * WARPS_TOGETHER, 4)
+    largest = thread * 0
+    values = ()
+    for rows in tl.static_range(TILES):
+        gate, up = acc[rows]
+        h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
+        largest = tl.maximum(largest, absolute_bits(h))
+        values += (h,)
+    together = largest.reshape(SHAPE)
+    together = together * 0 + tl.max(together, 1)[:, None, :]
+    largest = each_thread(together, WARPS, INLINE)
+    total = thread * 0
+    scale = total.to(tl.float32)
+    for rows in tl.static_range(TILES):
+        fixed, scale = to_fixed(values[rows], largest)
+        total += fixed
+        high = (fixed + 128) >> 8
+        column = thread // 32 * (8 * TILES) + rows * 8 + row
+        position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
+        at = gives.to(tl.int64) * (2 * INTERMEDIATE) + first_row // 2 + position
+        tl.store(h_digits + at, high.to(tl.int8), mask=gives >= 0)
+        tl.store(h_digits + at + INTERMEDIATE, (fixed - 256 * high).to(tl.int8), mask=gives >= 0)
+    together = total.reshape(SHAPE)
+    together = together * 0 + tl.sum(together, 1)[:, None, :]
+    total = each_thread(together, WARPS, INLINE)
+    h_block = first_row // 2 // H_BLOCK + thread // 32 // WARPS_TOGETHER
+    at = h_meta + (gives.to(tl.int64) * (INTERMEDIATE // H_BLOCK) + h_block) * 2
+    leads = (gives >= 0) & (row == 0) & (thread // 32 % WARPS_TOGETHER == 0)
+    tl.store(at, scale, mask=leads)
+    tl.store(at + 1, total.to(tl.float32), mask=leads)
+
+
+@triton.jit
+def down_block(thread, h_digits, h_meta, loads, gives, records, entry, first_row, split, parts,
+               pairs_total, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+               GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+               SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+               WARPS: tl.constexpr, WAIT: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w2 times a block of pairs, over one of SPLITS parts of the columns. loads:
+    the pairs whose digits a thread loads; gives: as in `gate_up_block`; WAIT: as in
+    `dot_planes`."""
+    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
+    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
+    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    first_step = split * PER_SPLIT
+    acc = dot_any_width(
+        thread, None, h_digits, h_meta, loads, gives, records, entry, first_row, first_step,
+        tl.minimum(first_step + PER_SPLIT, STEPS), HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK,
+        WIDTHS, BLOCK_N, WARPS, PER_SPLIT, min(STAGES, PER_SPLIT), WAIT, None, INLINE,
+    )  # fmt: skip
+    at = (split * pairs_total + gives).to(tl.int64) * HIDDEN + first_row
+    at += thread // 32 * (16 * TILES) + thread % 32 // 4
+    for rows in tl.static_range(TILES):
+        sum0, sum1 = acc[rows]
+        tl.store(parts + at + rows * 16, sum0, mask=gives >= 0)
+        tl.store(parts + at + rows * 16 + 8, sum1, mask=gives >= 0)
+
+
+@gluon.jit(do_not_specialize=["top_k"])
+def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
+                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                        GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                        ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+                        WARPS: tl.constexpr, PDL: tl.constexpr,
+                        INLINE: tl.constexpr):  # fmt: skip
+    """As `experts_decode.gate_up_kernel`. STAGES: steps that are loaded ahead."""
+    block = tl.program_id(1)
+    thread = threads(WARPS, INLINE)
+    wait_for_previous(PDL)
+    entry = load_entry(block_info, block, 1)
+    if entry == 0:
+        return
+    loads = tl.load(block_pair + block * BLOCK_M + thread % 32 // 8)
+    gives = tl.load(block_pair + block * BLOCK_M + thread % 4)
+    gate_up_block(
+        thread, None, digits, x_meta, tl.where(loads >= 0, loads // top_k, -1),
+        tl.where(gives >= 0, gives // top_k, -1), gives, records, entry,
+        tl.program_id(0) * BLOCK_N, h_digits, h_meta, HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK,
+        WIDTHS, ACTIVATION, DTYPE, H_BLOCK, BLOCK_N, STAGES, WARPS, INLINE,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["pairs_total"])
+def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
+                     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                     GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                     STAGES: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+                     INLINE: tl.constexpr):  # fmt: skip
+    """As `experts_decode.down_kernel`. STAGES: steps that are loaded ahead."""
+    block = tl.program_id(1)
+    thread = threads(WARPS, INLINE)
+    wait_for_previous(PDL)
+    entry = load_entry(block_info, block, 2)
+    if entry == 0:
+        return
+    loads = tl.load(block_pair + block * BLOCK_M + thread % 32 // 8)
+    gives = tl.load(block_pair + block * BLOCK_M + thread % 4)
+    down_block(
+        thread, h_digits, h_meta, loads, gives, records, entry,
+        tl.program_id(0) // SPLITS * BLOCK_N, tl.program_id(0) % SPLITS, parts, pairs_total,
+        HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, SPLITS, BLOCK_N, STAGES, WARPS, False,
+        INLINE,
+    )  # fmt: skip
+
+
+GPU_KERNELS = (gate_up_warp_kernel, down_warp_kernel)
+INTERPRETED_KERNELS = tuple(triton.jit(kernel.fn) for kernel in GPU_KERNELS)
+
+
+def fused_experts_warp(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: WarpConfig,
+    prune_ratio: float = 0.0,
+    counts: torch.Tensor | None = None,
+    inline: bool = True,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """As `fused_experts_decode`."""
+    gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
+    return launch_decode(
+        x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
+        (gate_up, {"WARPS": config.warps13}), (down, {"WARPS": config.warps2}),
+    )  # fmt: skip
