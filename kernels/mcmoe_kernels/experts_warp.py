@@ -74,10 +74,10 @@ def multiply_bytes(acc, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, INLINE: tl.
         even, odd = product.split()
         d0, d2 = even.split()
         d1, d3 = odd.split()
-        threads: tl.constexpr = 32 * WARPS
+        SHAPE: tl.constexpr = (32 * WARPS,)
         return (
-            c0 + d0.reshape(threads), c1 + d1.reshape(threads),
-            c2 + d2.reshape(threads), c3 + d3.reshape(threads),
+            c0 + d0.reshape(SHAPE), c1 + d1.reshape(SHAPE),
+            c2 + d2.reshape(SHAPE), c3 + d3.reshape(SHAPE),
         )  # fmt: skip
 
 
@@ -318,6 +318,13 @@ def dot_any_width(thread, token, x, x_meta, rows, pair_rows, records, entry, fir
 
 
 @triton.jit
+def load_pairs(thread, block_pair, block, BLOCK_M: tl.constexpr):
+    """Of each thread the pair whose digits it loads, and the pair whose results it has."""
+    pairs = block_pair + block * BLOCK_M
+    return tl.load(pairs + thread % 32 // 8), tl.load(pairs + thread % 4)
+
+
+@triton.jit
 def gate_up_block(thread, token, digits, x_meta, rows, pair_rows, gives, records, entry, first_row,
                   h_digits, h_meta, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                   GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
@@ -411,8 +418,7 @@ def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digit
     entry = load_entry(block_info, block, 1)
     if entry == 0:
         return
-    loads = tl.load(block_pair + block * BLOCK_M + thread % 32 // 8)
-    gives = tl.load(block_pair + block * BLOCK_M + thread % 4)
+    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
     gate_up_block(
         thread, None, digits, x_meta, tl.where(loads >= 0, loads // top_k, -1),
         tl.where(gives >= 0, gives // top_k, -1), gives, records, entry,
@@ -435,8 +441,7 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
     entry = load_entry(block_info, block, 2)
     if entry == 0:
         return
-    loads = tl.load(block_pair + block * BLOCK_M + thread % 32 // 8)
-    gives = tl.load(block_pair + block * BLOCK_M + thread % 4)
+    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
     down_block(
         thread, h_digits, h_meta, loads, gives, records, entry,
         tl.program_id(0) // SPLITS * BLOCK_N, tl.program_id(0) % SPLITS, parts, pairs_total,
