@@ -41,7 +41,7 @@ def make_method(group_size):
 
 def make_layer(dtype, group_size, input_size=K):
     layer, method = torch.nn.Module(), make_method(group_size)
-    layer.bias = None
+    layer.bias = torch.nn.Parameter(torch.ones(N, dtype=dtype), requires_grad=False)
     method.create_weights(
         layer, K, [N], input_size, N, dtype, weight_loader=lambda param, value: None
     )
@@ -63,15 +63,31 @@ def make_layer(dtype, group_size, input_size=K):
 def test_it_computes_the_stored_weight(vllm_config, group_size, dtype, limit, cache_gib):
     vllm_config.additional_config = {"cpu_weight_cache_gib": cache_gib}
     layer, method, exact = make_layer(dtype, group_size)
-    bias = torch.ones(N, dtype=dtype)
     for tokens in (1, 33):
         x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)).to(dtype)
-        out = method.apply(layer, x, bias)
+        out = method.apply(layer, x, layer.bias)  # of the dtype that the kernel asks for
         reference = x.double() @ exact.t().double() + 1
         assert out.dtype == dtype and relative_error(out, reference) < limit
     dequantized = cache_gib > 0 or dtype == torch.float32
     assert (method.plain is not None) == dequantized
     assert hasattr(layer, "qweight") != dequantized, "no weight is kept twice"
+
+
+@pytest.mark.parametrize("case", ["kept", "no AMX", "AMX denied", "chosen"])
+def test_activations_are_kept_in_16_bits(monkeypatch, case):
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+        MPLinearLayerConfig,
+    )
+
+    from mcmoe_vllm.plugin.linear import keep_activations
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: case != "no AMX")
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: case != "AMX denied")
+    monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
+    if case == "chosen":
+        monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
+    config = MPLinearLayerConfig((K, N), (K, N), None, torch.bfloat16, 128, False)
+    assert (keep_activations(config).act_type != torch.bfloat16) == (case == "kept")
 
 
 def test_a_split_through_a_group_is_refused(vllm_config):
