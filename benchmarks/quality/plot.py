@@ -65,7 +65,7 @@ def in_this_format(row: dict[str, Any]) -> dict[str, Any]:
 def recipe_rows(rows: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
     """What the recipe gives by its own choice of widths; not the composed ones."""
     own = [row for row in rows if (row["recipe"], row["method"]) == (recipe, "recipe")]
-    return [row for row in own if row["sequential"]]
+    return [row for row in own if row["sequential"] or "sequential=" in row["changes"]]
 
 
 def recipe_points(rows: list[dict[str, Any]], recipe: str) -> list[list[dict[str, Any]]]:

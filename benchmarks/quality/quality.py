@@ -135,7 +135,7 @@ class Bench:
     ) -> tuple[evaluation.LoadedModel, float]:
         """A model with these widths, and its true bits per expert weight."""
         plan = self.plan(bits, nominal)
-        if recipe.sequential:
+        if not self.arguments.compose:
             return self.load(self.compress(scratch / "point", plan, recipe, seed))
         parts, true = {}, {}
         for width in sorted({b for rows in bits for row in rows for b in row}):
