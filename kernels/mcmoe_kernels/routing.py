@@ -106,6 +106,18 @@ def add_pair_counts(counts, ids, expert, pair, inside):
 
 
 @triton.jit
+def keep_pair(ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside,
+              PRUNED_TOP_K: tl.constexpr):  # fmt: skip
+    """The expert and slot of each pair; where pairs are pruned, what is left goes into kept_ids and
+    its number into counts."""
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
+    if PRUNED_TOP_K:
+        tl.store(kept_ids + pair, expert, mask=inside)
+        add_pair_counts(counts, ids, expert, pair, inside)
+    return expert, tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
+
+
+@triton.jit
 def clear_blocks(block_info, block_pair, blocks, begin, stride, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr):  # fmt: skip
     """Fill with -1, from chunk `begin` on, every `stride`-th chunk."""
@@ -154,11 +166,9 @@ def place_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, count, rank,
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
         pair = first + tl.arange(0, CHUNK)
         inside = pair < pairs
-        expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
-        if PRUNED_TOP_K:
-            tl.store(kept_ids + pair, expert, mask=inside)
-            add_pair_counts(counts, ids, expert, pair, inside)
-        slot = tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
+        expert, slot = keep_pair(
+            ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside, PRUNED_TOP_K
+        )
         place = tl.load(rank + pair, mask=pair < pairs, other=0)
         block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
         note_pair(
@@ -173,11 +183,9 @@ def compare_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, block_info
     """The whole table from comparing up to PAIRS pairs with each other: no memory between steps."""
     pair = tl.arange(0, PAIRS)
     inside = pair < pairs
-    expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
-    if PRUNED_TOP_K:
-        tl.store(kept_ids + pair, expert, mask=inside)
-        add_pair_counts(counts, ids, expert, pair, inside)
-    slot = tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
+    expert, slot = keep_pair(
+        ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside, PRUNED_TOP_K
+    )
     before = (slot[None, :] == slot[:, None]) & (pair[None, :] < pair[:, None])
     rank = tl.sum(before.to(tl.int32), 1)
     place = rank % BLOCK_M

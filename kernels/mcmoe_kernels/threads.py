@@ -21,7 +21,7 @@ def threads(WARPS: tl.constexpr, INLINE: tl.constexpr):
 
 @triton.jit
 def each_thread(values, WARPS: tl.constexpr, INLINE: tl.constexpr):
-    """[blocks, threads / 4 / blocks, 4] in the order of the threads, an element for each."""
+    """As many values as there are threads, of any shape, to an element for each, in their order."""
     values = values.reshape(32 * WARPS)
     if INLINE:
         values = gl.convert_layout(values, gl.BlockedLayout([1], [32], [WARPS], [0]))
