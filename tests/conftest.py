@@ -88,7 +88,7 @@ def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: 
     return folder
 
 
-SLOWEST = ("e2e", "test_memory.py", "test_compile.py")
+SLOWEST = ("e2e", "test_memory.py", "test_compile.py", "test_experts_gpu.py")
 EMPTY_PART = pytest.StashKey[bool]()
 
 

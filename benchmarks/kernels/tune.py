@@ -31,6 +31,7 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     DecodeConfig,
     LayerShape,
     PrefillConfig,
+    SingleConfig,
     WarpConfig,
     WarpgroupConfig,
     dump_config,
@@ -43,17 +44,26 @@ DECODE = [(4, 128, 128, 2, 4, 0), (4, 128, 128, 2, 2, 0), (4, 64, 64, 2, 3, 0),
           (8, 128, 128, 4, 3, 0), (8, 128, 128, 4, 3, 128), (8, 128, 128, 4, 2, 0),
           (8, 64, 64, 4, 3, 0), (16, 64, 64, 4, 3, 0), (16, 64, 64, 4, 3, 128),
           (16, 128, 128, 4, 3, 0), (16, 128, 128, 8, 3, 128)]  # fmt: skip
-# block_n13, block_n2, warps13, warps2, stages13, stages2, splits, registers of both products
+# block_n13, block_n2, warps13, warps2, stages13, stages2, splits, registers of both products, parts
+# of both
 WARP = [(128, 128, 8, 8, 4, 1, 3), (128, 128, 8, 8, 8, 1, 3), (64, 128, 4, 8, 4, 1, 3),
         (64, 64, 4, 4, 4, 1, 3), (128, 64, 8, 4, 4, 3, 2), (128, 64, 8, 4, 8, 3, 2),
         (64, 64, 4, 4, 4, 3, 2), (64, 64, 4, 4, 2, 3, 2), (64, 64, 4, 4, 4, 2, 3),
         (128, 64, 8, 2, 8, 3, 1), (128, 64, 8, 4, 4, 3, 1), (64, 64, 4, 4, 2, 3, 1),
-        (64, 64, 4, 2, 2, 3, 1)]  # fmt: skip
+        (64, 64, 4, 2, 2, 3, 1), (64, 64, 8, 4, 2, 3, 2, 0, 0, 2),
+        (64, 64, 8, 2, 1, 3, 1, 0, 0, 2)]  # fmt: skip
 WARP_MANY_COLUMNS = [(256, 128, 8, 4, 1, 2, 14), (256, 128, 8, 4, 2, 2, 14),
-                     (256, 128, 8, 4, 1, 2, 8), (256, 256, 8, 8, 1, 2, 7),
-                     (256, 128, 8, 4, 1, 2, 14, 0, 144), (256, 128, 8, 8, 1, 2, 14),
-                     (256, 128, 16, 8, 1, 1, 8, 64, 64),
-                     (256, 128, 4, 4, 1, 2, 7), (128, 128, 4, 4, 1, 2, 7)]  # fmt: skip
+                     (256, 256, 8, 8, 1, 2, 7), (256, 128, 4, 4, 1, 2, 7),
+                     (128, 128, 8, 8, 2, 2, 8)]  # fmt: skip
+SINGLE = [(32, 128, 8, 8, 1, 1, 3, 0, 0, 4), (32, 128, 8, 8, 2, 1, 3, 0, 0, 4),
+          (32, 128, 8, 8, 1, 3, 2, 0, 0, 4), (32, 128, 8, 8, 1, 2, 3, 0, 0, 4),
+          (64, 128, 16, 8, 1, 3, 2, 64, 0, 4), (48, 128, 16, 8, 2, 1, 3, 0, 0, 4),
+          (16, 128, 4, 8, 2, 1, 3, 0, 0, 4), (64, 128, 8, 8, 2, 1, 3, 0, 0, 2),
+          (128, 64, 8, 4, 8, 3, 2)]  # fmt: skip
+SINGLE_MANY_COLUMNS = [(448, 256, 32, 16, 1, 1, 8, 64, 64), (448, 128, 32, 8, 1, 1, 8, 64, 64),
+                       (448, 256, 32, 16, 1, 1, 7, 64, 64), (224, 256, 16, 16, 1, 1, 8, 64, 64),
+                       (224, 128, 16, 8, 1, 1, 8, 64, 64), (256, 128, 16, 8, 1, 1, 8, 64, 64),
+                       (112, 128, 8, 8, 1, 1, 8, 64, 64)]  # fmt: skip
 # block_m, block_n13, block_n2, warps, stages, group_n, registers, few_m
 PREFILL = [(8, 128, 128, 4, 3, 112, 128), (16, 128, 128, 4, 3, 112, 168, 8),
            (16, 128, 128, 4, 4, 112, 168, 8),
@@ -88,9 +98,11 @@ def candidates(shape: str, tokens: int) -> list[Config]:
             for split in splits
             if m <= max(4, 2 * per_expert)
         ]
-    if per_expert <= 4:
-        warp = WARP_MANY_COLUMNS if intermediate > 4096 else WARP
-        found += [WarpConfig(4, *sizes) for sizes in warp]
+    many = intermediate > 4096
+    if tokens == 1:
+        found += [SingleConfig(4, *sizes) for sizes in (SINGLE_MANY_COLUMNS if many else SINGLE)]
+    elif per_expert <= 4:
+        found += [WarpConfig(4, *sizes) for sizes in (WARP_MANY_COLUMNS if many else WARP)]
     if per_expert >= 4:
         found += [
             PrefillConfig(*sizes)

@@ -102,15 +102,16 @@ def four_bytes(b0, b1, b2, b3):
 
 
 @triton.jit
-def load_token(thread, x, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """A row of X for `store_token`: four columns a thread at a time, those of bytes
-    4 * (thread % 8) to + 3 of a block of 32, two from its first half and two from its second."""
+def load_token(thread, x, columns, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """A row of X for `store_token`, zeros from `columns` on: four columns a thread at a time, those
+    of bytes 4 * (thread % 8) to + 3 of a block of 32, two from its first half and two from its
+    second."""
     words = x.to(tl.pointer_type(tl.int32))
     loaded = ()
     for begin in tl.static_range(0, COLUMNS, 128 * WARPS):
         first = begin + thread // 8 * 32
         at = words + first // 2 + thread % 8
-        inside = first < COLUMNS
+        inside = first < columns
         loaded += ((tl.load(at, mask=inside, other=0), tl.load(at + 8, mask=inside, other=0)),)
     return loaded
 

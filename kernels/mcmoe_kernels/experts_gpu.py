@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from mcmoe_kernels.tuning import (
     Config,
     DecodeConfig,
     LayerShape,
+    SingleConfig,
     WarpConfig,
     WarpgroupConfig,
     choose_config,
@@ -24,11 +26,15 @@ from mcmoe_kernels.tuning import (
     table_name,
 )
 
+FEW_TOKENS: dict[type[Config], Any] = {
+    DecodeConfig: fused_experts_decode,
+    WarpConfig: fused_experts_warp,
+    SingleConfig: fused_experts_single,
+}
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-# One token has kernels of its own, and from COMBINE_WIDE tokens on rows are summed in wider pieces.
-# More than FEW_PAIRS pairs are routed in another way.
-COMPILED_APART = (1, 2, COMBINE_WIDE)
+# From COMBINE_WIDE tokens on rows are summed in wider pieces.
+COMPILED_APART = (2, COMBINE_WIDE)
 
 
 def fused_experts(
@@ -51,18 +57,15 @@ def fused_experts(
 
     Raises ValueError for a dtype or shapes that do not fit.
     """
-    _check(x, layer, topk_weights, topk_ids)
+    _check(x, layer, topk_weights, topk_ids, config)
     if not x.shape[0]:
         return torch.empty_like(x)
     inputs = (x.contiguous(), layer, topk_weights.contiguous(), topk_ids.contiguous())
     if config is None:
         config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
     pdl = supports_pdl(x.device)
-    if isinstance(config, WarpConfig):
-        run = fused_experts_single if x.shape[0] == 1 else fused_experts_warp
+    if run := FEW_TOKENS.get(type(config)):
         return run(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
-    if isinstance(config, DecodeConfig):
-        return fused_experts_decode(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
     if prune_ratio > 0 or counts is not None:
         inputs = (*inputs[:3], prune_ids(*inputs[2:], prune_ratio, counts))
     if isinstance(config, WarpgroupConfig):
@@ -89,12 +92,12 @@ def warm_up(
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
     shape = shape_of(layer, top_k)
     configs = set(configs_for(table_name(device), shape).values())
-    single = choose_config(device, shape, 1)
+    # More than FEW_PAIRS pairs are routed in another way.
     batches = {*COMPILED_APART, FEW_PAIRS // top_k + 1}
 
     def compile_config(config: Config) -> None:
         with torch.cuda.device(device):  # the current device is a thread's own
-            for tokens in batches - ({1} if config != single else set()):
+            for tokens in (1,) if isinstance(config, SingleConfig) else batches:
                 x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
                 ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
                 weights = torch.zeros(ids.shape, device=device)
@@ -129,7 +132,11 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 def _check(
-    x: torch.Tensor, layer: TiledLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: Config | None,
 ) -> None:
     problems = []
     if x.dtype not in DTYPES:
@@ -141,5 +148,7 @@ def _check(
             f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} need "
             f"the rows of x, {x.shape[0]}, and one shape"
         )
+    if isinstance(config, SingleConfig) and x.shape[0] > 1:
+        problems.append(f"{config} is for one token, x has {x.shape[0]}")
     if problems:
         raise ValueError("; ".join(problems))

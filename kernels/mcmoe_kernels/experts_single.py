@@ -1,10 +1,15 @@
 """The experts for one token: two launches, in which nobody waits for a table.
 
-Whom a program works for follows from topk_ids alone, so there is no routing, and every program of
-`gate_up` takes the digits of x for itself. Programs of `down` load their first weights before
-`gate_up` has ended, and the last of them for a block of rows adds up the experts. The products are
-those of `experts_warp`.
+Whom a program works for follows from topk_ids alone, so there is no routing, and every program
+takes the digits of what it multiplies for itself: between the launches act(gate) * up is what
+plain torch has, a row of 16-bit numbers for each expert. That leaves the cut free: rows of a
+program are any multiple of 16, so that programs fill the multiprocessors evenly, and warps of a
+program may share the columns of a row. Programs of `down` load their first weights before `gate_up`
+has ended, and the last of them for a block of rows adds up the experts. The products are those of
+`experts_warp`.
 """
+
+import math
 
 import torch
 import triton
@@ -12,12 +17,12 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from mcmoe_kernels.digits import load_token
-from mcmoe_kernels.experts_decode import dtype_of, hidden_block, register_limits
-from mcmoe_kernels.experts_warp import down_block, gate_up_block
+from mcmoe_kernels.experts_decode import activate, dtype_of, register_limits
+from mcmoe_kernels.experts_warp import add_parts, dot_any_width, place_of_warp
 from mcmoe_kernels.routing import expert_of_pair, pdl_options, wait_for_previous
 from mcmoe_kernels.threads import threads
-from mcmoe_kernels.tiles import TiledLayer
-from mcmoe_kernels.tuning import WarpConfig
+from mcmoe_kernels.tiles import TiledLayer, num_steps
+from mcmoe_kernels.tuning import SingleConfig
 
 
 @triton.jit
@@ -92,19 +97,25 @@ def begin_token(thread, ids, topk_weights, ratio, counts, ended, TOP_K: tl.const
 
 @gluon.jit(do_not_specialize=["ratio"])
 def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights, ratio, counts,
-                          ended, h_digits, h_meta,
+                          ended, h,
                           HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                          GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                          ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
-                          BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
-                          PRUNED_TOP_K: tl.constexpr, ENDED: tl.constexpr, WARPS: tl.constexpr,
-                          PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """digits, x_meta: for each program its own."""
+                          GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
+                          ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+                          TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+                          TOP_K: tl.constexpr, PRUNED_TOP_K: tl.constexpr, ENDED: tl.constexpr,
+                          WARPS: tl.constexpr, PDL: tl.constexpr,
+                          INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], act(gate) * up. digits,
+    x_meta: for each program its own."""
+    STEPS: tl.constexpr = (HIDDEN + 255) // 256
+    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    AHEAD: tl.constexpr = min(STAGES, PER_PART)
+    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or HIDDEN != PARTS * PER_PART * 256
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     thread = threads(WARPS, INLINE)
     wait_for_previous(PDL)
-    token = load_token(thread, x, HIDDEN, WARPS)
+    token = load_token(thread, x, HIDDEN, HIDDEN, WARPS)
     entry = entry_of_pair(ids, lookup, topk_weights, ratio, pair, 1, PRUNED_TOP_K)
     if program == 0:
         begin_token(
@@ -112,25 +123,45 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
         )
     if entry == 0:
         return
-    digits += program * (2 * HIDDEN)
-    x_meta += program * (2 * (HIDDEN // X_BLOCK))
-    gives = tl.where(thread % 4 == 0, pair, -1)
-    gate_up_block(
-        thread, token, digits, x_meta, tl.where(thread % 32 < 8, 0, -1), tl.minimum(gives, 0),
-        gives, records, entry, tl.program_id(0) * BLOCK_N, h_digits, h_meta, HIDDEN, INTERMEDIATE,
-        GROUP_SIZE, X_BLOCK, WIDTHS, ACTIVATION, DTYPE, H_BLOCK, BLOCK_N, STAGES, WARPS, INLINE,
+    first_row = tl.program_id(0) * BLOCK_N
+    place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
+    acc = dot_any_width(
+        thread, place, token, None, digits + program * (2 * HIDDEN),
+        x_meta + program * (2 * (HIDDEN // GROUP_SIZE)), tl.where(thread % 32 < 8, 0, -1),
+        tl.where(thread % 4 == 0, 0, -1), records, entry, first_row, entry * 0, PER_PART, HIDDEN,
+        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES, WARPS, AHEAD, RAGGED,
+        False, DTYPE, INLINE,
     )  # fmt: skip
+    # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own.
+    first, begin, end = place
+    row = first_row // 64 * 64 + first
+    gives = (thread % 4 == 0) & (begin == 0) & (end > 0)
+    at = h + pair * INTERMEDIATE + row // 2 + thread % 32 // 4
+    for tile in tl.static_range(TILES):
+        gate, up = acc[tile]
+        gate, up = add_parts(gate, PARTS, WARPS, INLINE), add_parts(up, PARTS, WARPS, INLINE)
+        tl.store(at + tile * 8, (activate(gate, ACTIVATION) * up).to(DTYPE), mask=gives)
 
 
 @gluon.jit(do_not_specialize=["ratio"])
-def down_single_kernel(h_digits, h_meta, records, ids, lookup, topk_weights, ratio, parts, ended,
+def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ratio, parts, ended,
                        out,
                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                       GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                       SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-                       TOP_K: tl.constexpr, PRUNED_TOP_K: tl.constexpr, WARPS: tl.constexpr,
-                       PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                       GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, DTYPE: tl.constexpr,
+                       SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+                       PARTS: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
+                       PRUNED_TOP_K: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+                       INLINE: tl.constexpr):  # fmt: skip
+    """BLOCK_N rows of w2 over one of SPLITS parts of the columns. digits, h_meta: as above."""
+    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
+    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    PER_PART: tl.constexpr = (PER_SPLIT + PARTS - 1) // PARTS
+    AHEAD: tl.constexpr = min(STAGES, PER_PART)
+    COLUMNS: tl.constexpr = PER_SPLIT * 256
+    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or PER_SPLIT != PARTS * PER_PART
     pair = tl.program_id(1)
+    program = pair * tl.num_programs(0) + tl.program_id(0)
+    split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
     thread = threads(WARPS, INLINE)
     entry = entry_of_pair(ids, lookup, topk_weights, ratio, pair, 2, PRUNED_TOP_K)
@@ -139,17 +170,29 @@ def down_single_kernel(h_digits, h_meta, records, ids, lookup, topk_weights, rat
     if entry == 0:
         wait_for_previous(PDL)
     else:
-        down_block(
-            thread, h_digits, h_meta, tl.where(thread % 32 < 8, pair, -1),
-            tl.where(thread % 4 == 0, pair, -1), records, entry, first_row,
-            tl.program_id(0) % SPLITS, parts, TOP_K, HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK,
-            WIDTHS, SPLITS, BLOCK_N, STAGES, WARPS, PDL, INLINE,
+        first_step = split * PER_SPLIT
+        steps = tl.minimum(PER_SPLIT, STEPS - first_step)
+        place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
+        acc = dot_any_width(
+            thread, place, None, h + pair * INTERMEDIATE + first_step * 256,
+            digits + program * (2 * COLUMNS), h_meta + program * (2 * (COLUMNS // GROUP_SIZE)),
+            tl.where(thread % 32 < 8, 0, -1), tl.where(thread % 4 == 0, 0, -1), records, entry,
+            first_row, first_step, PER_PART, INTERMEDIATE - first_step * 256, HIDDEN, COLUMNS,
+            GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES, WARPS, AHEAD, RAGGED, PDL, DTYPE, INLINE,
         )  # fmt: skip
+        first, begin, end = place
+        row = first_row // 64 * 64 + first + thread % 32 // 4
+        gives = (thread % 4 == 0) & (begin == 0) & (first - first_row % 64 < BLOCK_N)
+        at = parts + (split * TOP_K + pair) * HIDDEN + row
+        for tile in tl.static_range(TILES):
+            sum0, sum1 = acc[tile]
+            tl.store(at + tile * 16, add_parts(sum0, PARTS, WARPS, INLINE), mask=gives)
+            tl.store(at + tile * 16 + 8, add_parts(sum1, PARTS, WARPS, INLINE), mask=gives)
     tl.debug_barrier()
     if ended_last(ended, first_row // BLOCK_N, SPLITS * TOP_K):
-        for first in tl.static_range(0, BLOCK_N, 32 * WARPS):
-            row = first + thread
-            combine(parts, weights, out, first_row + row, row < BLOCK_N, HIDDEN, SPLITS)
+        for first_of in tl.static_range(0, BLOCK_N, 32 * WARPS):
+            here = first_of + thread
+            combine(parts, weights, out, first_row + here, here < BLOCK_N, HIDDEN, SPLITS)
 
 
 GPU_KERNELS = (gate_up_single_kernel, down_single_kernel)
@@ -161,7 +204,7 @@ def fused_experts_single(
     layer: TiledLayer,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    config: WarpConfig,
+    config: SingleConfig,
     prune_ratio: float = 0.0,
     counts: torch.Tensor | None = None,
     inline: bool = True,
@@ -170,17 +213,19 @@ def fused_experts_single(
     """As `fused_experts_decode`, for x [1, H]."""
     hidden, inter, top_k = layer.hidden_size, layer.intermediate_size, topk_ids.shape[1]
     w13, w2 = layer.w13, layer.w2
-    x_block, h_block = w13.group_size, hidden_block(layer, config)
-    grid13 = (2 * inter // config.block_n13, top_k)
     row_blocks = hidden // config.block_n2
-    programs = grid13[0] * grid13[1]
-    digits, x_meta, h_digits, h_meta, parts, ended = (
+    grid13 = (2 * inter // config.block_n13, top_k)
+    grid2 = (row_blocks * config.splits, top_k)
+    share = triton.cdiv(num_steps(inter), config.splits) * 256  # columns of a program of `down`
+    programs13, programs2 = math.prod(grid13), math.prod(grid2)
+    digits, x_meta, h, h_digits, h_meta, parts, ended = (
         x.new_empty(shape, dtype=dtype)
         for shape, dtype in (
-            ((programs, 2, hidden), torch.int8),
-            ((programs, hidden // x_block, 2), torch.float32),
-            ((top_k, 2, inter), torch.int8),
-            ((top_k, inter // h_block, 2), torch.float32),
+            ((programs13, 2, hidden), torch.int8),
+            ((programs13, hidden // w13.group_size, 2), torch.float32),
+            ((top_k, inter), x.dtype),
+            ((programs2, 2, share), torch.int8),
+            ((programs2, share // w2.group_size, 2), torch.float32),
             ((config.splits, top_k, hidden), torch.float32),
             (row_blocks, torch.int32),
         )
@@ -188,23 +233,23 @@ def fused_experts_single(
     out = torch.empty_like(x)
     pruned = prune_ratio > 0 or counts is not None
     common = {
-        "HIDDEN": hidden, "INTERMEDIATE": inter, "TOP_K": top_k, "INLINE": inline,
-        "PRUNED_TOP_K": top_k if pruned else 0, **pdl_options(pdl),
+        "HIDDEN": hidden, "INTERMEDIATE": inter, "DTYPE": dtype_of(x), "TOP_K": top_k,
+        "INLINE": inline, "PRUNED_TOP_K": top_k if pruned else 0, **pdl_options(pdl),
     }  # fmt: skip
     routes = (topk_ids, layer.lookup, topk_weights, prune_ratio)
     limit13, limit2 = register_limits(config)
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
     gate_up[grid13](
-        x, digits, x_meta, w13.records, *routes, counts, ended, h_digits, h_meta,
-        GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
-        ACTIVATION=layer.activation, DTYPE=dtype_of(x), H_BLOCK=h_block,
-        BLOCK_N=config.block_n13, STAGES=config.stages13, ENDED=row_blocks,
+        x, digits, x_meta, w13.records, *routes, counts, ended, h,
+        GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
+        BLOCK_N=config.block_n13, TILES=config.tiles13, PARTS=config.parts13,
+        STAGES=config.stages13, ENDED=row_blocks,
         WARPS=config.warps13, num_warps=config.warps13, **limit13, **common,
     )  # fmt: skip
-    down[(row_blocks * config.splits, top_k)](
-        h_digits, h_meta, w2.records, *routes, parts, ended, out,
-        GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
-        BLOCK_N=config.block_n2, STAGES=config.stages2,
+    down[grid2](
+        h, h_digits, h_meta, w2.records, *routes, parts, ended, out,
+        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, SPLITS=config.splits,
+        BLOCK_N=config.block_n2, TILES=config.tiles2, PARTS=config.parts2, STAGES=config.stages2,
         WARPS=config.warps2, num_warps=config.warps2, **limit2, **common,
     )  # fmt: skip
     return out

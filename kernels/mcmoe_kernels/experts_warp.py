@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from mcmoe_kernels.dequantization import split_meta
-from mcmoe_kernels.digits import absolute_bits, store_token, to_fixed
+from mcmoe_kernels.digits import absolute_bits, load_token, store_token, to_fixed
 from mcmoe_kernels.experts_decode import (
     activate,
     first_record,
@@ -97,13 +97,12 @@ def load_words(at, START: tl.constexpr, inside):
 
 
 @triton.jit
-def load_planes(thread, record, offsets, meta_offsets, step, last_step, GROUP_SIZE: tl.constexpr,
+def load_planes(record, offsets, meta_offsets, inside, GROUP_SIZE: tl.constexpr,
                 BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """What a step holds of TILES * 16 rows: their planes, and their metas by group of a tile.
-    Anything from last_step on."""
+    Anything where not inside."""
     at = record.to(tl.pointer_type(tl.int64)) + offsets
     meta_at = record.to(tl.pointer_type(tl.int32)) + meta_offsets
-    inside = thread * 0 + step < last_step
     loaded = ()
     for rows in tl.static_range(TILES):
         planes = ()
@@ -228,62 +227,67 @@ def multiply_planes(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_l
 
 
 @triton.jit
-def dot_planes(thread, token, x, x_meta, rows, pair_rows, record, first_step, last_step,
-               ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-               X_BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr,
-               WARPS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, record, steps,
+               columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+               X_BLOCK: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr,
+               WARPS: tl.constexpr, AHEAD: tl.constexpr, RAGGED: tl.constexpr,
                WAIT: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of W times the block's rows of X over some steps, STEPS or, at the end of a row,
-    fewer -> two float32 [threads] for each 16 rows of a warp.
+    """TILES * 16 rows of W for each warp times rows of X -> two float32 [threads] for each 16 rows.
 
-    rows: int32 [threads], the row of X whose digits the thread loads, -1 for none; pair_rows: the
-    same of its results. record: of the first row. AHEAD: so many steps are loaded ahead. When the
-    first of them are on their way, this waits for the previous grid if WAIT, and stores the digits
-    of X if it is given their row (`digits.load_token`), of DTYPE: token, else None.
+    place: three int32 [threads], the first of a thread's rows behind `record`'s, the first of its
+    steps and the first behind them. x, x_meta: digits of X, COLUMNS a row, from step 0 on; columns:
+    so many of them are X's. rows: int32 [threads], the row of X whose digits the thread loads, -1
+    for none; pair_rows: the same of its results. steps: the most of any warp. AHEAD: so many are
+    loaded ahead. RAGGED: a warp may have fewer, or the last of them fewer columns.
+
+    When the first steps are on their way, this waits for the previous grid if WAIT, and makes the
+    digits if it is given X, one row in DTYPE: token (`digits.load_token`), or source, where X lies
+    once the previous grid has ended. The other one is None, or both.
     """
-    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
     STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
-    first = thread // 32 * (16 * TILES)
+    first, begin, end = place
     row, quad = thread % 32 // 4, thread % 4
-    start = first // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    start = first // 64 * record_bytes_of(BITS, GROUP_SIZE) + begin * STRIDE
     offsets = start // 8 + (first % 64 + row) * 4 + quad
     meta_offsets = start // 4 + first % 64 + row
-    record += first_step.to(tl.int64) * STRIDE
     loaded = ()
     for i in tl.static_range(AHEAD):
         loaded += (
             load_planes(
-                thread, record + i * STRIDE, offsets, meta_offsets, first_step + i, last_step,
-                GROUP_SIZE, BITS, TILES,
+                record + i * STRIDE, offsets, meta_offsets, begin + i < end, GROUP_SIZE, BITS,
+                TILES,
             ),
         )  # fmt: skip
     wait_for_previous(WAIT)
+    if source is not None:
+        late = load_token(thread, source, columns, COLUMNS, WARPS)
+        store_token(thread, late, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
+        tl.debug_barrier()
     if token is not None:
         store_token(thread, token, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
         tl.debug_barrier()
     valid, valid_pair = rows >= 0, pair_rows >= 0
-    at = (tl.maximum(rows, 0) * 2 + row % 2) * (COLUMNS // 8) + quad
-    x = x.to(tl.pointer_type(tl.int64)) + at + first_step * 32
-    at = tl.maximum(pair_rows, 0) * (COLUMNS // X_BLOCK)
-    x_meta = x_meta.to(tl.pointer_type(tl.int64)) + at + first_step * (256 // X_BLOCK)
+    at = (tl.maximum(rows, 0) * 2 + row % 2) * (COLUMNS // 8) + quad + begin * 32
+    x = x.to(tl.pointer_type(tl.int64)) + at
+    at = tl.maximum(pair_rows, 0) * (COLUMNS // X_BLOCK) + begin * (256 // X_BLOCK)
+    x_meta = x_meta.to(tl.pointer_type(tl.int64)) + at
     nothing = (thread * 0).to(tl.float32)
     acc = ()
     for _ in tl.static_range(TILES):
         acc += ((nothing, nothing),)
-    RAGGED: tl.constexpr = STEPS % AHEAD != 0 or COLUMNS % (256 * STEPS) != 0
-    end = tl.minimum(COLUMNS, last_step * 256)
-    for step in range(first_step, last_step, AHEAD):
+    left = tl.minimum(end * 256, columns) - begin * 256
+    for step in range(0, steps, AHEAD):
         following = ()
         for i in tl.static_range(AHEAD):
             acc = multiply_planes(
                 thread, acc, loaded[i], x + i * 32, x_meta + i * (256 // X_BLOCK), valid,
-                valid_pair, end - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES,
+                valid_pair, left - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES,
                 WARPS, INLINE,
             )  # fmt: skip
             following += (
                 load_planes(
-                    thread, record + (AHEAD + i) * STRIDE, offsets, meta_offsets,
-                    step + AHEAD + i, last_step, GROUP_SIZE, BITS, TILES,
+                    record + (AHEAD + i) * STRIDE, offsets, meta_offsets,
+                    begin + (step + AHEAD + i) < end, GROUP_SIZE, BITS, TILES,
                 ),
             )  # fmt: skip
         loaded = following
@@ -294,25 +298,27 @@ def dot_planes(thread, token, x, x_meta, rows, pair_rows, record, first_step, la
 
 
 @triton.jit
-def dot_any_width(thread, token, x, x_meta, rows, pair_rows, records, entry, first_row, first_step,
-                  last_step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-                  X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
-                  WARPS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
-                  WAIT: tl.constexpr, DTYPE: tl.constexpr,
+def dot_any_width(thread, place, token, source, x, x_meta, rows, pair_rows, records, entry,
+                  first_row, first_step, steps, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                  TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+                  RAGGED: tl.constexpr, WAIT: tl.constexpr, DTYPE: tl.constexpr,
                   INLINE: tl.constexpr):  # fmt: skip
-    """`dot_planes` by the width of the expert; only the widths in WIDTHS are compiled."""
+    """`dot_planes` by the width of the expert, from first_row and first_step on; only the widths in
+    WIDTHS are compiled."""
     nothing = (thread * 0).to(tl.float32)
     acc = ()
-    for _ in tl.static_range(BLOCK_N // (16 * WARPS)):
+    for _ in tl.static_range(TILES):
         acc += ((nothing, nothing),)
     for bits in tl.static_range(1, 5):
         if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
             if entry % 8 == bits:
-                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                record = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                record += first_step.to(tl.int64) * (ROWS // 64 * record_bytes_of(bits, GROUP_SIZE))
                 acc = dot_planes(
-                    thread, token, x, x_meta, rows, pair_rows, start, first_step, last_step, ROWS,
-                    COLUMNS, GROUP_SIZE, X_BLOCK, bits, BLOCK_N, WARPS, STEPS, AHEAD, WAIT, DTYPE,
-                    INLINE,
+                    thread, place, token, source, x, x_meta, rows, pair_rows, record, steps,
+                    columns, ROWS, COLUMNS, GROUP_SIZE, X_BLOCK, bits, TILES, WARPS, AHEAD, RAGGED,
+                    WAIT, DTYPE, INLINE,
                 )  # fmt: skip
     return acc
 
@@ -325,31 +331,67 @@ def load_pairs(thread, block_pair, block, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def gate_up_block(thread, token, digits, x_meta, rows, pair_rows, gives, records, entry, first_row,
-                  h_digits, h_meta, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                  GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                  ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
-                  BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-                  INLINE: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of w13 times a block of pairs: act(gate) * up as digits. token, rows, pair_rows:
-    as in `dot_planes`. gives: int32 [threads], the pair of a thread's results, -1 for none."""
-    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
+def place_of_warp(thread, first_row, steps, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
+                  TILES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """`dot_planes`'s place. PARTS warps share the STEPS steps of a row, of which there are `steps`;
+    warps for whom no row is left have none."""
+    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    warp = thread // 32
+    first = warp % (WARPS // PARTS) * (16 * TILES)
+    begin = warp // (WARPS // PARTS) * PER_PART
+    end = tl.where(first < BLOCK_N, tl.minimum(begin + PER_PART, steps), 0)
+    return first_row % 64 + first, begin, end
+
+
+@triton.jit
+def add_parts(value, PARTS: tl.constexpr, WARPS: tl.constexpr, INLINE: tl.constexpr):
+    """The sum over the warps that share a row's columns, for each of them."""
+    if PARTS > 1:
+        parts = value.reshape(PARTS, 32 * WARPS // PARTS)
+        nothing = (parts.to(tl.int32, bitcast=True) * 0).to(tl.float32)
+        value = each_thread(nothing + tl.sum(parts, 0)[None, :], WARPS, INLINE)
+    return value
+
+
+@gluon.jit(do_not_specialize=["top_k"])
+def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
+                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                        GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+                        ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
+                        PARTS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+                        PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """As `experts_decode.gate_up_kernel`. STAGES: steps that are loaded ahead."""
+    block = tl.program_id(1)
+    thread = threads(WARPS, INLINE)
+    wait_for_previous(PDL)
+    entry = load_entry(block_info, block, 1)
+    if entry == 0:
+        return
+    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
+    first_row = tl.program_id(0) * BLOCK_N
     STEPS: tl.constexpr = (HIDDEN + 255) // 256
-    row = thread % 32 // 4
-    first_step = entry * 0
+    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    AHEAD: tl.constexpr = min(STAGES, PER_PART)
+    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or HIDDEN != PARTS * PER_PART * 256
+    place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
     acc = dot_any_width(
-        thread, token, digits, x_meta, rows, pair_rows, records, entry, first_row, first_step,
-        first_step + STEPS, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, WARPS,
-        STEPS, min(STAGES, STEPS), False, DTYPE, INLINE,
+        thread, place, None, None, digits, x_meta,
+        tl.where(loads >= 0, loads // top_k, -1), tl.where(gives >= 0, gives // top_k, -1),
+        records, entry, first_row, entry * 0, PER_PART, HIDDEN, 2 * INTERMEDIATE, HIDDEN,
+        GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, None, INLINE,
     )  # fmt: skip
     # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own. H_BLOCK columns of h
     # are those of WARPS_TOGETHER warps.
     WARPS_TOGETHER: tl.constexpr = H_BLOCK // (8 * TILES)
     SHAPE: tl.constexpr = (WARPS // WARPS_TOGETHER, 8 * WARPS_TOGETHER, 4)
+    row, warp = thread % 32 // 4, thread // 32 % (WARPS // PARTS)
+    gives = tl.where(thread // 32 == warp, gives, -1)
     largest = thread * 0
     values = ()
     for rows in tl.static_range(TILES):
         gate, up = acc[rows]
+        gate, up = add_parts(gate, PARTS, WARPS, INLINE), add_parts(up, PARTS, WARPS, INLINE)
         h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
         largest = tl.maximum(largest, absolute_bits(h))
         values += (h,)
@@ -362,7 +404,7 @@ def gate_up_block(thread, token, digits, x_meta, rows, pair_rows, gives, records
         fixed, scale = to_fixed(values[rows], largest)
         total += fixed
         high = (fixed + 128) >> 8
-        column = thread // 32 * (8 * TILES) + rows * 8 + row
+        column = warp * (8 * TILES) + rows * 8 + row
         position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
         at = gives.to(tl.int64) * (2 * INTERMEDIATE) + first_row // 2 + position
         tl.store(h_digits + at, high.to(tl.int8), mask=gives >= 0)
@@ -370,61 +412,11 @@ def gate_up_block(thread, token, digits, x_meta, rows, pair_rows, gives, records
     together = total.reshape(SHAPE)
     together = together * 0 + tl.sum(together, 1)[:, None, :]
     total = each_thread(together, WARPS, INLINE)
-    h_block = first_row // 2 // H_BLOCK + thread // 32 // WARPS_TOGETHER
+    h_block = first_row // 2 // H_BLOCK + warp // WARPS_TOGETHER
     at = h_meta + (gives.to(tl.int64) * (INTERMEDIATE // H_BLOCK) + h_block) * 2
-    leads = (gives >= 0) & (row == 0) & (thread // 32 % WARPS_TOGETHER == 0)
+    leads = (gives >= 0) & (row == 0) & (warp % WARPS_TOGETHER == 0)
     tl.store(at, scale, mask=leads)
     tl.store(at + 1, total.to(tl.float32), mask=leads)
-
-
-@triton.jit
-def down_block(thread, h_digits, h_meta, loads, gives, records, entry, first_row, split, parts,
-               pairs_total, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-               GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-               SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-               WARPS: tl.constexpr, WAIT: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of w2 times a block of pairs, over one of SPLITS parts of the columns. loads:
-    the pairs whose digits a thread loads; gives: as in `gate_up_block`; WAIT: as in
-    `dot_planes`."""
-    TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
-    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
-    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    first_step = split * PER_SPLIT
-    acc = dot_any_width(
-        thread, None, h_digits, h_meta, loads, gives, records, entry, first_row, first_step,
-        tl.minimum(first_step + PER_SPLIT, STEPS), HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK,
-        WIDTHS, BLOCK_N, WARPS, PER_SPLIT, min(STAGES, PER_SPLIT), WAIT, None, INLINE,
-    )  # fmt: skip
-    at = (split * pairs_total + gives).to(tl.int64) * HIDDEN + first_row
-    at += thread // 32 * (16 * TILES) + thread % 32 // 4
-    for rows in tl.static_range(TILES):
-        sum0, sum1 = acc[rows]
-        tl.store(parts + at + rows * 16, sum0, mask=gives >= 0)
-        tl.store(parts + at + rows * 16 + 8, sum1, mask=gives >= 0)
-
-
-@gluon.jit(do_not_specialize=["top_k"])
-def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
-                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                        GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                        ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-                        WARPS: tl.constexpr, PDL: tl.constexpr,
-                        INLINE: tl.constexpr):  # fmt: skip
-    """As `experts_decode.gate_up_kernel`. STAGES: steps that are loaded ahead."""
-    block = tl.program_id(1)
-    thread = threads(WARPS, INLINE)
-    wait_for_previous(PDL)
-    entry = load_entry(block_info, block, 1)
-    if entry == 0:
-        return
-    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
-    gate_up_block(
-        thread, None, digits, x_meta, tl.where(loads >= 0, loads // top_k, -1),
-        tl.where(gives >= 0, gives // top_k, -1), gives, records, entry,
-        tl.program_id(0) * BLOCK_N, h_digits, h_meta, HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK,
-        WIDTHS, ACTIVATION, DTYPE, H_BLOCK, BLOCK_N, STAGES, WARPS, INLINE,
-    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["pairs_total"])
@@ -432,8 +424,8 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
                      HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                      GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
                      SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                     STAGES: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
-                     INLINE: tl.constexpr):  # fmt: skip
+                     TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+                     WARPS: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """As `experts_decode.down_kernel`. STAGES: steps that are loaded ahead."""
     block = tl.program_id(1)
     thread = threads(WARPS, INLINE)
@@ -442,12 +434,30 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
     if entry == 0:
         return
     loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
-    down_block(
-        thread, h_digits, h_meta, loads, gives, records, entry,
-        tl.program_id(0) // SPLITS * BLOCK_N, tl.program_id(0) % SPLITS, parts, pairs_total,
-        HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, SPLITS, BLOCK_N, STAGES, WARPS, False,
-        INLINE,
+    split = tl.program_id(0) % SPLITS
+    first_row = tl.program_id(0) // SPLITS * BLOCK_N
+    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
+    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    PER_PART: tl.constexpr = (PER_SPLIT + PARTS - 1) // PARTS
+    AHEAD: tl.constexpr = min(STAGES, PER_PART)
+    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or INTERMEDIATE % (256 * PARTS * PER_PART) != 0
+    first_step = split * PER_SPLIT
+    steps = tl.minimum(PER_SPLIT, STEPS - first_step)
+    place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
+    acc = dot_any_width(
+        thread, place, None, None, h_digits + first_step * 256,
+        h_meta + first_step * (2 * (256 // X_BLOCK)), loads, gives, records, entry, first_row,
+        first_step, tl.minimum(PER_PART, steps), INTERMEDIATE - first_step * 256, HIDDEN,
+        INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, None, INLINE,
     )  # fmt: skip
+    first, begin, end = place
+    at = (split * pairs_total + gives).to(tl.int64) * HIDDEN + first_row // 64 * 64 + first
+    at += thread % 32 // 4
+    for rows in tl.static_range(TILES):
+        sum0, sum1 = acc[rows]
+        sum0, sum1 = add_parts(sum0, PARTS, WARPS, INLINE), add_parts(sum1, PARTS, WARPS, INLINE)
+        tl.store(parts + at + rows * 16, sum0, mask=(gives >= 0) & (begin == 0))
+        tl.store(parts + at + rows * 16 + 8, sum1, mask=(gives >= 0) & (begin == 0))
 
 
 GPU_KERNELS = (gate_up_warp_kernel, down_warp_kernel)
@@ -469,5 +479,6 @@ def fused_experts_warp(
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
     return launch_decode(
         x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
-        (gate_up, {"WARPS": config.warps13}), (down, {"WARPS": config.warps2}),
+        (gate_up, {"WARPS": config.warps13, "TILES": config.tiles13, "PARTS": config.parts13}),
+        (down, {"WARPS": config.warps2, "TILES": config.tiles2, "PARTS": config.parts2}),
     )  # fmt: skip

@@ -52,8 +52,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class WarpConfig:
-    """`experts_warp` and, for one token, `experts_single`. stages13, stages2: steps of 256 columns
-    that are loaded ahead. block_m: 4. Others as in `DecodeConfig`; a warp has 16, 32 or 64 rows."""
+    """`experts_warp`. parts13, parts2: warps of a program that share the columns of a row; a warp
+    has 16, 32 or 64 rows. stages13, stages2: steps of 256 columns that are loaded ahead. block_m:
+    4. Others as in `DecodeConfig`."""
 
     block_m: int = 4
     block_n13: int = 128
@@ -65,6 +66,23 @@ class WarpConfig:
     splits: int = 1
     registers13: int = 0
     registers2: int = 0
+    parts13: int = 1
+    parts2: int = 1
+
+    @property
+    def tiles13(self) -> int:
+        """Times 16: the rows of a warp."""
+        return -(-self.block_n13 * self.parts13 // (16 * self.warps13))
+
+    @property
+    def tiles2(self) -> int:
+        return -(-self.block_n2 * self.parts2 // (16 * self.warps2))
+
+
+@dataclass(frozen=True)
+class SingleConfig(WarpConfig):
+    """`experts_single`, one token. block_n13, block_n2: multiples of 16, not powers of two alone;
+    warps for whom no rows are left rest."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +119,11 @@ class WarpgroupConfig:
     registers: int = 0
 
 
-Config = DecodeConfig | WarpConfig | PrefillConfig | WarpgroupConfig
+Config = DecodeConfig | WarpConfig | SingleConfig | PrefillConfig | WarpgroupConfig
 KERNELS: dict[str, type[Config]] = {
     "decode": DecodeConfig,
     "warp": WarpConfig,
+    "single": SingleConfig,
     "prefill": PrefillConfig,
     "warpgroup": WarpgroupConfig,
 }
@@ -151,7 +170,7 @@ def parse_config(entry: dict[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    name = next(name for name, kind in KERNELS.items() if isinstance(config, kind))
+    name = next(name for name, kind in KERNELS.items() if type(config) is kind)
     return {"kernel": name, **config.__dict__}
 
 
@@ -181,12 +200,17 @@ def configs_for(name: str, shape: LayerShape) -> dict[int, Config]:
 def choose_config(device: torch.device, shape: LayerShape, tokens: int) -> Config:
     """The configuration for a batch: that of the nearest listed number of tokens, by factor."""
     configs = configs_for(table_name(device), shape)
-    return configs[min(configs, key=lambda listed: abs(math.log2(listed / max(1, tokens))))]
+    fitting = (n for n, c in configs.items() if tokens <= 1 or not isinstance(c, SingleConfig))
+    return configs[min(fitting, key=lambda listed: abs(math.log2(listed / max(1, tokens))))]
 
 
 def fit(config: Config, shape: LayerShape) -> Config:
     """Cut the row blocks down to sizes that divide the rows; the plain kernel where K asks it."""
     rows13, rows2 = 2 * shape.intermediate_size, shape.hidden_size
+    if isinstance(config, SingleConfig):
+        block_n13 = largest_share(rows13, config.block_n13, config.warps13 // config.parts13)
+        block_n2 = largest_share(rows2, config.block_n2, config.warps2 // config.parts2)
+        return replace(config, block_n13=block_n13, block_n2=block_n2)
     block_n13 = largest_block(rows13, config.block_n13)
     block_n2 = largest_block(rows2, config.block_n2)
     if isinstance(config, WarpgroupConfig):
@@ -195,7 +219,8 @@ def fit(config: Config, shape: LayerShape) -> Config:
             return fit(PrefillConfig(block_m=block_m, group_n=config.group_n), shape)
         config = replace(config, warps=min(config.warps, min(block_n13, block_n2) // 16))
     if isinstance(config, WarpConfig):  # a warp has 16 rows or more
-        warps13, warps2 = min(config.warps13, block_n13 // 16), min(config.warps2, block_n2 // 16)
+        warps13 = min(config.warps13, block_n13 // 16 * config.parts13)
+        warps2 = min(config.warps2, block_n2 // 16 * config.parts2)
         config = replace(config, warps13=warps13, warps2=warps2)
     return replace(config, block_n13=block_n13, block_n2=block_n2)
 
@@ -205,3 +230,14 @@ def largest_block(rows: int, at_most: int) -> int:
     fitting = [b for b in BLOCKS_N if b <= at_most and rows % b == 0]
     assert fitting, f"{rows} rows are no multiple of {TILE_ROWS}"
     return fitting[0]
+
+
+def largest_share(rows: int, at_most: int, warps: int) -> int:
+    """The largest number of rows up to `at_most` that divides `rows`, a multiple of 64, and gives
+    each of the first warps 16, 32 or 64 of them, and the others none."""
+
+    def fits(share: int) -> bool:
+        of_warp = -(-share // (16 * warps)) * 16
+        return rows % share == 0 and share % of_warp == 0 and of_warp in (16, 32, 64)
+
+    return max(share for share in range(16, at_most + 1, 16) if fits(share))

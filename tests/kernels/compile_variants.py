@@ -32,6 +32,7 @@ from mcmoe_kernels import (
 from mcmoe_kernels.tuning import (
     LayerShape,
     PrefillConfig,
+    SingleConfig,
     WarpConfig,
     WarpgroupConfig,
     read_table,
@@ -98,20 +99,20 @@ def variants(shape: LayerShape, config, capability: int):
     options2 = {"num_warps": config.warps2, **limit2}
     kernels = {"gate_up": experts_decode.gate_up_kernel, "down": experts_decode.down_kernel}
     if isinstance(config, WarpConfig):
-        own13["WARPS"], own2["WARPS"] = config.warps13, config.warps2
-        token = {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k, "counts": None, **pdl}
-        token |= {**sizes, **quantized}
-        ended = {"ENDED": hidden // config.block_n2}
-        yield "gate_up_single", experts_single.gate_up_single_kernel, {
-            **token, **first, **own13, **ended,
-        }, options13  # fmt: skip
-        yield "down_single", experts_single.down_single_kernel, {
-            **token, **second, **own2,
-        }, options2  # fmt: skip
+        own13 |= {"WARPS": config.warps13, "TILES": config.tiles13, "PARTS": config.parts13}
+        own2 |= {"WARPS": config.warps2, "TILES": config.tiles2, "PARTS": config.parts2}
         kernels = {
             "gate_up_warp": experts_warp.gate_up_warp_kernel,
             "down_warp": experts_warp.down_warp_kernel,
         }
+    if isinstance(config, SingleConfig):
+        token = {**sizes, **quantized, "DTYPE": tl.bfloat16, **pdl, "counts": None}
+        token |= {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k}
+        ended = {"ENDED": hidden // config.block_n2}
+        kernel13, kernel2 = experts_single.GPU_KERNELS
+        yield "gate_up_single", kernel13, {**token, **first, **own13, **ended}, options13
+        yield "down_single", kernel2, {**token, **second, **own2}, options2
+        return
     (name13, kernel13), (name2, kernel2) = kernels.items()
     yield name13, kernel13, {**sizes, **quantized, **first, **own13, **pdl}, options13
     yield name2, kernel2, {**sizes, **quantized, **second, **own2, **pdl}, options2
@@ -185,7 +186,7 @@ def main() -> None:
     if "--all" not in sys.argv:
         shape, configs = next(iter(table.items()))
         kinds = dict.fromkeys(type(c) for c in configs.values())
-        jobs = [(shape, next(c for c in configs.values() if isinstance(c, k))) for k in kinds]
+        jobs = [(shape, next(c for c in configs.values() if type(c) is k)) for k in kinds]
         jobs.append(())
     with ProcessPoolExecutor(2) as pool:
         futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]

@@ -15,6 +15,7 @@ from mcmoe_kernels.tuning import (
     DecodeConfig,
     LayerShape,
     PrefillConfig,
+    SingleConfig,
     WarpConfig,
     WarpgroupConfig,
     fit,
@@ -34,13 +35,15 @@ from tests.expert_layers import (
 # compiled for a set of widths, and few kernels make a test on a GPU short.
 MIXED13, MIXED2 = (1, 2, 3, 4, 0, 2, 3), (2, 3, 1, 2, 0, 4, 1)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# Every step of a program takes the interpreter about as long for 64 threads as for 512: few large
+# programs make a test without a GPU short.
 CONFIGS = {
     "decode": DecodeConfig(4, 64, 64, 2, 2, 3, 3, 2),
-    "warp": WarpConfig(4, 64, 64, 2, 4, 1, 2, 2),
+    "warp": WarpConfig(4, 256, 128, 16, 8, 1, 2, 2),
     "prefill": PrefillConfig(16, 64, 64, 4, 2, 3),
     "warpgroup": WarpgroupConfig(16, 64, 64, 4, 4, 32, 64, 3),
     "decode, wide": DecodeConfig(8, 128, 128, 4, 4, 2, 2, 1, 128, 128),
-    "warp, wide": WarpConfig(4, 256, 128, 16, 8, 1, 1, 2, 64, 64),
+    "warp, shared": WarpConfig(4, 256, 128, 16, 16, 1, 1, 1, 64, 64, 2, 4),
     "prefill, wide": PrefillConfig(64, 128, 128, 8, 2, 2, 128, 16),
     "warpgroup, wide": WarpgroupConfig(64, 128, 128, 8, 6, 64, 32, 2),
 }
@@ -56,6 +59,13 @@ EACH = [
     for name, config in CONFIGS.items()
 ]
 PLAIN = EACH[:4]
+# One token. All warps at work; warps at rest, and rows begun amid a record of 64; columns shared by
+# warps, of which the last have fewer.
+SINGLE = {
+    "single": SingleConfig(4, 128, 128, 8, 8, 1, 2, 2),
+    "single, resting": SingleConfig(4, 96, 64, 8, 4, 1, 1, 1),
+    "single, shared": SingleConfig(4, 64, 128, 16, 32, 1, 1, 1, 64, 64, 4, 4),
+}
 # The interpreter rounds float32 to bfloat16 by cutting off, and multiplies no bfloat16.
 DTYPES = {"cpu": [torch.float16], "cuda": [torch.float16, torch.bfloat16]}
 
@@ -131,17 +141,21 @@ def test_integers_come_out_exact(bits, config, device):
     assert len(out.unique()) > 20
 
 
-@pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(256, 256, 128), (192, 96, 32)])
-def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, device):
-    """Its kernels make the digits and the sum themselves, in the order of the others."""
+@pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
+@pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(384, 320, 64), (192, 96, 32)])
+def test_one_token(config, hidden, intermediate, group_size, device):
     layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
-    tiled = tile_layer(to_device(layer, device))
-    config = fit(CONFIGS["warp"], LayerShape(4, 3, hidden, intermediate))
-    x, (weights, ids) = random_input(2, hidden, torch.float16), random_routing(2, 4, 3)
-    ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, hidden)
-    together = run(x, tiled, weights, ids, config, device)
+    check(layer, 1, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
+
+
+def test_one_token_alone_gives_the_same_bits(device):
+    """Its kernels make all digits and the sum themselves, in the order of the others."""
+    tiled = tile_layer(to_device(random_layer((1, 2, 3, 4), (4, 1, 2, 3)), device))
+    x, (weights, ids) = random_input(2, 256, torch.float16), random_routing(2, 4, 3)
+    ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, 256)
+    together = run(x, tiled, weights, ids, CONFIGS["warp"], device)
     for row in (slice(0, 1), slice(1, 2)):
-        alone = run(x[row], tiled, weights[row], ids[row], config, device)
+        alone = run(x[row], tiled, weights[row], ids[row], SINGLE["single"], device)
         assert torch.equal(alone, together[row])
 
 
@@ -159,8 +173,22 @@ def test_skipped_pairs_and_padding_rows(config, device):
     assert relative_error(out, reference) < 1e-3
 
 
-@pytest.mark.parametrize("config", PLAIN)
-@pytest.mark.parametrize("tokens", [1, 13])
+ONE_TOKEN = pytest.param(SINGLE["single"], 1, id="single-1")
+
+
+def with_tokens(*numbers):
+    """The plain configurations with each number of tokens, and the one for one token."""
+    return [
+        *(
+            pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks)
+            for p in PLAIN
+            for n in numbers
+        ),
+        ONE_TOKEN,
+    ]
+
+
+@pytest.mark.parametrize(("config", "tokens"), with_tokens(1, 6))
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
     layer = random_layer(MIXED13, MIXED2)
@@ -180,8 +208,7 @@ def test_pruning_is_skipping_the_pairs(config, tokens, device):
     assert not torch.equal(without, expected)
 
 
-@pytest.mark.parametrize("config", PLAIN)
-@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize(("config", "tokens"), with_tokens(0, 1, 5))
 def test_nothing_to_compute_gives_zeros(config, tokens, device):
     tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), device))
     ids = torch.full((tokens, 2), -1, dtype=torch.int32)
@@ -247,6 +274,11 @@ def test_wrong_input_is_refused_all_at_once(device):
         fused_experts(x, tiled, torch.zeros(2, 2, device=device), ids)
     for part in ("float32", "[3, 128]", "256", "[2, 2]"):
         assert part in str(e.value)
+    with pytest.raises(ValueError, match="one token, x has 2"):
+        fused_experts(
+            torch.zeros(2, 256, dtype=torch.float16, device=device),
+            *(tiled, torch.zeros(2, 2, device=device), ids, SINGLE["single"]),
+        )
 
 
 @pytest.mark.gpu
@@ -254,7 +286,7 @@ def test_wrong_input_is_refused_all_at_once(device):
 class TestOnAGpu:
     @pytest.mark.parametrize("config", EACH)
     @pytest.mark.parametrize(
-        ("seed", "tokens"), enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257))
+        ("seed", "tokens"), list(enumerate((1, 2, 3, 7, 8, 9, 17, 33, 64, 65, 130, 257)))
     )
     def test_many_shapes(self, seed, tokens, config):
         experts, top_k = ((11, 8), (5, 1), (7, 3))[seed % 3]
@@ -268,9 +300,25 @@ class TestOnAGpu:
         layer = random_layer(widths(), widths(), 512, 384, seed=seed)
         check(layer, tokens, top_k, config, "cuda", seed=seed)
 
-    @pytest.mark.parametrize("config", [*EACH, None])
-    @pytest.mark.parametrize("tokens", [1, 40])
+    @pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
+    @pytest.mark.parametrize(("experts", "top_k"), [(11, 8), (5, 1), (7, 3)])
+    def test_one_token_of_larger_layers(self, experts, top_k, config):
+        widths = [(1, 2, 3, 4)[e % 4] for e in range(experts)]
+        layer = random_layer(widths, widths[::-1], 512, 1408)
+        config = fit(config, LayerShape(experts, top_k, 512, 1408))
+        for seed in range(4):
+            check(layer, 1, top_k, config, "cuda", seed=seed)
+
+    @pytest.mark.parametrize(
+        ("config", "tokens"),
+        [
+            *((p, n) for p in (*CONFIGS.values(), None) for n in (1, 40)),
+            *((p, 1) for p in SINGLE.values()),
+        ],
+    )
     def test_a_graph_follows_the_routing_and_repeats_itself(self, config, tokens):
+        if isinstance(config, WarpgroupConfig) and not HOPPER:
+            pytest.skip("needs a GPU of compute capability 9.0")
         layer = random_layer(MIXED13, MIXED2)
         tiled = tile_layer(to_device(layer, "cuda"))
         x = random_input(tokens, 256).cuda()

@@ -10,10 +10,11 @@ from mcmoe_kernels.tuning import (
     CONFIGS,
     LayerShape,
     PrefillConfig,
-    WarpConfig,
+    SingleConfig,
     choose_config,
     configs_for,
     dump_config,
+    largest_share,
     parse_config,
     read_table,
 )
@@ -40,8 +41,8 @@ def test_another_shape_takes_the_nearest_and_says_so(caplog):
     with caplog.at_level(logging.INFO, logger="mcmoe_kernels"):
         configs = configs_for("default", other)
     assert "4096" in caplog.text and "default" in caplog.text
-    for config in configs.values():  # rows of 2 * 7200: blocks of 64 alone divide them
-        assert config.block_n13 == 64
+    for tokens, config in configs.items():  # rows of 2 * 7200: blocks of 64 alone divide them
+        assert config.block_n13 == (192 if tokens == 1 else 64)
     fine = LayerShape(64, 6, 2048, 1408)
     nearest = min(read_table("default"), key=fine.distance)
     assert nearest.num_experts == 128
@@ -49,7 +50,8 @@ def test_another_shape_takes_the_nearest_and_says_so(caplog):
 
 def test_the_nearest_number_of_tokens_by_factor():
     one, many = choose_config(CPU, MIXTRAL, 1), choose_config(CPU, MIXTRAL, 10**6)
-    assert isinstance(one, WarpConfig) and isinstance(many, PrefillConfig)
+    assert isinstance(one, SingleConfig) and isinstance(many, PrefillConfig)
+    assert not isinstance(choose_config(CPU, MIXTRAL, 2), SingleConfig)
     listed = configs_for("default", MIXTRAL)
     assert choose_config(CPU, MIXTRAL, 7) == listed[8]
 
@@ -59,3 +61,17 @@ def test_a_broken_table_names_its_file(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text('{"shapes": [{"num_experts": 8}]}')
     with pytest.raises(ValueError, match=r"broken\.json"):
         read_table("broken")
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_most", "warps", "share"),
+    [
+        (28672, 448, 32, 448),  # 28 of 32 warps have 16 rows
+        (1536, 448, 32, 384),
+        (1536, 256, 8, 256),  # 32 rows a warp
+        (1408, 224, 8, 128),  # 176 rows are no multiple of the 32 a warp would have
+        (64, 16, 4, 16),
+    ],
+)
+def test_shares_of_rows(rows, at_most, warps, share):
+    assert largest_share(rows, at_most, warps) == share
