@@ -148,6 +148,13 @@ def _check(
             f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} need "
             f"the rows of x, {x.shape[0]}, and one shape"
         )
+    if config is not None:
+        for name, rows in (
+            ("block_n13", 2 * layer.intermediate_size),
+            ("block_n2", layer.hidden_size),
+        ):
+            if rows % getattr(config, name):
+                problems.append(f"{name} of {config} does not divide {rows} rows (`tuning.fit`)")
     if isinstance(config, SingleConfig) and x.shape[0] > 1:
         problems.append(f"{config} is for one token, x has {x.shape[0]}")
     if problems:
