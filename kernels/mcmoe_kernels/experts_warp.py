@@ -100,7 +100,8 @@ def load_words(at, START: tl.constexpr, inside):
 def load_planes(record, offsets, meta_offsets, inside, GROUP_SIZE: tl.constexpr,
                 BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """What a step holds of TILES * 16 rows: their planes, and their metas by group of a tile.
-    Anything where not inside."""
+    Anything where not inside: it is to meet digits of zero, and every meta decodes to finite
+    numbers."""
     at = record.to(tl.pointer_type(tl.int64)) + offsets
     meta_at = record.to(tl.pointer_type(tl.int32)) + meta_offsets
     loaded = ()
