@@ -1,8 +1,9 @@
 """Compile kernels for GPUs that are not here and print what ptxas says of them, as JSON lines.
 
-`python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [--all]`: one configuration of each kind
-of a table (`tuning`) or, with --all, every one. A process of its own: kernels that the interpreter
-has taken over cannot be compiled.
+`python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [KIND ...] [--all]`: of a table
+(`tuning`) one configuration of each KIND, else of each kind and the quantizer's kernels or, with
+--all, every one. A process of its own: kernels that the interpreter has taken over cannot be
+compiled.
 """
 
 import json
@@ -30,6 +31,7 @@ from mcmoe_kernels import (
     routing,
 )
 from mcmoe_kernels.tuning import (
+    KERNELS,
     LayerShape,
     PrefillConfig,
     SingleConfig,
@@ -185,9 +187,11 @@ def main() -> None:
     jobs = [(s, c) for s, configs in table.items() for c in dict.fromkeys(configs.values())]
     if "--all" not in sys.argv:
         shape, configs = next(iter(table.items()))
-        kinds = dict.fromkeys(type(c) for c in configs.values())
+        named = [KERNELS[name] for name in sys.argv[3:]]
+        kinds = named or dict.fromkeys(type(c) for c in configs.values())
         jobs = [(shape, next(c for c in configs.values() if type(c) is k)) for k in kinds]
-        jobs.append(())
+        if not named:
+            jobs.append(())
     with ProcessPoolExecutor(2) as pool:
         futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]
         for future in futures:

@@ -188,7 +188,7 @@ def with_tokens(*numbers):
     ]
 
 
-@pytest.mark.parametrize(("config", "tokens"), with_tokens(1, 6))
+@pytest.mark.parametrize(("config", "tokens"), with_tokens(1, 4))
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
     layer = random_layer(MIXED13, MIXED2)
