@@ -148,15 +148,19 @@ def test_one_token(config, hidden, intermediate, group_size, device):
     check(layer, 1, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
 
 
-def test_one_token_alone_gives_the_same_bits(device):
+@pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(256, 256, 128), (192, 96, 32)])
+def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, device):
     """Its kernels make all digits and the sum themselves, in the order of the others."""
-    tiled = tile_layer(to_device(random_layer((1, 2, 3, 4), (4, 1, 2, 3)), device))
-    x, (weights, ids) = random_input(2, 256, torch.float16), random_routing(2, 4, 3)
-    ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, 256)
-    together = run(x, tiled, weights, ids, CONFIGS["warp"], device)
+    layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
+    tiled = tile_layer(to_device(layer, device))
+    shape = LayerShape(4, 3, hidden, intermediate)
+    together, alone = (fit(c, shape) for c in (CONFIGS["warp"], SINGLE["single"]))
+    x, (weights, ids) = random_input(2, hidden, torch.float16), random_routing(2, 4, 3)
+    ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, hidden)
+    expected = run(x, tiled, weights, ids, together, device)
     for row in (slice(0, 1), slice(1, 2)):
-        alone = run(x[row], tiled, weights[row], ids[row], SINGLE["single"], device)
-        assert torch.equal(alone, together[row])
+        out = run(x[row], tiled, weights[row], ids[row], alone, device)
+        assert torch.equal(out, expected[row])
 
 
 @pytest.mark.parametrize("config", PLAIN)
@@ -173,22 +177,19 @@ def test_skipped_pairs_and_padding_rows(config, device):
     assert relative_error(out, reference) < 1e-3
 
 
-ONE_TOKEN = pytest.param(SINGLE["single"], 1, id="single-1")
+ONE_TOKEN = [pytest.param(config, 1, id=f"{name}-1") for name, config in SINGLE.items()]
 
 
-def with_tokens(*numbers):
-    """The plain configurations with each number of tokens, and the one for one token."""
+def with_tokens(configs, *numbers):
+    """Each configuration with each number of tokens."""
     return [
-        *(
-            pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks)
-            for p in PLAIN
-            for n in numbers
-        ),
-        ONE_TOKEN,
+        pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks)
+        for p in configs
+        for n in numbers
     ]
 
 
-@pytest.mark.parametrize(("config", "tokens"), with_tokens(1, 4))
+@pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 1, 4), ONE_TOKEN[0]])
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
     layer = random_layer(MIXED13, MIXED2)
@@ -208,7 +209,7 @@ def test_pruning_is_skipping_the_pairs(config, tokens, device):
     assert not torch.equal(without, expected)
 
 
-@pytest.mark.parametrize(("config", "tokens"), with_tokens(0, 1, 5))
+@pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 0, 1, 5), ONE_TOKEN[0]])
 def test_nothing_to_compute_gives_zeros(config, tokens, device):
     tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), device))
     ids = torch.full((tokens, 2), -1, dtype=torch.int32)
@@ -311,14 +312,9 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize(
         ("config", "tokens"),
-        [
-            *((p, n) for p in (*CONFIGS.values(), None) for n in (1, 40)),
-            *((p, 1) for p in SINGLE.values()),
-        ],
+        [*with_tokens([*EACH, pytest.param(None, id="chosen")], 1, 40), *ONE_TOKEN],
     )
     def test_a_graph_follows_the_routing_and_repeats_itself(self, config, tokens):
-        if isinstance(config, WarpgroupConfig) and not HOPPER:
-            pytest.skip("needs a GPU of compute capability 9.0")
         if config is not None:
             config = fit(config, LayerShape(7, 3, 256, 128))
         layer = random_layer(MIXED13, MIXED2)
