@@ -18,10 +18,16 @@ from triton.experimental import gluon
 
 from mcmoe_kernels.digits import load_token
 from mcmoe_kernels.experts_decode import activate, dtype_of, register_limits
-from mcmoe_kernels.experts_warp import add_parts, dot_any_width, place_of_warp
+from mcmoe_kernels.experts_warp import (
+    add_parts,
+    dot_any_width,
+    is_ragged,
+    place_of_warp,
+    steps_of,
+)
 from mcmoe_kernels.routing import expert_of_pair, pdl_options, wait_for_previous
 from mcmoe_kernels.threads import threads
-from mcmoe_kernels.tiles import TiledLayer, num_steps
+from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import SingleConfig
 
 
@@ -107,10 +113,10 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
                           INLINE: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], act(gate) * up. digits,
     x_meta: for each program its own."""
-    STEPS: tl.constexpr = (HIDDEN + 255) // 256
-    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    STEPS: tl.constexpr = steps_of(HIDDEN, 1)
+    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or HIDDEN != PARTS * PER_PART * 256
+    RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     thread = threads(WARPS, INLINE)
@@ -153,12 +159,11 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
                        PRUNED_TOP_K: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
                        INLINE: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w2 over one of SPLITS parts of the columns. digits, h_meta: as above."""
-    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
-    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    PER_PART: tl.constexpr = (PER_SPLIT + PARTS - 1) // PARTS
+    PER_SPLIT: tl.constexpr = steps_of(INTERMEDIATE, SPLITS)
+    PER_PART: tl.constexpr = steps_of(256 * PER_SPLIT, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    COLUMNS: tl.constexpr = PER_SPLIT * 256
-    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or PER_SPLIT != PARTS * PER_PART
+    COLUMNS: tl.constexpr = PER_SPLIT * 256  # those that are not there have digits of zero
+    RAGGED: tl.constexpr = is_ragged(COLUMNS, 1, PARTS, AHEAD)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(0) % SPLITS
@@ -171,7 +176,7 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
         wait_for_previous(PDL)
     else:
         first_step = split * PER_SPLIT
-        steps = tl.minimum(PER_SPLIT, STEPS - first_step)
+        steps = tl.minimum(PER_SPLIT, steps_of(INTERMEDIATE, 1) - first_step)
         place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
         acc = dot_any_width(
             thread, place, None, h + pair * INTERMEDIATE + first_step * 256,
@@ -216,7 +221,7 @@ def fused_experts_single(
     row_blocks = hidden // config.block_n2
     grid13 = (2 * inter // config.block_n13, top_k)
     grid2 = (row_blocks * config.splits, top_k)
-    share = triton.cdiv(num_steps(inter), config.splits) * 256  # columns of a program of `down`
+    share = steps_of(inter, config.splits) * 256  # columns of a program of `down`
     programs13, programs2 = math.prod(grid13), math.prod(grid2)
     digits, x_meta, h, h_digits, h_meta, parts, ended = (
         x.new_empty(shape, dtype=dtype)

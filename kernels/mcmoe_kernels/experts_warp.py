@@ -39,6 +39,22 @@ MULTIPLY_ASM = tl.constexpr(
 )
 
 
+@triton.constexpr_function
+def steps_of(columns, shares):
+    """The steps of 256 columns of each of the programs, or warps, that share a row."""
+    return -(-columns // (256 * shares))
+
+
+@triton.constexpr_function
+def is_ragged(columns, splits, parts, ahead):
+    """Whether a warp may have fewer steps than others, or its last one fewer columns, where `parts`
+    warps in each of `splits` programs share a row and take `ahead` steps at a time."""
+    per_split = steps_of(columns, splits)
+    per_part = steps_of(256 * per_split, parts)
+    whole = per_part % ahead == 0 and per_split == parts * per_part
+    return not whole or columns % (256 * per_split) != 0
+
+
 @triton.jit
 def bytes_of(word, WARPS: tl.constexpr):
     """int32 [threads] to its bytes, int32 [warps, 8, 16]."""
@@ -336,7 +352,7 @@ def place_of_warp(thread, first_row, steps, STEPS: tl.constexpr, BLOCK_N: tl.con
                   TILES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
     """`dot_planes`'s place. PARTS warps share the STEPS steps of a row, of which there are `steps`;
     warps for whom no row is left have none."""
-    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
     warp = thread // 32
     first = warp % (WARPS // PARTS) * (16 * TILES)
     begin = warp // (WARPS // PARTS) * PER_PART
@@ -371,10 +387,10 @@ def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digit
         return
     loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
     first_row = tl.program_id(0) * BLOCK_N
-    STEPS: tl.constexpr = (HIDDEN + 255) // 256
-    PER_PART: tl.constexpr = (STEPS + PARTS - 1) // PARTS
+    STEPS: tl.constexpr = steps_of(HIDDEN, 1)
+    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or HIDDEN != PARTS * PER_PART * 256
+    RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
     place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
     acc = dot_any_width(
         thread, place, None, None, digits, x_meta,
@@ -437,13 +453,12 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
     loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
-    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
-    PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    PER_PART: tl.constexpr = (PER_SPLIT + PARTS - 1) // PARTS
+    PER_SPLIT: tl.constexpr = steps_of(INTERMEDIATE, SPLITS)
+    PER_PART: tl.constexpr = steps_of(256 * PER_SPLIT, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = PER_PART % AHEAD != 0 or INTERMEDIATE % (256 * PARTS * PER_PART) != 0
+    RAGGED: tl.constexpr = is_ragged(INTERMEDIATE, SPLITS, PARTS, AHEAD)
     first_step = split * PER_SPLIT
-    steps = tl.minimum(PER_SPLIT, STEPS - first_step)
+    steps = tl.minimum(PER_SPLIT, steps_of(INTERMEDIATE, 1) - first_step)
     place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
     acc = dot_any_width(
         thread, place, None, None, h_digits + first_step * 256,

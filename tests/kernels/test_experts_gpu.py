@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from mcmoe_kernels import experts_warpgroup
 from mcmoe_kernels.experts import fused_experts_torch
 from mcmoe_kernels.experts_gpu import fused_experts, warm_up
+from mcmoe_kernels.experts_warp import is_ragged
 from mcmoe_kernels.packing import pack, pack_scale, unpack_scale
 from mcmoe_kernels.pruning import prune_ids
 from mcmoe_kernels.tiles import tile_layer
@@ -112,6 +113,26 @@ def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
 def test_shapes_that_fill_no_step(config, hidden, intermediate, group_size, device):
     layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
     check(layer, 6, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
+
+
+@pytest.mark.parametrize(
+    ("columns", "splits", "parts", "ahead", "ragged"),
+    [
+        (1024, 2, 2, 1, False),
+        (896, 2, 2, 1, True),  # half a step
+        (512, 2, 2, 1, True),  # one step for two warps, in each of two programs
+        (1536, 1, 2, 2, True),  # three steps, two at a time
+        (768, 1, 2, 2, True),  # two steps and one
+    ],
+)
+def test_where_warps_share_a_row_unevenly(columns, splits, parts, ahead, ragged):
+    assert is_ragged(columns, splits, parts, ahead) == ragged
+
+
+def test_warps_without_a_step_add_nothing(device):
+    """What such a warp's registers hold on a GPU is anything; the interpreter's zeros tell less."""
+    config = WarpConfig(4, 256, 128, 16, 16, 1, 1, 2, parts2=2)
+    check(random_layer((1, 2, 3, 4), (4, 1, 2, 3), 128, 512), 4, 2, config, device)
 
 
 def set_scale(matrices, rows, value, zero=None):
