@@ -12,7 +12,7 @@ from mcmoe_kernels.experts_single import fused_experts_single
 from mcmoe_kernels.experts_warp import fused_experts_warp
 from mcmoe_kernels.experts_warpgroup import fused_experts_warpgroup
 from mcmoe_kernels.pruning import prune_ids
-from mcmoe_kernels.routing import FEW_PAIRS
+from mcmoe_kernels.routing import FEW_PAIRS, ONE_PROGRAM_PAIRS
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import (
     Config,
@@ -92,15 +92,16 @@ def warm_up(
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
     shape = shape_of(layer, top_k)
     configs = set(configs_for(table_name(device), shape).values())
-    # More than FEW_PAIRS pairs are routed in another way.
-    batches = {*COMPILED_APART, FEW_PAIRS // top_k + 1}
+    # More than FEW_PAIRS pairs are routed in another way, and more than ONE_PROGRAM_PAIRS again.
+    batches = {*COMPILED_APART, FEW_PAIRS // top_k + 1, ONE_PROGRAM_PAIRS // top_k + 1}
 
     def compile_config(config: Config) -> None:
         with torch.cuda.device(device):  # the current device is a thread's own
             for tokens in (1,) if isinstance(config, SingleConfig) else batches:
                 x = torch.zeros(tokens, layer.hidden_size, dtype=dtype, device=device)
                 ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
-                weights = torch.zeros(ids.shape, device=device)
+                # Whatever the default is: vLLM sets it to the model's dtype while it loads.
+                weights = torch.zeros(ids.shape, dtype=torch.float32, device=device)
                 fused_experts(x, layer, weights, ids, config, prune_ratio, counts)
 
     with ThreadPoolExecutor(min(len(configs), len(os.sched_getaffinity(0)))) as pool:
