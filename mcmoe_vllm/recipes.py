@@ -161,6 +161,7 @@ BEST = Recipe(
     allocation="sensitivity",
     candidate_bits=(1, 2, 3, 4),
     scope="global",
+    error_refinements=1,
     exact_targets=True,
     tuning_passes=1,
 )

@@ -61,6 +61,19 @@ def block_output(experts, routing):
     return output
 
 
+def test_refining_candidates_lessens_what_w2_costs(layer):
+    """Widths are chosen by what they cost in the end. Of w2, whose inputs are the same before."""
+    plain, refined = (
+        torch.tensor(
+            measure(layer, recipe=replace(ALONE, error_refinements=rounds))[0].projection_errors
+        )
+        for rounds in (0, 1)
+    )
+    assert BEST.error_refinements == 1
+    assert bool((refined[..., 1] <= plain[..., 1]).all())
+    assert bool((refined[:3, 0, 1] < plain[:3, 0, 1]).all())  # at 1 bit; no token reaches expert 3
+
+
 def test_output_and_counts_follow_the_definition(layer):
     measured, output = measure(layer)
     experts, routing = layer
