@@ -24,7 +24,7 @@ NORM_GRID = tuple(0.9 + 0.2 * i / 100 for i in range(101))  # shares of the rang
 NORM_POWER = 2.4
 METHODS = ("gptq", "rtn", "minmax")
 BLOCK = 128  # columns between two updates of the whole rest of the matrix
-SUB_BLOCK = 32  # columns between two updates of the rest of the block
+SUB_BLOCK = 32  # columns that are updated after each one of them
 
 
 @dataclass(frozen=True)
@@ -331,22 +331,21 @@ def _gptq(
     for block in range(0, k, BLOCK):
         block_end = min(block + BLOCK, k)
         block_errors = torch.empty_like(w[:, block:block_end])
-        for sub in range(block, block_end, SUB_BLOCK):
-            sub_end = min(sub + SUB_BLOCK, block_end)
-            if sub % group_size == 0:
-                columns = slice(sub, sub + group_size)
+        for start in range(block, block_end, min(group_size, BLOCK)):
+            end = min(start + group_size, block_end)
+            if start % group_size == 0:
+                columns = slice(start, start + group_size)
                 scale, zero = fit(w[:, columns], diagonal[:, columns])
                 scales.append(scale)
                 zeros.append(zero)
             compensate(w, codes, block_errors, scale, zero, inverse, fit.max_code[:, 0],
-                       moved[:, 0, 0], sub, sub_end - sub, sub - block)  # fmt: skip
-            if sub_end < block_end:
-                factor = inverse[:, sub:sub_end, sub_end:block_end].transpose(1, 2) * moved
-                w[:, sub_end:block_end] -= factor @ block_errors[:, sub - block : sub_end - block]
-        if block_end < k:
-            w[:, block_end:] -= (
-                inverse[:, block:block_end, block_end:].transpose(1, 2) @ block_errors
-            )
+                       moved[:, 0, 0], start, end - start, start - block)  # fmt: skip
+            if end < block_end:
+                factor = inverse[:, start:end, end:block_end].transpose(1, 2) * moved
+                w[:, end:block_end] -= factor @ block_errors[:, start - block : end - block]
+        w[:, block_end:].baddbmm_(
+            inverse[:, block:block_end, block_end:].transpose(1, 2), block_errors, alpha=-1
+        )
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
@@ -364,15 +363,17 @@ def compensate_torch(
     at_error: int,
 ) -> None:
     """The definition of `mcmoe_kernels.columns.compensate`."""
-    part = w[:, start : start + count].clone()
-    for i in range(count):
-        j = start + i
-        q = encode(part[:, i], scale, zero, max_code.unsqueeze(1))
-        codes[:, j] = q
-        error = (part[:, i] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
-        errors[:, at_error + i] = error
-        row = (inverse[:, j, j + 1 : start + count] * moved.unsqueeze(1)).unsqueeze(2)
-        part[:, i + 1 :].addcmul_(row, error.unsqueeze(1), value=-1)
+    for sub in range(0, count, SUB_BLOCK):
+        begin, end = start + sub, start + min(sub + SUB_BLOCK, count)
+        factor = inverse[:, start:begin, begin:end].transpose(1, 2) * moved.view(-1, 1, 1)
+        part = w[:, begin:end] - factor @ errors[:, at_error : at_error + sub]
+        for i, j in enumerate(range(begin, end)):
+            q = encode(part[:, i], scale, zero, max_code.unsqueeze(1))
+            codes[:, j] = q
+            error = (part[:, i] - (q - zero) * scale) / inverse[:, j, j].unsqueeze(1)
+            errors[:, at_error + sub + i] = error
+            row = (inverse[:, j, j + 1 : end] * moved.unsqueeze(1)).unsqueeze(2)
+            part[:, i + 1 :].addcmul_(row, error.unsqueeze(1), value=-1)
 
 
 @fast_products
@@ -410,12 +411,18 @@ def _refit_scales(
     linear system of K/G unknowns. target: H w, [B, K, N]."""
     groups = scale.shape[1]
     levels = q.unflatten(1, (groups, -1)) - zero.unsqueeze(2)  # [B, K/G, G, N]
-    grams = []
+    grams = scale.new_empty(scale.shape[0], groups, *scale.shape[1:])  # [B, K/G, K/G, N]
+    scratch = torch.empty_like(levels).flatten()  # once: a block of each size would scatter memory
     for g in range(groups):
-        columns = slice(g * levels.shape[2], (g + 1) * levels.shape[2])
-        product = hessian[:, :, columns] @ levels[:, g]  # [B, K, N]
-        grams.append((product.unflatten(1, (groups, -1)) * levels).sum(2))
-    matrix = torch.stack(grams, 2).permute(0, 3, 1, 2)  # [B, N, K/G, K/G]
+        # The matrix is symmetric: the groups from g on will do.
+        begin, end = g * levels.shape[2], (g + 1) * levels.shape[2]
+        rest = levels[:, g:]
+        product = scratch[: rest.numel()].view(rest.shape)
+        torch.bmm(hessian[:, begin:, begin:end], levels[:, g], out=product.flatten(1, 2))
+        gram = product.mul_(rest).sum(2)
+        grams[:, g, g:] = gram
+        grams[:, g:, g] = gram
+    matrix = grams.permute(0, 3, 1, 2)  # [B, N, K/G, K/G]
     right = (target.unflatten(1, (groups, -1)) * levels).sum(2).transpose(1, 2)  # [B, N, K/G]
     # A group of zero levels has no say; a little of its old scale keeps the system regular.
     ridge = 1e-4 * matrix.diagonal(dim1=2, dim2=3) + 1e-20
@@ -442,14 +449,14 @@ def _descend(
     for block in range(0, w.shape[1], BLOCK):
         block_end = min(block + BLOCK, w.shape[1])
         moves = []
-        for sub in range(block, block_end, SUB_BLOCK):
-            end = min(sub + SUB_BLOCK, block_end)
-            group = sub // group_size
+        for start in range(block, block_end, min(group_size, BLOCK)):
+            end = min(start + group_size, block_end)
+            group = start // group_size
             moves.append(
                 descend(slope, deq, q, scale[:, group].contiguous(), zero[:, group].contiguous(),
-                        hessian, fit.max_code[:, 0], sub, end - sub)
+                        hessian, fit.max_code[:, 0], start, end - start)
             )  # fmt: skip
-            slope[:, end:block_end] -= hessian[:, end:block_end, sub:end] @ moves[-1]
+            slope[:, end:block_end] -= hessian[:, end:block_end, start:end] @ moves[-1]
         slope[:, block_end:].baddbmm_(
             hessian[:, block_end:, block:block_end], torch.cat(moves, 1), alpha=-1
         )
@@ -468,17 +475,19 @@ def descend_torch(
     count: int,
 ) -> torch.Tensor:
     """The definition of `mcmoe_kernels.columns.descend`."""
-    columns = slice(start, start + count)
-    local = slope[:, columns].clone()
-    moves = torch.empty_like(local)
-    for i in range(count):
-        j = start + i
-        curvature = hessian[:, j, j].view(-1, 1).clamp(min=1e-30)
-        wanted = deq[:, j] + local[:, i] / curvature
-        new = encode(wanted, scale, zero, max_code.unsqueeze(1))
-        moves[:, i] = (new - codes[:, j]) * scale
-        codes[:, j] = new
-        local.addcmul_(hessian[:, columns, j].unsqueeze(2), moves[:, i].unsqueeze(1), value=-1)
+    moves = torch.empty_like(slope[:, start : start + count])
+    for sub in range(0, count, SUB_BLOCK):
+        begin, end = start + sub, start + min(sub + SUB_BLOCK, count)
+        columns = slice(begin, end)
+        local = slope[:, columns] - hessian[:, columns, start:begin] @ moves[:, :sub]
+        for i, j in enumerate(range(begin, end)):
+            curvature = hessian[:, j, j].view(-1, 1).clamp(min=1e-30)
+            wanted = deq[:, j] + local[:, i] / curvature
+            new = encode(wanted, scale, zero, max_code.unsqueeze(1))
+            moves[:, sub + i] = (new - codes[:, j]) * scale
+            codes[:, j] = new
+            row = hessian[:, columns, j].unsqueeze(2)
+            local.addcmul_(row, moves[:, sub + i].unsqueeze(1), value=-1)
     return moves
 
 

@@ -1,8 +1,8 @@
-"""What GPTQ and its refinement do column by column, in one launch for a group or for 32 columns.
+"""What GPTQ and its refinement do column by column, in one launch for a group.
 
-Rows of a weight matrix are quantized independently of each other, so a program takes 32 rows with
-all the columns in registers; in plain torch (`mcmoe_vllm.quantizer`, the definition) the same is a
-dozen launches a column, and the launches take nearly all the time. Columns lie side by side:
+Rows of a weight matrix are quantized independently of each other, so a program takes 32 rows, with
+32 columns at a time in registers; in plain torch (`mcmoe_vllm.quantizer`, the definition) the same
+is a dozen launches a column, and the launches take nearly all the time. Columns lie side by side:
 weights are [B, K, N], B matrices of K columns and N rows.
 """
 
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 ROWS = 32  # of a program
+COLUMNS = 32  # that it holds at a time
 
 
 @triton.jit
@@ -130,30 +131,39 @@ def fit_group(
     return scale, zero
 
 
-@triton.jit(do_not_specialize=["start", "at_error"])
+@triton.jit(do_not_specialize=["start", "count", "at_error"])
 def compensate_kernel(w, codes, errors, scale, zero, inverse, max_codes, moved, rows, columns,
-                      start, at_error, error_columns, COUNT: tl.constexpr,
+                      start, count, at_error, error_columns, COUNT: tl.constexpr,
                       BLOCK_N: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     k = tl.arange(0, COUNT)
-    at = (batch * columns + start + k[:, None]) * rows + n[None, :]
-    tile = tl.load(w + at, mask=inside[None, :], other=0.0)
     s = tl.load(scale + batch * rows + n, mask=inside, other=1.0)
     z = tl.load(zero + batch * rows + n, mask=inside, other=0.0)
     max_code = tl.load(max_codes + batch)
     share = tl.load(moved + batch)
+    first = (batch * columns + start) * rows + n
+    errors += (batch * error_columns + at_error) * rows + n
     inverse += (batch * columns + start) * columns + start
-    for j in tl.range(0, COUNT):
-        column = column_of(tile, j)
-        q = encode(tl.div_rn(column, s) + z, max_code)
-        pivot = tl.load(inverse + j * columns + j) + tl.zeros_like(column)
-        error = tl.div_rn(column - (q - z) * s, pivot)
-        tl.store(codes + (batch * columns + start + j) * rows + n, q, mask=inside)
-        tl.store(errors + (batch * error_columns + at_error + j) * rows + n, error, mask=inside)
-        row = tl.load(inverse + j * columns + k, mask=k > j, other=0.0) * share
-        tile -= row[:, None] * error[None, :]
+    for sub in tl.range(0, count, COUNT):
+        at = first[None, :] + (sub + k)[:, None] * rows
+        tile = tl.load(w + at, mask=inside[None, :], other=0.0)
+        for before in tl.range(0, sub, COUNT):
+            past = errors[None, :] + (before + k)[:, None] * rows
+            past = tl.load(past, mask=inside[None, :], other=0.0)
+            factor = tl.load(inverse + (before + k)[None, :] * columns + (sub + k)[:, None])
+            tile -= tl.dot(factor * share, past, input_precision="ieee")
+        for j in tl.range(0, COUNT):
+            column = column_of(tile, j)
+            q = encode(tl.div_rn(column, s) + z, max_code)
+            here = inverse + (sub + j) * columns + sub
+            error = tl.div_rn(column - (q - z) * s, tl.load(here + j) + tl.zeros_like(column))
+            tl.store(codes + first + (sub + j) * rows, q, mask=inside)
+            tl.store(errors + (sub + j) * rows, error, mask=inside)
+            row = tl.load(here + k, mask=k > j, other=0.0) * share
+            tile -= row[:, None] * error[None, :]
+        tl.debug_barrier()  # threads read each other's errors
 
 
 def compensate(
@@ -174,37 +184,48 @@ def compensate(
 
     scale, zero [B, N] of the group; inverse [B, K, K]; max_code, moved [B]: the largest code, and
     1 or 0 for matrices whose errors are moved. Writes codes [B, K, N] and, from column at_error
-    on, errors [B, columns, N]; w stays as it is. count: a power of two.
+    on, errors [B, columns, N]; w stays as it is. count: a multiple of 32.
     """
     batch, columns, rows = w.shape
     compensate_kernel[(triton.cdiv(rows, ROWS), batch)](
-        w, codes, errors, scale, zero, inverse, max_code, moved, rows, columns, start, at_error,
-        errors.shape[1], COUNT=count, BLOCK_N=ROWS, num_warps=1,
+        w, codes, errors, scale, zero, inverse, max_code, moved, rows, columns, start, count,
+        at_error, errors.shape[1], COUNT=COLUMNS, BLOCK_N=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "count"])
 def descend_kernel(slope, deq, codes, moves, scale, zero, hessian, max_codes, rows, columns,
-                   start, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                   start, count, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     k = tl.arange(0, COUNT)
-    first = (batch * columns + start) * rows + n
-    local = tl.load(slope + first[None, :] + k[:, None] * rows, mask=inside[None, :], other=0.0)
     s = tl.load(scale + batch * rows + n, mask=inside, other=1.0)
     z = tl.load(zero + batch * rows + n, mask=inside, other=0.0)
     max_code = tl.load(max_codes + batch)
+    first = (batch * columns + start) * rows + n
+    moves += batch * count * rows + n
     hessian += (batch * columns + start) * columns + start
-    for j in tl.range(0, COUNT):
-        curvature = tl.maximum(tl.load(hessian + j * columns + j), 1e-30)
-        pull = tl.div_rn(column_of(local, j), curvature + tl.zeros_like(s))
-        wanted = tl.load(deq + first + j * rows, mask=inside, other=0.0) + pull
-        new = encode(tl.div_rn(wanted, s) + z, max_code)
-        move = (new - tl.load(codes + first + j * rows, mask=inside, other=0.0)) * s
-        tl.store(codes + first + j * rows, new, mask=inside)
-        tl.store(moves + (batch * COUNT + j) * rows + n, move, mask=inside)
-        local -= tl.load(hessian + k * columns + j)[:, None] * move[None, :]
+    for sub in tl.range(0, count, COUNT):
+        at = first[None, :] + (sub + k)[:, None] * rows
+        local = tl.load(slope + at, mask=inside[None, :], other=0.0)
+        for before in tl.range(0, sub, COUNT):
+            past = moves[None, :] + (before + k)[:, None] * rows
+            past = tl.load(past, mask=inside[None, :], other=0.0)
+            factor = tl.load(hessian + (before + k)[None, :] * columns + (sub + k)[:, None])
+            local -= tl.dot(factor, past, input_precision="ieee")
+        for j in tl.range(0, COUNT):
+            here = hessian + (sub + j) * columns + sub
+            curvature = tl.maximum(tl.load(here + j), 1e-30)
+            pull = tl.div_rn(column_of(local, j), curvature + tl.zeros_like(s))
+            column = first + (sub + j) * rows
+            wanted = tl.load(deq + column, mask=inside, other=0.0) + pull
+            new = encode(tl.div_rn(wanted, s) + z, max_code)
+            move = (new - tl.load(codes + column, mask=inside, other=0.0)) * s
+            tl.store(codes + column, new, mask=inside)
+            tl.store(moves + (sub + j) * rows, move, mask=inside)
+            local -= tl.load(here + k)[:, None] * move[None, :]
+        tl.debug_barrier()  # threads read each other's moves
 
 
 def descend(
@@ -222,12 +243,12 @@ def descend(
     others, as `quantizer.descend_torch`; returns by how much their values moved, [B, count, N].
 
     slope [B, K, N]: H (w - deq); deq [B, K, N]: the values of `codes` as they come in; scale, zero
-    [B, N] of the group; hessian [B, K, K]; max_code [B]. count: a power of two.
+    [B, N] of the group; hessian [B, K, K], symmetric; max_code [B]. count: a multiple of 32.
     """
     batch, columns, rows = slope.shape
     moves = torch.empty(batch, count, rows, device=slope.device)
     descend_kernel[(triton.cdiv(rows, ROWS), batch)](
-        slope, deq, codes, moves, scale, zero, hessian, max_code, rows, columns, start,
-        COUNT=count, BLOCK_N=ROWS, num_warps=1,
+        slope, deq, codes, moves, scale, zero, hessian, max_code, rows, columns, start, count,
+        COUNT=COLUMNS, BLOCK_N=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
     return moves

@@ -283,9 +283,9 @@ def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
     first_step = split * PER_SPLIT
     block = tl.program_id(1)
-    wait_for_previous(PDL)
     entry = load_entry(block_info, block, 2)
     pairs = load_pairs(block_pair, block, BLOCK_M)
+    wait_for_previous(PDL)
     row = first_row + tl.arange(0, BLOCK_N)
     if entry != 0:
         acc = dot_any_width(
@@ -306,17 +306,22 @@ def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
                    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SPLITS: tl.constexpr,
                    BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j]."""
-    wait_for_previous(PDL)
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HIDDEN
-    total = tl.zeros((BLOCK,), tl.float32)
+    routed = ()
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
         expert = tl.load(ids + pair)
         slot = tl.load(lookup + tl.maximum(expert, 0) * 4)
-        computed = tl.where(expert >= 0, slot, -1) + tl.zeros_like(column) >= 0
         weight = tl.load(topk_weights + pair).to(tl.float32)
+        routed += ((tl.where(expert >= 0, slot, -1), weight),)
+    wait_for_previous(PDL)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        slot, weight = routed[j]
+        computed = slot + tl.zeros_like(column) >= 0
         at = pair.to(tl.int64) * HIDDEN + column
         value = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):

@@ -199,9 +199,9 @@ def down_prefill_kernel(h, records, block_info, block_pair, y,
     block, n_block = tl.program_id(1), tl.program_id(2) * GROUP_N + tl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
-    wait_for_previous(PDL)
     slot = tl.load(block_info + block * 4)
     entry = tl.load(block_info + block * 4 + 2)
+    wait_for_previous(PDL)
     if slot < 0:
         return
     block_pair += block * BLOCK_M

@@ -446,9 +446,9 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
     """As `experts_decode.down_kernel`. STAGES: steps that are loaded ahead."""
     block = tl.program_id(1)
     thread = threads(WARPS, INLINE)
-    wait_for_previous(PDL)
     entry = load_entry(block_info, block, 2)
     if entry == 0:
+        wait_for_previous(PDL)
         return
     loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
     split = tl.program_id(0) % SPLITS
@@ -464,7 +464,7 @@ def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, p
         thread, place, None, None, h_digits + first_step * 256,
         h_meta + first_step * (2 * (256 // X_BLOCK)), loads, gives, records, entry, first_row,
         first_step, tl.minimum(PER_PART, steps), INTERMEDIATE - first_step * 256, HIDDEN,
-        INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, None, INLINE,
+        INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, PDL, None, INLINE,
     )  # fmt: skip
     first, begin, end = place
     at = (split * pairs_total + gives).to(tl.int64) * HIDDEN + first_row // 64 * 64 + first

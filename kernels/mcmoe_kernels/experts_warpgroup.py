@@ -305,13 +305,13 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
     block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
-    wait_for_previous(PDL)
     slot = gl.load(block_info + block * 4)
     entry = gl.load(block_info + block * 4 + 2)
-    if slot < 0:
-        return
     places = block_pair + block * BLOCK_M
     rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
+    wait_for_previous(PDL)
+    if slot < 0:
+        return
     acc = weights_any_width(
         h, rows, records, entry, n_block * BLOCK_N, HIDDEN, INTERMEDIATE,
         GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,

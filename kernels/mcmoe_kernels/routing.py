@@ -65,7 +65,9 @@ def route_torch(
 def wait_for_previous(PDL: tl.constexpr):
     """With programmatic dependent launch (sm_90): this grid may start before the previous ends.
 
-    From here on the previous grid's results are visible, and the next grid may start in turn.
+    From here on the previous grid's results are visible, and the next grid may start in turn. Those
+    of grids before it are visible from the beginning: it let this one start when it had waited.
+    Programs may return without waiting only if others of their grid do wait.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

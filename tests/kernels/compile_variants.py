@@ -51,8 +51,8 @@ TYPES = {
     **dict.fromkeys(("w", "importance", "shrinks", "max_codes", "zero_steps", "scale", "zero",
                      "scales", "zeros", "codes", "errors", "inverse", "moved", "slope", "deq",
                      "moves", "hessian"), "*fp32"),
-    **dict.fromkeys(("rows", "columns", "start", "at_error", "error_columns", "batch_stride",
-                     "column_stride", "shrink_count"), "i32"),
+    **dict.fromkeys(("rows", "columns", "start", "count", "at_error", "error_columns",
+                     "batch_stride", "column_stride", "shrink_count"), "i32"),
 }  # fmt: skip
 
 
@@ -140,11 +140,12 @@ def quantizer_variants():
     for name, more, warps in (
         ("fit_group", fit, 4),
         ("fit_group", paper, 4),
-        ("compensate", {"COUNT": 32}, 1),
-        ("descend", {"COUNT": 32}, 1),
+        ("compensate", {"COUNT": columns.COLUMNS}, 1),
+        ("descend", {"COUNT": columns.COLUMNS}, 1),
     ):
         kernel = getattr(columns, f"{name}_kernel")
-        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, {"num_warps": warps}
+        options = {"num_warps": warps} | ({"num_stages": 1} if "COUNT" in more else {})
+        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, options
 
 
 def build(name, kernel, constants, options, capability):

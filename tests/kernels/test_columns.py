@@ -67,13 +67,15 @@ def test_fit_group_symmetric(device):
     assert float((scale == expected).float().mean()) >= 0.98
 
 
+# 96 columns: three times what a program holds, so that errors of all before move onto the third.
+@pytest.mark.parametrize("count", [32, 96])
 @pytest.mark.parametrize("moved", [1.0, 0.0])
-def test_compensate(device, moved):
+def test_compensate(device, moved, count):
     w, hessian = batch(device)
     fit, factored = fit_of(device), quantizer.factor_hessian(hessian)
     scale, zero = fit.search(w, hessian.diagonal(dim1=1, dim2=2))
     given = (scale, zero, factored.inverse, fit.max_code[:, 0],
-             torch.full((len(BITS),), moved, device=device), 64, 32, 64)  # fmt: skip
+             torch.full((len(BITS),), moved, device=device), 32, count, 24)  # fmt: skip
     before = w.clone()
     results = []
     for compensate in (columns.compensate, quantizer.compensate_torch):
@@ -83,15 +85,18 @@ def test_compensate(device, moved):
         results.append((codes, errors))
     (codes, errors), (expected, expected_errors) = results
     assert torch.equal(w, before)
-    assert bool((codes[:, :64] == -1).all()) and bool((codes[:, 96:] == -1).all())
+    end = 32 + count
+    assert bool((codes[:, :32] == -1).all()) and bool((codes[:, end:] == -1).all())
     assert nearly_all_equal(codes, expected)
-    same = (codes == expected)[:, 64:96].all(1, keepdim=True).expand(-1, 32, -1)
-    found, wanted = errors[:, 64:96][same], expected_errors[:, 64:96][same]
-    # 32 updates, each off by a rounding of the largest error or so.
-    assert float((found - wanted).abs().max()) <= 64 * 2**-23 * float(wanted.abs().max())
+    same = (codes == expected)[:, 32:end].all(1, keepdim=True).expand(-1, count, -1)
+    found, wanted = (e[:, 24 : 24 + count][same] for e in (errors, expected_errors))
+    # `count` updates, each off by a rounding of the largest error or so.
+    assert float((found - wanted).abs().max()) <= 2 * count * 2**-23 * float(wanted.abs().max())
+    assert bool(errors[:, 24 + count :].isnan().all())
 
 
-def test_descend(device):
+@pytest.mark.parametrize("count", [32, 96])
+def test_descend(device, count):
     w, hessian = batch(device)
     fit = fit_of(device)
     codes, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 128)
@@ -101,11 +106,12 @@ def test_descend(device):
     for descend in (columns.descend, quantizer.descend_torch):
         q = codes.clone()
         moves = descend(slope, deq, q, scale[:, 0].contiguous(), zero[:, 0].contiguous(), hessian,
-                        fit.max_code[:, 0], 32, 32)  # fmt: skip
+                        fit.max_code[:, 0], 32, count)  # fmt: skip
         results.append((q, moves))
     (found, moves), (expected, expected_moves) = results
     assert not torch.equal(expected, codes)
-    assert torch.equal(found[:, :32], codes[:, :32]) and torch.equal(found[:, 64:], codes[:, 64:])
+    end = 32 + count
+    assert torch.equal(found[:, :32], codes[:, :32]) and torch.equal(found[:, end:], codes[:, end:])
     assert nearly_all_equal(found, expected) and nearly_all_equal(moves, expected_moves)
 
 

@@ -1,7 +1,5 @@
 """The Triton kernels of whole layers against float64 and against plain bfloat16."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -358,6 +356,35 @@ class TestOnAGpu:
             assert error <= 0.01 * reference.norm()  # both are 0 if nothing is left of one token
             assert all(torch.equal(r, results[0]) for r in results)
 
+    @pytest.mark.parametrize(
+        ("config", "tokens"),
+        [*with_tokens([*EACH, pytest.param(None, id="chosen")], 8, 40), *ONE_TOKEN],
+    )
+    def test_layers_that_follow_each_other_in_a_graph(self, config, tokens):
+        # Launches of one begin while those of the one before run, and have the memory that it had.
+        if config is not None:
+            config = fit(config, LayerShape(7, 3, 256, 128))
+        widths = ((MIXED13, MIXED2), (MIXED2[::-1], MIXED13[::-1]))
+        layers = [tile_layer(to_device(random_layer(*w), "cuda")) for w in widths]
+        x = random_input(tokens, 256).cuda()
+        calls = []
+        for seed in range(12):
+            weights, ids = (t.cuda() for t in random_routing(tokens, 7, 3, seed))
+            ids[seed % tokens :: 5] = -1
+            calls.append((layers[seed % 2], weights, ids, config))
+        alone = []
+        for call in calls:
+            alone.append(fused_experts(x, *call))
+            torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            together = [fused_experts(x, *call) for call in calls]
+        for _ in range(10):
+            for out in together:
+                out.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(t, a) for t, a in zip(together, alone, strict=True))
+
     def test_nothing_is_compiled_or_waited_for_once_warm(self, monkeypatch):
         tiled = tile_layer(to_device(random_layer(MIXED13, MIXED2), "cuda"))
         torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
@@ -366,7 +393,7 @@ class TestOnAGpu:
         finally:
             torch.set_default_dtype(torch.float32)
         compiled = []
-        runtime = importlib.import_module("triton").knobs.runtime
+        runtime = pytest.importorskip("triton").knobs.runtime
         monkeypatch.setattr(
             runtime, "jit_post_compile_hook", lambda **of: compiled.append(of["fn"].name)
         )
