@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 GROUP_SIZE = 128
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
 PEER_COLOUR = "#666666"
+OLD_DEFAULT = "error_refinements=0"  # what ablations were measured with
 PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v", "llm-compressor": "D"}
 PEER_NAMES = {
     "hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound",
@@ -151,7 +152,9 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
     """Widths chosen in several ways, put together from the same compressed experts."""
     found = defaultdict(list)
     for row in rows:
-        if row["method"] != "none" and not row.get("sequential", True):
+        if row["method"] == "none" or row.get("sequential", True):
+            continue
+        if "sequential=" not in row["changes"]:
             found[row["method"], row["model"], row["nominal_bits"]].append(row["loss_difference"])
     columns = [(m, b) for m in models for b in sorted({k[2] for k in found if k[1] == m})]
     print()
@@ -163,9 +166,13 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
 
 
 def print_changes(rows: list[dict[str, Any]]) -> None:
-    """The KL divergence of `best`, seed 0, and of `best` with one trait changed."""
+    """The KL divergence of `best` as it was, seed 0, and with one trait changed."""
     rows = [row for row in recipe_rows(rows, "best") if row["seed"] == 0]
-    found = {(r["changes"], r["model"], r["nominal_bits"]): r["kl"] for r in rows}
+    rows = [row for row in rows if OLD_DEFAULT in row["changes"]]
+    found = {
+        (r["changes"].replace(OLD_DEFAULT, "").strip(), r["model"], r["nominal_bits"]): r["kl"]
+        for r in rows
+    }
     columns = sorted({key[1:] for key in found if key[0]})
     print()
     print_header("change", *(f"{m}, {b:g} bits" for m, b in columns))

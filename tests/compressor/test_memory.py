@@ -39,5 +39,5 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path, calibration_text):
     grown = peaks[20]["peak"] - peaks[8]["peak"]
     assert peaks[20]["bytes"] - peaks[8]["bytes"] == pytest.approx(12 * LAYER_BYTES, rel=0.01)
     # 12 layers held would add their bytes at least; names, hashes and the allocator's unevenness
-    # have added less than 4 layers' to deeper models.
-    assert grown < 4 * LAYER_BYTES
+    # have added less than 3 layers' to deeper models.
+    assert grown < 3 * LAYER_BYTES
