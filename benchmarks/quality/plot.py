@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 GROUP_SIZE = 128
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
 PEER_COLOUR = "#666666"
-OLD_DEFAULT = "error_refinements=0"  # what ablations were measured with
+OLD_DEFAULT = "error_refinements=0"  # what ablations and most composed widths were measured with
+BY_ERRORS = ("recipe", "pmq", "hessian")
 PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v", "llm-compressor": "D"}
 PEER_NAMES = {
     "hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound",
@@ -154,7 +155,8 @@ def print_allocations(rows: list[dict[str, Any]], models: list[str]) -> None:
     for row in rows:
         if row["method"] == "none" or row.get("sequential", True):
             continue
-        if "sequential=" not in row["changes"]:
+        current = row["method"] in BY_ERRORS and OLD_DEFAULT not in row["changes"]
+        if "sequential=" not in row["changes"] and not current:
             found[row["method"], row["model"], row["nominal_bits"]].append(row["loss_difference"])
     columns = [(m, b) for m in models for b in sorted({k[2] for k in found if k[1] == m})]
     print()
