@@ -48,4 +48,4 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path, calibration_text):
     grown = peaks[6]["peak"] - peaks[2]["peak"]
     assert peaks[6]["bytes"] - peaks[2]["bytes"] == pytest.approx(4 * LAYER_BYTES, rel=0.01)
     # 4 layers held would add their bytes at least; two equal runs differ by less than one layer's.
-    assert grown < 2 * LAYER_BYTES
+    assert grown < 4 * LAYER_BYTES / 3

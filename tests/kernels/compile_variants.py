@@ -137,14 +137,14 @@ def quantizer_variants():
         "WEIGHTED_BINARY": True,
     }  # fmt: skip
     paper = fit | {"POWER": 2.4, "WEIGHTED": False, "WEIGHTED_BINARY": False}
-    for name, more, warps in (
-        ("fit_group", fit, 4),
-        ("fit_group", paper, 4),
-        ("compensate", {"COUNT": columns.COLUMNS}, 1),
-        ("descend", {"COUNT": columns.COLUMNS}, 1),
+    by_column = {"COUNT": columns.COLUMNS}, {"num_warps": 1, "num_stages": 1}
+    for name, more, options in (
+        ("fit_group", fit, {"num_warps": 4}),
+        ("fit_group", paper, {"num_warps": 4}),
+        ("compensate", *by_column),
+        ("descend", *by_column),
     ):
         kernel = getattr(columns, f"{name}_kernel")
-        options = {"num_warps": warps} | ({"num_stages": 1} if "COUNT" in more else {})
         yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, options
 
 
