@@ -43,20 +43,25 @@ def split_digits_torch(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch
 
 
 @triton.jit
-def to_fixed(values, largest):
-    """values * 1/scale as int32, and scale; `largest` holds the bits of max |values|, spread to
-    the shape of `values` or broadcastable to it."""
+def scale_of(largest):
+    """The scale of a block whose max |value| has the bits `largest`, and 1 / scale."""
     exponent = (largest.to(tl.float32, bitcast=True) * 1.0078740157480315).to(
         tl.int32, bitcast=True
     ) >> 23
-    broken = largest >= 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 30), 254)
     scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest >= 0x7F800000, float("nan"), scale), inverse
+
+
+@triton.jit
+def to_fixed(values, largest):
+    """values * 1/scale as int32, and scale; `largest` holds the bits of max |values|, spread to
+    the shape of `values` or broadcastable to it."""
+    scale, inverse = scale_of(largest)
     # Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     fixed = (values * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    fixed = tl.where(broken, 0, fixed)
-    return fixed, tl.where(broken, float("nan"), scale)
+    return tl.where(largest >= 0x7F800000, 0, fixed), scale
 
 
 @triton.jit
@@ -90,15 +95,51 @@ def split_rows(x, digits, meta, row, first, COLUMNS: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def values_of(word, DTYPE: tl.constexpr):
     """int32 to the two 16-bit floats in it, as float32."""
+    if tl.bfloat16 == DTYPE:  # the high half of a float32
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(
+            tl.float32, bitcast=True
+        )
     first = word.to(tl.int16).to(DTYPE, bitcast=True)
     second = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     return first.to(tl.float32), second.to(tl.float32)
 
 
+@triton.constexpr_function
+def _four_bytes_asm(byte):
+    of_two = f"0x{byte + 4}{byte}"
+    return (
+        f"{{ .reg .b32 t, u; prmt.b32 t, $1, $2, {of_two}; prmt.b32 u, $3, $4, {of_two}; "
+        "prmt.b32 $0, t, u, 0x5410; }"
+    )
+
+
 @triton.jit
-def four_bytes(b0, b1, b2, b3):
-    """The low bytes of four int32 in one."""
-    return (b0 & 255) | ((b1 & 255) << 8) | ((b2 & 255) << 16) | (b3 << 24)
+def four_bytes(b0, b1, b2, b3, BYTE: tl.constexpr, INLINE: tl.constexpr):
+    """Byte BYTE of each of four int32, in one."""
+    if INLINE:
+        return tl.inline_asm_elementwise(
+            _four_bytes_asm(BYTE), "=r,r,r,r,r", [b0, b1, b2, b3],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low = ((b0 >> 8 * BYTE) & 255) | (((b1 >> 8 * BYTE) & 255) << 8)
+        return low | (((b2 >> 8 * BYTE) & 255) << 16) | (((b3 >> 8 * BYTE) & 255) << 24)
+
+
+@triton.jit
+def reduce_threads(values, LARGEST: tl.constexpr, TOGETHER: tl.constexpr, WARPS: tl.constexpr,
+                   INLINE: tl.constexpr):  # fmt: skip
+    """The largest, or the sum, of TOGETHER threads' int32 side by side, for each of them. The
+    largest: of numbers from 0 on."""
+    if INLINE and TOGETHER == 32:
+        return tl.inline_asm_elementwise(
+            "redux.sync.max.s32 $0, $1, -1;" if LARGEST else "redux.sync.add.s32 $0, $1, -1;",
+            "=r,r", [values], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        rows = values.reshape(32 * WARPS // TOGETHER, TOGETHER)
+        reduced = tl.max(rows, 1) if LARGEST else tl.sum(rows, 1)
+        return each_thread(rows * 0 + reduced[:, None], WARPS, INLINE)
 
 
 @triton.jit
@@ -121,7 +162,6 @@ def store_token(thread, loaded, digits, meta, COLUMNS: tl.constexpr, BLOCK: tl.c
                 DTYPE: tl.constexpr, WARPS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """What `split_rows` stores of one row, by all threads of a program (`threads`)."""
     TOGETHER: tl.constexpr = BLOCK // 4  # threads that share a scale
-    SHAPE: tl.constexpr = (32 * WARPS // TOGETHER, TOGETHER)
     out = digits.to(tl.pointer_type(tl.int32))
     for i in tl.static_range(len(loaded)):
         word0, word1 = loaded[i]
@@ -129,21 +169,22 @@ def store_token(thread, loaded, digits, meta, COLUMNS: tl.constexpr, BLOCK: tl.c
         v1, v3 = values_of(word1, DTYPE)
         low = tl.maximum(absolute_bits(v0), absolute_bits(v1))
         high = tl.maximum(absolute_bits(v2), absolute_bits(v3))
-        largest = tl.maximum(low, high).reshape(SHAPE)
-        largest = each_thread(largest * 0 + tl.max(largest, 1)[:, None], WARPS, INLINE)
-        f0, scale = to_fixed(v0, largest)
-        f1, scale = to_fixed(v1, largest)
-        f2, scale = to_fixed(v2, largest)
-        f3, scale = to_fixed(v3, largest)
-        h0, h1, h2, h3 = (f0 + 128) >> 8, (f1 + 128) >> 8, (f2 + 128) >> 8, (f3 + 128) >> 8
+        largest = reduce_threads(tl.maximum(low, high), True, TOGETHER, WARPS, INLINE)
+        scale, inverse = scale_of(largest)
+        # As in `to_fixed`, plus 128: byte 1 is the high digit, byte 0 the low one plus 128. Where
+        # the scale is NaN they are anything.
+        f0 = (v0 * inverse + 12583040.0).to(tl.int32, bitcast=True)
+        f1 = (v1 * inverse + 12583040.0).to(tl.int32, bitcast=True)
+        f2 = (v2 * inverse + 12583040.0).to(tl.int32, bitcast=True)
+        f3 = (v3 * inverse + 12583040.0).to(tl.int32, bitcast=True)
         first = i * (128 * WARPS) + thread // 8 * 32
         inside = first < COLUMNS
-        at = first // 4 + thread % 8
-        tl.store(out + at, four_bytes(h0, h1, h2, h3), mask=inside)
-        rest = four_bytes(f0 - 256 * h0, f1 - 256 * h1, f2 - 256 * h2, f3 - 256 * h3)
-        tl.store(out + COLUMNS // 4 + at, rest, mask=inside)
-        total = ((f0 + f1) + (f2 + f3)).reshape(SHAPE)
-        total = each_thread(total * 0 + tl.sum(total, 1)[:, None], WARPS, INLINE)
+        at = out + (first // 4 + thread % 8)
+        tl.store(at, four_bytes(f0, f1, f2, f3, 1, INLINE), mask=inside)
+        rest = four_bytes(f0, f1, f2, f3, 0, INLINE) ^ -0x7F7F7F80  # 0x80808080
+        tl.store(at + COLUMNS // 4, rest, mask=inside)
+        total = ((f0 + f1) + (f2 + f3)) - 0x2D000200  # four times the 0x4B400080 in each
+        total = reduce_threads(total, False, TOGETHER, WARPS, INLINE)
         leads = inside & (thread % TOGETHER == 0)
         tl.store(meta + first // BLOCK * 2, scale, mask=leads)
         tl.store(meta + first // BLOCK * 2 + 1, total.to(tl.float32), mask=leads)

@@ -22,6 +22,7 @@ from mcmoe_kernels.routing import (
     few_options,
     max_blocks,
     pdl_options,
+    prefetch_lookup,
     route,
     wait_for_previous,
 )
@@ -211,12 +212,15 @@ def load_pairs(block_pair, block, BLOCK_M: tl.constexpr):
 def prepare_kernel(x, digits, x_meta, ids, lookup, topk_weights, ratio, kept_ids, counts,
                    scratch, block_info, block_pair, pairs, blocks,
                    COLUMNS: tl.constexpr, X_BLOCK: tl.constexpr, X_BLOCKS: tl.constexpr,
-                   PRUNED_TOP_K: tl.constexpr, SLOTS: tl.constexpr, FEW: tl.constexpr,
-                   BLOCK_M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   PRUNED_TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+                   FEW: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+                   INLINE: tl.constexpr):  # fmt: skip
     """Program 0 prunes and routes; the others take pieces of x."""
     PARTS: tl.constexpr = (COLUMNS // X_BLOCK + X_BLOCKS - 1) // X_BLOCKS
-    wait_for_previous(PDL)
     program = tl.program_id(0) - 1
+    if program < 0:
+        prefetch_lookup(lookup, EXPERTS, INLINE)
+    wait_for_previous(PDL)
     if program < 0:
         route(
             ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_info, block_pair,
@@ -401,7 +405,8 @@ def launch_decode(
         x, digits, x_meta, topk_ids, layer.lookup, topk_weights, prune_ratio, kept_ids, counts,
         scratch, block_info, block_pair, pairs, blocks,
         COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, PRUNED_TOP_K=top_k if pruned else 0,
-        SLOTS=slots, BLOCK_M=block_m, **few_options(pairs), **common,
+        EXPERTS=len(layer.lookup), SLOTS=slots, BLOCK_M=block_m, INLINE=inline,
+        **few_options(pairs), **common,
     )  # fmt: skip
     shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
     limit13, limit2 = register_limits(config)

@@ -24,6 +24,7 @@ from mcmoe_kernels.experts_warp import (
     is_ragged,
     place_of_warp,
     steps_of,
+    steps_of_warp,
 )
 from mcmoe_kernels.routing import expert_of_pair, pdl_options, wait_for_previous
 from mcmoe_kernels.threads import threads
@@ -32,11 +33,23 @@ from mcmoe_kernels.tuning import SingleConfig
 
 
 @triton.jit
-def entry_of_pair(ids, lookup, topk_weights, ratio, pair, ENTRY: tl.constexpr,
-                  PRUNED_TOP_K: tl.constexpr):  # fmt: skip
-    """A pair's entry in the table of w13 (ENTRY 1) or w2 (2), 0 if nothing is to be computed."""
-    expert = expert_of_pair(ids, topk_weights, ratio, pair, True, PRUNED_TOP_K)
-    return tl.load(lookup + expert * 4 + ENTRY, mask=expert >= 0, other=0)
+def load_entries(thread, lookup, EXPERTS: tl.constexpr, WARPS: tl.constexpr):
+    """All experts' entries in the table of w13, int32 [threads] in turn: they are here when ids
+    are, where the one that is meant would be a cache miss behind them."""
+    entries = ()
+    for first in tl.static_range(0, EXPERTS, 32 * WARPS):
+        expert = first + thread
+        entries += (tl.load(lookup + expert * 4 + 1, mask=expert < EXPERTS, other=0),)
+    return entries
+
+
+@triton.jit
+def entry_of_expert(thread, entries, expert, WARPS: tl.constexpr):
+    """The entry of an expert, 0 if nothing is to be computed: -1, or one that is not here."""
+    mine = thread * 0
+    for i in tl.static_range(len(entries)):
+        mine += tl.where(thread + i * (32 * WARPS) == expert, entries[i], 0)
+    return tl.sum(mine)
 
 
 @triton.jit
@@ -108,21 +121,24 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
                           GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
                           ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
                           TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-                          TOP_K: tl.constexpr, PRUNED_TOP_K: tl.constexpr, ENDED: tl.constexpr,
-                          WARPS: tl.constexpr, PDL: tl.constexpr,
-                          INLINE: tl.constexpr):  # fmt: skip
+                          TOP_K: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
+                          EXPERTS: tl.constexpr, ENDED: tl.constexpr, WARPS: tl.constexpr,
+                          PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], act(gate) * up. digits,
     x_meta: for each program its own."""
     STEPS: tl.constexpr = steps_of(HIDDEN, 1)
     PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
     RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
+    steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     thread = threads(WARPS, INLINE)
+    entries = load_entries(thread, lookup, EXPERTS, WARPS)
     wait_for_previous(PDL)
     token = load_token(thread, x, HIDDEN, HIDDEN, WARPS)
-    entry = entry_of_pair(ids, lookup, topk_weights, ratio, pair, 1, PRUNED_TOP_K)
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, True, PRUNED_TOP_K)
+    entry = entry_of_expert(thread, entries, expert, WARPS)
     if program == 0:
         begin_token(
             thread, ids, topk_weights, ratio, counts, ended, TOP_K, PRUNED_TOP_K, ENDED, WARPS
@@ -133,10 +149,9 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
     place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
     acc = dot_any_width(
         thread, place, token, None, digits + program * (2 * HIDDEN),
-        x_meta + program * (2 * (HIDDEN // GROUP_SIZE)), tl.where(thread % 32 < 8, 0, -1),
-        tl.where(thread % 4 == 0, 0, -1), records, entry, first_row, entry * 0, PER_PART, HIDDEN,
-        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES, WARPS, AHEAD, RAGGED,
-        False, DTYPE, INLINE,
+        x_meta + program * (2 * (HIDDEN // GROUP_SIZE)), thread * 0, thread * 0, records, entry,
+        first_row, entry * 0, steps, HIDDEN, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE,
+        WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, DTYPE, INLINE,
     )  # fmt: skip
     # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own.
     first, begin, end = place
@@ -164,12 +179,14 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
     COLUMNS: tl.constexpr = PER_SPLIT * 256  # those that are not there have digits of zero
     RAGGED: tl.constexpr = is_ragged(COLUMNS, 1, PARTS, AHEAD)
+    steps_here = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
     thread = threads(WARPS, INLINE)
-    entry = entry_of_pair(ids, lookup, topk_weights, ratio, pair, 2, PRUNED_TOP_K)
+    expert = expert_of_pair(ids, topk_weights, ratio, pair, True, PRUNED_TOP_K)
+    entry = tl.load(lookup + expert * 4 + 2, mask=expert >= 0, other=0)
     # What adding up needs is here before the sums are.
     weights = weights_of_token(ids, lookup, topk_weights, ratio, TOP_K, PRUNED_TOP_K)
     if entry == 0:
@@ -181,9 +198,9 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
         acc = dot_any_width(
             thread, place, None, h + pair * INTERMEDIATE + first_step * 256,
             digits + program * (2 * COLUMNS), h_meta + program * (2 * (COLUMNS // GROUP_SIZE)),
-            tl.where(thread % 32 < 8, 0, -1), tl.where(thread % 4 == 0, 0, -1), records, entry,
-            first_row, first_step, PER_PART, INTERMEDIATE - first_step * 256, HIDDEN, COLUMNS,
-            GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES, WARPS, AHEAD, RAGGED, PDL, DTYPE, INLINE,
+            thread * 0, thread * 0, records, entry, first_row, first_step, steps_here,
+            INTERMEDIATE - first_step * 256, HIDDEN, COLUMNS, GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES,
+            WARPS, AHEAD, RAGGED, PDL, DTYPE, INLINE,
         )  # fmt: skip
         first, begin, end = place
         row = first_row // 64 * 64 + first + thread % 32 // 4
@@ -248,7 +265,7 @@ def fused_experts_single(
         x, digits, x_meta, w13.records, *routes, counts, ended, h,
         GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
         BLOCK_N=config.block_n13, TILES=config.tiles13, PARTS=config.parts13,
-        STAGES=config.stages13, ENDED=row_blocks,
+        STAGES=config.stages13, ENDED=row_blocks, EXPERTS=len(layer.lookup),
         WARPS=config.warps13, num_warps=config.warps13, **limit13, **common,
     )  # fmt: skip
     down[grid2](

@@ -151,24 +151,34 @@ def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def merge_word(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr):
-    shifted = high << -HIGH_SHIFT if HIGH_SHIFT < 0 else high >> HIGH_SHIFT
-    return ((low >> LOW_SHIFT) & 0x33333333) | (shifted & 0x44444444)
+def merge_word(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
+               INLINE: tl.constexpr):  # fmt: skip
+    low = low >> LOW_SHIFT
+    high = high << -HIGH_SHIFT if HIGH_SHIFT < 0 else high >> HIGH_SHIFT
+    if INLINE:  # one operation, which compilers make two of
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x33333333, 0xE4;", "=r,r,r", [low, high],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return (low & 0x33333333) | (high & ~0x33333333)
 
 
 @triton.jit
-def merge(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr):
-    """Two nibbles of 3-bit codes in each byte, see `tiles`."""
+def merge(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr, INLINE: tl.constexpr):
+    """Two nibbles of 3-bit codes in each byte, see `tiles`; their fourth bits are anything."""
     l0, l1, l2, l3 = low
     h0, h1, h2, h3 = high
     return (
-        merge_word(l0, h0, LOW_SHIFT, HIGH_SHIFT), merge_word(l1, h1, LOW_SHIFT, HIGH_SHIFT),
-        merge_word(l2, h2, LOW_SHIFT, HIGH_SHIFT), merge_word(l3, h3, LOW_SHIFT, HIGH_SHIFT),
-    )  # fmt: skip
+        merge_word(l0, h0, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_word(l1, h1, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_word(l2, h2, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_word(l3, h3, LOW_SHIFT, HIGH_SHIFT, INLINE),
+    )
 
 
 @triton.jit
-def blocks_words(planes, TILE: tl.constexpr, BITS: tl.constexpr):
+def blocks_words(planes, TILE: tl.constexpr, BITS: tl.constexpr, INLINE: tl.constexpr):
     """The four blocks of 32 columns of one tile of a step, as operands of four MMAs."""
     if BITS == 1:
         p = planes[0]
@@ -181,34 +191,38 @@ def blocks_words(planes, TILE: tl.constexpr, BITS: tl.constexpr):
         return field(p, 0, 3), field(p, 2, 3), field(p, 4, 3), field(p, 6, 3)
     else:
         if BITS == 3:
-            even = merge(planes[1 + TILE], planes[0], 0, -2 * TILE)
-            odd = merge(planes[1 + TILE], planes[0], 2, 1 - 2 * TILE)
+            even = merge(planes[1 + TILE], planes[0], 0, -2 * TILE, INLINE)
+            odd = merge(planes[1 + TILE], planes[0], 2, 1 - 2 * TILE, INLINE)
         else:
             even, odd = planes[2 * TILE], planes[2 * TILE + 1]
-        return field(even, 0, 15), field(odd, 0, 15), field(even, 4, 15), field(odd, 4, 15)
+        MASK: tl.constexpr = (1 << BITS) - 1
+        return field(even, 0, MASK), field(odd, 0, MASK), field(even, 4, MASK), field(odd, 4, MASK)
 
 
 @triton.jit
-def multiply_part(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left, AT: tl.constexpr,
+def load_if(at, inside, MASKED: tl.constexpr):
+    """Zeros where not inside. No mask where the shape needs none: it would cost instructions."""
+    return tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
+
+
+@triton.jit
+def multiply_part(thread, acc, loaded, x, x_meta, columns_left, AT: tl.constexpr,
                   RAGGED: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
                   BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
                   INLINE: tl.constexpr):  # fmt: skip
     """acc += X_BLOCK columns of a step's weights, from AT on, scaled, times those of X."""
     TILE: tl.constexpr = AT // 128
-    # No mask where the shape needs none: it would cost instructions.
-    if RAGGED:
-        inside = thread * 0 + AT < columns_left
-        valid, valid_pair = valid & inside, valid_pair & inside
+    inside = thread * 0 + AT < columns_left
     digits = ()
     for block in tl.static_range(X_BLOCK // 32):
-        digits += (halves(tl.load(x + (AT + 32 * block) // 8, mask=valid, other=0)),)
-    scale, total = halves(tl.load(x_meta + AT // X_BLOCK, mask=valid_pair, other=0))
+        digits += (halves(load_if(x + (AT + 32 * block) // 8, inside, RAGGED)),)
+    scale, total = halves(load_if(x_meta + AT // X_BLOCK, inside, RAGGED))
     x_scale, x_sum = scale.to(tl.float32, bitcast=True), total.to(tl.float32, bitcast=True)
     nothing = thread * 0
     sums = ()
     for rows in tl.static_range(TILES):
         planes, metas = loaded[rows]
-        blocks = blocks_words(planes, TILE, BITS)
+        blocks = blocks_words(planes, TILE, BITS, INLINE)
         product = (nothing, nothing, nothing, nothing)
         for block in tl.static_range(X_BLOCK // 32):
             a0, a1, a2, a3 = blocks[AT % 128 // 32 + block]
@@ -226,9 +240,9 @@ def multiply_part(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_lef
 
 
 @triton.jit
-def multiply_planes(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left,
-                    RAGGED: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
-                    BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+def multiply_planes(thread, acc, loaded, x, x_meta, columns_left, RAGGED: tl.constexpr,
+                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, BITS: tl.constexpr,
+                    TILES: tl.constexpr, WARPS: tl.constexpr,
                     INLINE: tl.constexpr):  # fmt: skip
     """acc += a step's weights, scaled, times X. x, x_meta: where the step's columns of X begin.
     RAGGED: less than 256 of them may be left, or none.
@@ -237,8 +251,8 @@ def multiply_planes(thread, acc, loaded, x, x_meta, valid, valid_pair, columns_l
     """
     for part in tl.static_range(256 // X_BLOCK):
         acc = multiply_part(
-            thread, acc, loaded, x, x_meta, valid, valid_pair, columns_left, part * X_BLOCK,
-            RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES, WARPS, INLINE,
+            thread, acc, loaded, x, x_meta, columns_left, part * X_BLOCK, RAGGED, GROUP_SIZE,
+            X_BLOCK, BITS, TILES, WARPS, INLINE,
         )  # fmt: skip
     return acc
 
@@ -253,9 +267,10 @@ def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, record,
 
     place: three int32 [threads], the first of a thread's rows behind `record`'s, the first of its
     steps and the first behind them. x, x_meta: digits of X, COLUMNS a row, from step 0 on; columns:
-    so many of them are X's. rows: int32 [threads], the row of X whose digits the thread loads, -1
-    for none; pair_rows: the same of its results. steps: the most of any warp. AHEAD: so many are
-    loaded ahead. RAGGED: a warp may have fewer, or the last of them fewer columns.
+    so many of them are X's. rows: int32 [threads], the row of X whose digits the thread loads;
+    pair_rows: the same of its results; -1 for none, row 0 stands in and nobody is to store what it
+    gives. steps: the most of any warp, or `steps_of_warp`. AHEAD: so many are loaded ahead. RAGGED:
+    a warp may have fewer, or the last of them fewer columns.
 
     When the first steps are on their way, this waits for the previous grid if WAIT, and makes the
     digits if it is given X, one row in DTYPE: token (`digits.load_token`), or source, where X lies
@@ -283,7 +298,6 @@ def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, record,
     if token is not None:
         store_token(thread, token, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
         tl.debug_barrier()
-    valid, valid_pair = rows >= 0, pair_rows >= 0
     at = (tl.maximum(rows, 0) * 2 + row % 2) * (COLUMNS // 8) + quad + begin * 32
     x = x.to(tl.pointer_type(tl.int64)) + at
     at = tl.maximum(pair_rows, 0) * (COLUMNS // X_BLOCK) + begin * (256 // X_BLOCK)
@@ -297,9 +311,8 @@ def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, record,
         following = ()
         for i in tl.static_range(AHEAD):
             acc = multiply_planes(
-                thread, acc, loaded[i], x + i * 32, x_meta + i * (256 // X_BLOCK), valid,
-                valid_pair, left - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES,
-                WARPS, INLINE,
+                thread, acc, loaded[i], x + i * 32, x_meta + i * (256 // X_BLOCK),
+                left - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES, WARPS, INLINE,
             )  # fmt: skip
             following += (
                 load_planes(
@@ -358,6 +371,19 @@ def place_of_warp(thread, first_row, steps, STEPS: tl.constexpr, BLOCK_N: tl.con
     begin = warp // (WARPS // PARTS) * PER_PART
     end = tl.where(first < BLOCK_N, tl.minimum(begin + PER_PART, steps), 0)
     return first_row % 64 + first, begin, end
+
+
+@triton.jit
+def steps_of_warp(steps, BLOCK_N: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+                  WARPS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """`steps`, and 0 in warps for whom no row is left: a scalar, but a warp's own."""
+    if INLINE and WARPS // PARTS * 16 * TILES > BLOCK_N:
+        warp = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", "=r", [], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        steps = tl.where(warp % (WARPS // PARTS) * (16 * TILES) < BLOCK_N, steps, 0)
+    return steps
 
 
 @triton.jit

@@ -75,6 +75,19 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch_lookup(lookup, EXPERTS: tl.constexpr, INLINE: tl.constexpr):
+    """Bring the table into the L2 cache while ids are on their way: a cache miss less behind them.
+    For one program of a grid; many that do it wait for each other."""
+    if INLINE:
+        for first in tl.static_range(0, EXPERTS, 128):  # a sector holds two experts
+            expert = tl.minimum(first + tl.arange(0, 64) * 2, EXPERTS - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lookup + expert * 4],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
 def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
     """The id of a pair; with PRUNED_TOP_K, the experts of a token, -1 also where its weight is
     below `ratio` times the token's largest (`pruning`)."""
@@ -110,13 +123,15 @@ def add_pair_counts(counts, ids, expert, pair, inside):
 @triton.jit
 def keep_pair(ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside,
               PRUNED_TOP_K: tl.constexpr):  # fmt: skip
-    """The expert and slot of each pair; where pairs are pruned, what is left goes into kept_ids and
-    its number into counts."""
+    """The slot of each pair and its entries in the tables of w13 and w2; where pairs are pruned,
+    what is left goes into kept_ids and its number into counts."""
     expert = expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K)
     if PRUNED_TOP_K:
         tl.store(kept_ids + pair, expert, mask=inside)
         add_pair_counts(counts, ids, expert, pair, inside)
-    return expert, tl.load(lookup + expert * 4, mask=inside & (expert >= 0), other=-1)
+    at, inside = lookup + expert * 4, inside & (expert >= 0)
+    slot = tl.load(at, mask=inside, other=-1)
+    return slot, tl.load(at + 1, mask=inside, other=0), tl.load(at + 2, mask=inside, other=0)
 
 
 @triton.jit
@@ -143,14 +158,12 @@ def count_pairs(ids, lookup, topk_weights, ratio, count, rank, pairs, begin, str
 
 
 @triton.jit
-def note_pair(block_info, block_pair, lookup, expert, slot, pair, block, place,
+def note_pair(block_info, block_pair, slot, entry13, entry2, pair, block, place,
               BLOCK_M: tl.constexpr):  # fmt: skip
     """Write each pair at its place in its block, and the first ones their block's slot and
     entries. Pairs whose slot is -1 are left out."""
     tl.store(block_pair + block * BLOCK_M + place, pair, mask=slot >= 0)
     first = (slot >= 0) & (place == 0)
-    entry13 = tl.load(lookup + expert * 4 + 1, mask=slot >= 0, other=0)
-    entry2 = tl.load(lookup + expert * 4 + 2, mask=slot >= 0, other=0)
     tl.store(block_info + block * 4, slot, mask=first)
     tl.store(block_info + block * 4 + 1, entry13, mask=first)
     tl.store(block_info + block * 4 + 2, entry2, mask=first)
@@ -168,33 +181,36 @@ def place_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, count, rank,
     for first in tl.range(begin * CHUNK, pairs, stride * CHUNK):
         pair = first + tl.arange(0, CHUNK)
         inside = pair < pairs
-        expert, slot = keep_pair(
+        slot, entry13, entry2 = keep_pair(
             ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside, PRUNED_TOP_K
         )
         place = tl.load(rank + pair, mask=pair < pairs, other=0)
         block = tl.load(first_block + slot, mask=slot >= 0, other=0) + place // BLOCK_M
         note_pair(
-            block_info, block_pair, lookup, expert, slot, pair, block, place % BLOCK_M, BLOCK_M
+            block_info, block_pair, slot, entry13, entry2, pair, block, place % BLOCK_M, BLOCK_M
         )  # fmt: skip
 
 
 @triton.jit
 def compare_pairs(ids, lookup, topk_weights, ratio, kept_ids, counts, block_info, block_pair,
-                  pairs, PRUNED_TOP_K: tl.constexpr, PAIRS: tl.constexpr,
-                  BLOCK_M: tl.constexpr):  # fmt: skip
+                  pairs, blocks, PRUNED_TOP_K: tl.constexpr, PAIRS: tl.constexpr,
+                  BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """The whole table from comparing up to PAIRS pairs with each other: no memory between steps."""
     pair = tl.arange(0, PAIRS)
     inside = pair < pairs
-    expert, slot = keep_pair(
+    slot, entry13, entry2 = keep_pair(
         ids, lookup, topk_weights, ratio, kept_ids, counts, pair, inside, PRUNED_TOP_K
     )
+    # While what was just asked for is on its way.
+    clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
+    tl.debug_barrier()
     before = (slot[None, :] == slot[:, None]) & (pair[None, :] < pair[:, None])
     rank = tl.sum(before.to(tl.int32), 1)
     place = rank % BLOCK_M
     first = (slot >= 0) & (place == 0)
     lower = (slot[None, :] < slot[:, None]) & first[None, :]
     block = tl.sum(lower.to(tl.int32), 1) + rank // BLOCK_M
-    note_pair(block_info, block_pair, lookup, expert, slot, pair, block, place, BLOCK_M)
+    note_pair(block_info, block_pair, slot, entry13, entry2, pair, block, place, BLOCK_M)
 
 
 @triton.jit
@@ -206,11 +222,9 @@ def route(ids, lookup, topk_weights, ratio, kept_ids, counts, scratch, block_inf
     FEW: at least `pairs`, or 0 for any number. scratch: int32 [2 * SLOTS + pairs], unused by few.
     """
     if FEW:
-        clear_blocks(block_info, block_pair, blocks, 0, 1, BLOCK_M, CHUNK)
-        tl.debug_barrier()
         compare_pairs(
             ids, lookup, topk_weights, ratio, kept_ids, counts, block_info, block_pair, pairs,
-            PRUNED_TOP_K, FEW, BLOCK_M,
+            blocks, PRUNED_TOP_K, FEW, BLOCK_M, CHUNK,
         )  # fmt: skip
         return
     count, first_block, rank = scratch, scratch + SLOTS, scratch + 2 * SLOTS

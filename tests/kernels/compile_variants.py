@@ -110,9 +110,9 @@ def variants(shape: LayerShape, config, capability: int):
     if isinstance(config, SingleConfig):
         token = {**sizes, **quantized, "DTYPE": tl.bfloat16, **pdl, "counts": None}
         token |= {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k}
-        ended = {"ENDED": hidden // config.block_n2}
+        first |= {"ENDED": hidden // config.block_n2, "EXPERTS": shape.num_experts}
         kernel13, kernel2 = experts_single.GPU_KERNELS
-        yield "gate_up_single", kernel13, {**token, **first, **own13, **ended}, options13
+        yield "gate_up_single", kernel13, {**token, **first, **own13}, options13
         yield "down_single", kernel2, {**token, **second, **own2}, options2
         return
     (name13, kernel13), (name2, kernel2) = kernels.items()
@@ -123,7 +123,7 @@ def variants(shape: LayerShape, config, capability: int):
         yield "prepare", experts_decode.prepare_kernel, {
             "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
             "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-            "FEW": few.pop("FEW"), **pdl,
+            "EXPERTS": shape.num_experts, "FEW": few.pop("FEW"), "INLINE": True, **pdl,
         }, few  # fmt: skip
     yield "combine", experts_decode.combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,

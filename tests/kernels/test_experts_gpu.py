@@ -163,14 +163,26 @@ def test_one_token(config, hidden, intermediate, group_size, device):
     check(layer, 1, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
 
 
+def test_one_token_of_more_experts_than_threads(device):
+    """Every thread holds the entries of several experts."""
+    layer = random_layer((1, 2, 0, 3, 4) * 15, (2, 1, 0, 4, 3) * 15, 128, 64, 64)
+    tiled = tile_layer(to_device(layer, device))
+    config = fit(SingleConfig(4, 32, 64, 2, 2), LayerShape(75, 8, 128, 64))
+    x, (weights, _) = random_input(1, 128, torch.float16), random_routing(1, 75, 8)
+    ids = torch.tensor([[63, 64, 0, 74, 2, 72, -1, 33]], dtype=torch.int32)  # 2, 72: dropped
+    out = run(x, tiled, weights, ids, config, device)
+    assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(256, 256, 128), (192, 96, 32)])
-def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, device):
+def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, dtype, device):
     """Its kernels make all digits and the sum themselves, in the order of the others."""
     layer = random_layer((1, 2, 3, 4), (4, 1, 2, 3), hidden, intermediate, group_size)
     tiled = tile_layer(to_device(layer, device))
     shape = LayerShape(4, 3, hidden, intermediate)
     together, alone = (fit(c, shape) for c in (CONFIGS["warp"], SINGLE["single"]))
-    x, (weights, ids) = random_input(2, hidden, torch.float16), random_routing(2, 4, 3)
+    x, (weights, ids) = random_input(2, hidden, dtype), random_routing(2, 4, 3)
     ids[1, 1], x[0] = -1, x[0] * torch.logspace(-3, 0, hidden)
     expected = run(x, tiled, weights, ids, together, device)
     for row in (slice(0, 1), slice(1, 2)):
@@ -250,13 +262,14 @@ def test_other_activations(config, activation, device):
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
-@pytest.mark.parametrize("config", PLAIN)
-def test_infinities_are_not_hidden(config, device):
+@pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 3), ONE_TOKEN[0]])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_hidden(value, config, tokens, device):
     layer = random_layer(MIXED13, MIXED2)
-    x, (weights, ids) = random_input(3, 256, torch.float16), random_routing(3, 4, 2)
-    x[1, 5] = float("inf")
+    x, (weights, ids) = random_input(tokens, 256, torch.float16), random_routing(tokens, 4, 2)
+    x[-1, 5] = value
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
-    assert bool(out[[0, 2]].isfinite().all()) and not bool(out[1].isfinite().all())
+    assert bool(out[:-1].isfinite().all()) and not bool(out[-1].isfinite().all())
 
 
 @pytest.mark.parametrize("kernel", ["gate_up_warpgroup_kernel", "down_warpgroup_kernel"])

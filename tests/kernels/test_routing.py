@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from mcmoe_kernels import routing
 from mcmoe_kernels.experts_decode import prepare_kernel
+from mcmoe_kernels.experts_gpu import inline
 from mcmoe_kernels.routing import few_options, max_blocks, route_pairs, route_torch
 from mcmoe_kernels.tiles import tile_layer
 from mcmoe_vllm.pruning import pair_counts, prune
@@ -36,7 +37,8 @@ def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
         x, digits, meta, ids, layer.lookup, ids if weights is None else weights, ratio,
         new(ids.shape), counts, new(16 + pairs), block_info, block_pair, pairs, blocks,
         COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0 if weights is None else ids.shape[1],
-        SLOTS=8, BLOCK_M=block_m, PDL=False, **few_options(pairs),
+        EXPERTS=len(layer.lookup), SLOTS=8, BLOCK_M=block_m, PDL=False, INLINE=inline(),
+        **few_options(pairs),
     )  # fmt: skip
     return block_info, block_pair
 
