@@ -96,9 +96,8 @@ def split_rows(x, digits, meta, row, first, COLUMNS: tl.constexpr, BLOCK: tl.con
 def values_of(word, DTYPE: tl.constexpr):
     """int32 to the two 16-bit floats in it, as float32."""
     if tl.bfloat16 == DTYPE:  # the high half of a float32
-        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(
-            tl.float32, bitcast=True
-        )
+        first, second = word << 16, word & -65536
+        return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
     first = word.to(tl.int16).to(DTYPE, bitcast=True)
     second = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     return first.to(tl.float32), second.to(tl.float32)

@@ -130,7 +130,7 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
     PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
     RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
-    steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
+    own_steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     thread = threads(WARPS, INLINE)
@@ -150,7 +150,7 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
     acc = dot_any_width(
         thread, place, token, None, digits + program * (2 * HIDDEN),
         x_meta + program * (2 * (HIDDEN // GROUP_SIZE)), thread * 0, thread * 0, records, entry,
-        first_row, entry * 0, steps, HIDDEN, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE,
+        first_row, entry * 0, own_steps, HIDDEN, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE,
         WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, DTYPE, INLINE,
     )  # fmt: skip
     # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own.
@@ -179,7 +179,7 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
     AHEAD: tl.constexpr = min(STAGES, PER_PART)
     COLUMNS: tl.constexpr = PER_SPLIT * 256  # those that are not there have digits of zero
     RAGGED: tl.constexpr = is_ragged(COLUMNS, 1, PARTS, AHEAD)
-    steps_here = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
+    own_steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(0) % SPLITS
@@ -198,7 +198,7 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
         acc = dot_any_width(
             thread, place, None, h + pair * INTERMEDIATE + first_step * 256,
             digits + program * (2 * COLUMNS), h_meta + program * (2 * (COLUMNS // GROUP_SIZE)),
-            thread * 0, thread * 0, records, entry, first_row, first_step, steps_here,
+            thread * 0, thread * 0, records, entry, first_row, first_step, own_steps,
             INTERMEDIATE - first_step * 256, HIDDEN, COLUMNS, GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES,
             WARPS, AHEAD, RAGGED, PDL, DTYPE, INLINE,
         )  # fmt: skip
