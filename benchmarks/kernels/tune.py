@@ -34,6 +34,7 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     SingleConfig,
     WarpConfig,
     WarpgroupConfig,
+    compiler,
     dump_config,
     fit,
 )
@@ -181,7 +182,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     shapes = tune(arguments.shapes, arguments.tokens, arguments.routes)
-    arguments.output.write_text(json.dumps({"device": name, "shapes": shapes}, indent=1) + "\n")
+    table = {"device": name, "triton": compiler(), "shapes": shapes}
+    arguments.output.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `configs/<device>.json` holds what `benchmarks/kernels/tune.py` measured on that device:
 
-    {"device": ..., "shapes": [{"num_experts": E, "top_k": k, "hidden_size": H,
+    {"device": ..., "triton": ..., "shapes": [{"num_experts": E, "top_k": k, "hidden_size": H,
      "intermediate_size": I, "tokens": {"1": {"kernel": "decode", ...}, "8": ...}}]}
 
 A device without a file takes that of another of its compute capability, else `default.json`,
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from mcmoe_kernels.tiles import TILE_ROWS
 
@@ -154,15 +155,40 @@ def read_table(name: str) -> Table:
     """The table of a device. Raises ValueError naming the file and what is wrong in it."""
     path = CONFIGS / f"{name}.json"
     try:
-        shapes = json.loads(path.read_text())["shapes"]
-        return {
+        found = json.loads(path.read_text())
+        table = {
             LayerShape(*(s[key] for key in LayerShape.__dataclass_fields__)): {
                 int(tokens): parse_config(entry) for tokens, entry in s["tokens"].items()
             }
-            for s in shapes
+            for s in found["shapes"]
         }
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is no table of kernel configurations: {e!r}") from e
+    measured_with = found.get("triton", compiler())
+    if measured_with == compiler():
+        return table
+    logger.info(
+        "kernel configurations in %s were measured with Triton %s: with %s, those for few tokens "
+        "run without their limits on registers", path, measured_with, compiler(),
+    )  # fmt: skip
+    return {
+        shape: {tokens: without_limits(config) for tokens, config in configs.items()}
+        for shape, configs in table.items()
+    }
+
+
+def compiler() -> str:
+    """Triton's version but for its last number."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def without_limits(config: Config) -> Config:
+    """Limits for few tokens are as low as nothing spills; below them, another compiler's code
+    spilled up to 1756 bytes a thread. Those of `PrefillConfig` say how many programs are to share a
+    multiprocessor, and stay."""
+    if isinstance(config, DecodeConfig | WarpConfig):
+        return replace(config, registers13=0, registers2=0)
+    return config
 
 
 def parse_config(entry: dict[str, Any]) -> Config:

@@ -1,9 +1,12 @@
 """The shipped tables parse, fit every shape, and answer with the nearest that was measured."""
 
+import json
 import logging
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 
 from mcmoe_kernels import tuning
 from mcmoe_kernels.tuning import (
@@ -11,7 +14,9 @@ from mcmoe_kernels.tuning import (
     LayerShape,
     PrefillConfig,
     SingleConfig,
+    WarpConfig,
     choose_config,
+    compiler,
     configs_for,
     dump_config,
     largest_share,
@@ -54,6 +59,21 @@ def test_the_nearest_number_of_tokens_by_factor():
     assert not isinstance(choose_config(CPU, MIXTRAL, 2), SingleConfig)
     listed = configs_for("default", MIXTRAL)
     assert choose_config(CPU, MIXTRAL, 7) == listed[8]
+
+
+@pytest.mark.parametrize("version", ["0.1", compiler()])
+def test_limits_on_registers_are_of_the_compiler_that_they_were_measured_with(
+    version, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    few, many = WarpConfig(registers13=80, registers2=96), PrefillConfig(registers=128)
+    tokens = {"2": dump_config(few), "256": dump_config(many)}
+    table = {"triton": version, "shapes": [{**MIXTRAL.__dict__, "tokens": tokens}]}
+    (tmp_path / f"measured-{version}.json").write_text(json.dumps(table))
+    with caplog.at_level(logging.INFO, logger="mcmoe_kernels"):
+        configs = read_table(f"measured-{version}")[MIXTRAL]
+    assert configs == {2: few if version == compiler() else WarpConfig(), 256: many}
+    assert ("0.1" in caplog.text) == (version == "0.1")
 
 
 def test_a_broken_table_names_its_file(tmp_path, monkeypatch):
