@@ -138,20 +138,22 @@ def merge_planes(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
 @triton.jit
 def merge_words(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
                 INLINE: tl.constexpr):  # fmt: skip
-    """Four nibbles of 3-bit codes, fourth bits anything, in each word: int16 planes in and out."""
+    """Nibbles of 3-bit codes, fourth bits anything: planes in and out, int16 or int32."""
+    BITS: tl.constexpr = low.dtype.primitive_bitwidth
+    MASK: tl.constexpr = 0x3333 if BITS == 16 else 0x33333333
     if INLINE:
         return tl.inline_asm_elementwise(
             _merge_asm(LOW_SHIFT, HIGH_SHIFT, True),
             "=r,r,r",
             [low, high],
-            dtype=tl.int16,
+            dtype=low.dtype,
             is_pure=True,
-            pack=2,
+            pack=32 // BITS,
         )
     elif HIGH_SHIFT < 0:
-        return ((low >> LOW_SHIFT) & 0x3333) | ((high << -HIGH_SHIFT) & ~0x3333)
+        return ((low >> LOW_SHIFT) & MASK) | ((high << -HIGH_SHIFT) & ~MASK)
     else:
-        return ((low >> LOW_SHIFT) & 0x3333) | ((high >> HIGH_SHIFT) & ~0x3333)
+        return ((low >> LOW_SHIFT) & MASK) | ((high >> HIGH_SHIFT) & ~MASK)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 
-from mcmoe_kernels.dequantization import split_meta
+from mcmoe_kernels.dequantization import merge_words, split_meta
 from mcmoe_kernels.digits import absolute_bits, load_token, store_token, to_fixed
 from mcmoe_kernels.experts_decode import (
     activate,
@@ -151,29 +151,15 @@ def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def merge_word(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr,
-               INLINE: tl.constexpr):  # fmt: skip
-    low = low >> LOW_SHIFT
-    high = high << -HIGH_SHIFT if HIGH_SHIFT < 0 else high >> HIGH_SHIFT
-    if INLINE:  # one operation, which compilers make two of
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 0x33333333, 0xE4;", "=r,r,r", [low, high],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return (low & 0x33333333) | (high & ~0x33333333)
-
-
-@triton.jit
 def merge(low, high, LOW_SHIFT: tl.constexpr, HIGH_SHIFT: tl.constexpr, INLINE: tl.constexpr):
     """Two nibbles of 3-bit codes in each byte, see `tiles`; their fourth bits are anything."""
     l0, l1, l2, l3 = low
     h0, h1, h2, h3 = high
     return (
-        merge_word(l0, h0, LOW_SHIFT, HIGH_SHIFT, INLINE),
-        merge_word(l1, h1, LOW_SHIFT, HIGH_SHIFT, INLINE),
-        merge_word(l2, h2, LOW_SHIFT, HIGH_SHIFT, INLINE),
-        merge_word(l3, h3, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_words(l0, h0, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_words(l1, h1, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_words(l2, h2, LOW_SHIFT, HIGH_SHIFT, INLINE),
+        merge_words(l3, h3, LOW_SHIFT, HIGH_SHIFT, INLINE),
     )
 
 
