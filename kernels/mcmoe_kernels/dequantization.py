@@ -258,8 +258,17 @@ def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr,
-               DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+def block_weights(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+                  SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """`weights_of` a block, [N, 32]."""
+    first = weights_of(word, meta, BITS, TILE, BLOCK, 0, SCALED, DTYPE, INLINE)
+    second = weights_of(word, meta, BITS, TILE, BLOCK, 1, SCALED, DTYPE, INLINE)
+    return concatenate(first, second)
+
+
+@triton.jit
+def tile_weights(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr,
+                 SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """The weights [N, 128] of one tile of a step; planes as in `blocks_bytes`, but int16 [N, 16].
 
     metas: int32 [N] of each of the four blocks. SCALED: as in `weights_of`.
@@ -270,10 +279,25 @@ def tile_words(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr, SCAL
     parts = ()
     for block in tl.static_range(4):
         word = w1 if BITS >= 3 and block % 2 == 1 else w0
-        first = weights_of(word, metas[block], BITS, TILE, block, 0, SCALED, DTYPE, INLINE)
-        second = weights_of(word, metas[block], BITS, TILE, block, 1, SCALED, DTYPE, INLINE)
-        parts += (concatenate(first, second),)
+        parts += (
+            block_weights(word, metas[block], BITS, TILE, block, SCALED, DTYPE, INLINE),
+        )  # fmt: skip
     return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
+
+
+@triton.jit
+def half_weights(w0, w1, high, metas, TILE: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+                 DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """Blocks HALF and HALF + 2 of `tile_weights`, scaled, [N, 64]: those that one word holds."""
+    word = w0
+    if BITS == 3:
+        word = merge_words(w0, high, 2 * HALF, HALF - 2 * TILE, INLINE)
+    elif BITS == 4 and HALF == 1:
+        word = w1
+    return concatenate(
+        block_weights(word, metas[HALF], BITS, TILE, HALF, True, DTYPE, INLINE),
+        block_weights(word, metas[HALF + 2], BITS, TILE, HALF + 2, True, DTYPE, INLINE),
+    )
 
 
 @triton.jit

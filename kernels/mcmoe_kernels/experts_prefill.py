@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.dequantization import split_meta, tile_words
+from mcmoe_kernels.dequantization import half_weights, split_meta, tile_weights
 from mcmoe_kernels.experts_decode import (
     activate,
     combine_kernel,
@@ -31,16 +31,27 @@ from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import PrefillConfig, WarpgroupConfig
 
 
+@triton.constexpr_function
+def is_scaled(block_m, group_size):
+    """Whether each weight is scaled, rather than each result.
+
+    Few pairs: a scale for each result costs less. Many: registers are short, and results take more
+    of them before they are scaled.
+    """
+    return block_m > 32 or group_size < 128
+
+
 @triton.jit
 def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_left,
                   TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
                   BITS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """acc [N, M] += the weights of one tile of a step times x [128, M]."""
+    """acc [N, M] += the weights of one tile of a step times x [128, M].
+
+    Scaled weights are multiplied in halves (x_offsets: of the columns of `half_weights`, HALF 0),
+    since those of a tile, all at once, would take as many registers as the results.
+    """
     w0, w1 = load_tile(record.to(tl.pointer_type(tl.int16)), offsets, TILE, GROUP_SIZE, BITS, 2)
     w0 = shared if BITS == 1 else w0
-    # Few pairs: a scale for each result costs less than one for each weight. Many: registers are
-    # short, and scales kept as pairs of 16 bits would take more of them.
-    SCALED: tl.constexpr = acc.shape[1] > 32 or GROUP_SIZE < 128
     metas = ()
     for block in tl.static_range(4):
         metas += (
@@ -49,15 +60,31 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
                 GROUP_SIZE, BITS,
             ),
         )  # fmt: skip
-    weights = tile_words(w0, w1, shared, metas, TILE, BITS, SCALED, x.dtype.element_ty, INLINE)
-    if COLUMNS % 128 != 0:
-        valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
-    tokens = tl.load((x + TILE * 128) + x_offsets, mask=valid, other=0.0)
-    if SCALED:
-        return tl.dot(weights, tokens, acc)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    if is_scaled(acc.shape[1], GROUP_SIZE):
+        for half in tl.static_range(2):
+            weights = half_weights(w0, w1, shared, metas, TILE, half, BITS, DTYPE, INLINE)
+            inside = valid
+            if COLUMNS % 128 != 0:
+                columns = TILE * 128 + half * 32 + half_columns()
+                inside = valid & (columns < columns_left)[:, None]
+            tokens = tl.load((x + TILE * 128 + half * 32) + x_offsets, mask=inside, other=0.0)
+            acc = tl.dot(weights, tokens, acc)
+        return acc
     else:
+        weights = tile_weights(w0, w1, shared, metas, TILE, BITS, False, DTYPE, INLINE)
+        if COLUMNS % 128 != 0:
+            valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
+        tokens = tl.load((x + TILE * 128) + x_offsets, mask=valid, other=0.0)
         scale, zero = split_meta(metas[0], TILE, BITS, tl.float32)
         return acc + tl.dot(weights, tokens) * scale[:, None]
+
+
+@triton.jit
+def half_columns():
+    """The columns of a tile, int32 [64], that HALF 0 of `half_weights` belongs to."""
+    columns = tl.arange(0, 64)
+    return columns + columns // 32 * 32
 
 
 @triton.jit
@@ -77,7 +104,8 @@ def dot_weights(x, rows, record, ROWS: tl.constexpr,
     x_rows = tl.where(rows >= 0, rows, 0)
     if WIDE:
         x_rows = x_rows.to(tl.int64)
-    x_offsets = x_rows[None, :] * COLUMNS + tl.arange(0, 128)[:, None]
+    columns = half_columns() if is_scaled(BLOCK_M, GROUP_SIZE) else tl.arange(0, 128)
+    x_offsets = x_rows[None, :] * COLUMNS + columns[:, None]
     valid = (rows >= 0)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -120,6 +148,14 @@ def weights_any_width(x, rows, records, entry, first_row,
 
 
 @triton.jit
+def store_rows(y, value, pairs, first_row, ROWS: tl.constexpr):
+    """y[pair, first_row + n] = value[n, m] for the pairs that are there."""
+    row = first_row + tl.arange(0, value.shape[0])
+    at = pairs.to(tl.int64)[:, None] * ROWS + row[None, :]
+    tl.store(y + at, value.trans(1, 0), mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+
+
+@triton.jit
 def gate_up_block(x, records, block_pair, entry, n_block, h, top_k,
                   HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, GROUP_SIZE: tl.constexpr,
                   WIDTHS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -135,9 +171,7 @@ def gate_up_block(x, records, block_pair, entry, n_block, h, top_k,
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
     value = (activate(gate, ACTIVATION) * up).to(h.dtype.element_ty)
-    column = n_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    at = pairs.to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
-    tl.store(h + at, value.trans(1, 0), mask=(pairs >= 0)[:, None] & (column >= 0)[None, :])
+    store_rows(h, value, pairs, n_block * (BLOCK_N // 2), INTERMEDIATE)
 
 
 @triton.jit
@@ -151,10 +185,11 @@ def down_block(h, records, block_pair, entry, n_block, y,
         h, pairs, records, entry, n_block * BLOCK_N,
         HIDDEN, INTERMEDIATE, GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, STAGES, WIDE, INLINE,
     )  # fmt: skip
-    row = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = pairs.to(tl.int64)[:, None] * HIDDEN + row[None, :]
-    value = acc.to(y.dtype.element_ty).trans(1, 0)
-    tl.store(y + at, value, mask=(pairs >= 0)[:, None] & (row >= 0)[None, :])
+    # In halves, whose addresses take fewer registers.
+    halves = acc.to(y.dtype.element_ty).reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0)
+    first, second = halves.split()
+    store_rows(y, first, pairs, n_block * BLOCK_N, HIDDEN)
+    store_rows(y, second, pairs, n_block * BLOCK_N + BLOCK_N // 2, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["top_k"])

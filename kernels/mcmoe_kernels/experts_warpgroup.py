@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mcmoe_kernels.dequantization import concatenate, merge_words, split_meta, weights_of
+from mcmoe_kernels.dequantization import block_weights, concatenate, merge_words, split_meta
 from mcmoe_kernels.experts_decode import (
     activate,
     first_record,
@@ -28,7 +28,7 @@ from mcmoe_kernels.experts_decode import (
     shared_at,
     tile_at,
 )
-from mcmoe_kernels.experts_prefill import launch_prefill
+from mcmoe_kernels.experts_prefill import is_scaled, launch_prefill
 from mcmoe_kernels.routing import wait_for_previous
 from mcmoe_kernels.tiles import TiledLayer
 from mcmoe_kernels.tuning import WarpgroupConfig
@@ -102,14 +102,12 @@ def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: 
 @gluon.jit
 def weights_of_block(w0, w1, metas, BLOCK: gl.constexpr, TILE: gl.constexpr,
                      GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr,
-                     WEIGHT: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+                     DTYPE: gl.constexpr):  # fmt: skip
     """The weights [N, 32] of one block of a tile, SCALED as in `weights_of`. metas: a tuple, int32
     [N] for each group."""
     word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
     meta = metas[BLOCK * 32 // GROUP_SIZE]
-    first = weights_of(word, meta, BITS, TILE, BLOCK, 0, SCALED, DTYPE, True)
-    second = weights_of(word, meta, BITS, TILE, BLOCK, 1, SCALED, DTYPE, True)
-    return concatenate(first, second)
+    return block_weights(word, meta, BITS, TILE, BLOCK, SCALED, DTYPE, True)
 
 
 @gluon.jit
@@ -134,11 +132,11 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
     for part in gl.static_range(PARTS):
         tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
         weights = weights_of_block(
-            w0, w1, metas, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, WEIGHT, DTYPE,
+            w0, w1, metas, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, DTYPE,
         )  # fmt: skip
         if PART == 64:
             second = weights_of_block(
-                w0, w1, metas, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, WEIGHT, DTYPE,
+                w0, w1, metas, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, DTYPE,
             )  # fmt: skip
             weights = concatenate(weights, second)
         weights = gl.convert_layout(weights, WEIGHT, assert_trivial=True)
@@ -167,7 +165,7 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     AHEAD: gl.constexpr = STAGES - 2
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     DTYPE: gl.constexpr = x.dtype.element_ty
-    SCALED: gl.constexpr = BLOCK_M > 32 or GROUP_SIZE < 128  # as in `experts_prefill`
+    SCALED: gl.constexpr = is_scaled(BLOCK_M, GROUP_SIZE)
     gl.static_assert(STAGES % 2 == 0 and STAGES >= 4)
     gl.static_assert(COLUMNS % PART == 0)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
