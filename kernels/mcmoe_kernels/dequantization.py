@@ -268,10 +268,11 @@ def block_weights(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def tile_weights(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr,
-                 SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """The weights [N, 128] of one tile of a step; planes as in `blocks_bytes`, but int16 [N, 16].
+                 DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """The weights [N, 128] of one tile of a step, not scaled; planes as in `blocks_bytes`, but
+    int16 [N, 16].
 
-    metas: int32 [N] of each of the four blocks. SCALED: as in `weights_of`.
+    metas: int32 [N] of each of the four blocks.
     """
     if BITS == 3:
         w1 = merge_words(w0, high, 2, 1 - 2 * TILE, INLINE)
@@ -279,16 +280,15 @@ def tile_weights(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr,
     parts = ()
     for block in tl.static_range(4):
         word = w1 if BITS >= 3 and block % 2 == 1 else w0
-        parts += (
-            block_weights(word, metas[block], BITS, TILE, block, SCALED, DTYPE, INLINE),
-        )  # fmt: skip
+        parts += (block_weights(word, metas[block], BITS, TILE, block, False, DTYPE, INLINE),)
     return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
 
 
 @triton.jit
 def half_weights(w0, w1, high, metas, TILE: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
                  DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """Blocks HALF and HALF + 2 of `tile_weights`, scaled, [N, 64]: those that one word holds."""
+    """Blocks HALF and HALF + 2 of a tile, those that one word holds, scaled: [N, 64]; arguments as
+    in `tile_weights`."""
     word = w0
     if BITS == 3:
         word = merge_words(w0, high, 2 * HALF, HALF - 2 * TILE, INLINE)

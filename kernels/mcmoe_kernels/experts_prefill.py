@@ -72,7 +72,7 @@ def multiply_tile(acc, record, offsets, x, x_offsets, valid, shared, columns_lef
             acc = tl.dot(weights, tokens, acc)
         return acc
     else:
-        weights = tile_weights(w0, w1, shared, metas, TILE, BITS, False, DTYPE, INLINE)
+        weights = tile_weights(w0, w1, shared, metas, TILE, BITS, DTYPE, INLINE)
         if COLUMNS % 128 != 0:
             valid = valid & (TILE * 128 + tl.arange(0, 128) < columns_left)[:, None]
         tokens = tl.load((x + TILE * 128) + x_offsets, mask=valid, other=0.0)
