@@ -258,9 +258,11 @@ def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def block_weights(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+def block_weights(w0, w1, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
                   SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """`weights_of` a block, [N, 32]."""
+    """`weights_of` a block, [N, 32]. w0: the words of blocks 0 and 2, w1: from 3 bits on, of blocks
+    1 and 3."""
+    word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
     first = weights_of(word, meta, BITS, TILE, BLOCK, 0, SCALED, DTYPE, INLINE)
     second = weights_of(word, meta, BITS, TILE, BLOCK, 1, SCALED, DTYPE, INLINE)
     return concatenate(first, second)
@@ -279,8 +281,7 @@ def tile_weights(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr,
         w0 = merge_words(w0, high, 0, -2 * TILE, INLINE)
     parts = ()
     for block in tl.static_range(4):
-        word = w1 if BITS >= 3 and block % 2 == 1 else w0
-        parts += (block_weights(word, metas[block], BITS, TILE, block, False, DTYPE, INLINE),)
+        parts += (block_weights(w0, w1, metas[block], BITS, TILE, block, False, DTYPE, INLINE),)
     return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
 
 
@@ -289,14 +290,12 @@ def half_weights(w0, w1, high, metas, TILE: tl.constexpr, HALF: tl.constexpr, BI
                  DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
     """Blocks HALF and HALF + 2 of a tile, those that one word holds, scaled: [N, 64]; arguments as
     in `tile_weights`."""
-    word = w0
     if BITS == 3:
-        word = merge_words(w0, high, 2 * HALF, HALF - 2 * TILE, INLINE)
-    elif BITS == 4 and HALF == 1:
-        word = w1
+        w0 = merge_words(w0, high, 2 * HALF, HALF - 2 * TILE, INLINE)
+        w1 = w0
     return concatenate(
-        block_weights(word, metas[HALF], BITS, TILE, HALF, True, DTYPE, INLINE),
-        block_weights(word, metas[HALF + 2], BITS, TILE, HALF + 2, True, DTYPE, INLINE),
+        block_weights(w0, w1, metas[HALF], BITS, TILE, HALF, True, DTYPE, INLINE),
+        block_weights(w0, w1, metas[HALF + 2], BITS, TILE, HALF + 2, True, DTYPE, INLINE),
     )
 
 

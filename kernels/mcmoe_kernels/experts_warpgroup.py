@@ -100,17 +100,6 @@ def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: 
 
 
 @gluon.jit
-def weights_of_block(w0, w1, metas, BLOCK: gl.constexpr, TILE: gl.constexpr,
-                     GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr,
-                     DTYPE: gl.constexpr):  # fmt: skip
-    """The weights [N, 32] of one block of a tile, SCALED as in `weights_of`. metas: a tuple, int32
-    [N] for each group."""
-    word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
-    meta = metas[BLOCK * 32 // GROUP_SIZE]
-    return block_weights(word, meta, BITS, TILE, BLOCK, SCALED, DTYPE, True)
-
-
-@gluon.jit
 def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
                   TILE: gl.constexpr, PARTS: gl.constexpr, GROUP_SIZE: gl.constexpr,
                   BITS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
@@ -131,12 +120,14 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
     sums = acc
     for part in gl.static_range(PARTS):
         tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
-        weights = weights_of_block(
-            w0, w1, metas, part * (PART // 32), TILE, GROUP_SIZE, BITS, SCALED, DTYPE,
+        weights = block_weights(
+            w0, w1, metas[part * PART // GROUP_SIZE], BITS, TILE, part * (PART // 32), SCALED,
+            DTYPE, True,
         )  # fmt: skip
         if PART == 64:
-            second = weights_of_block(
-                w0, w1, metas, part * 2 + 1, TILE, GROUP_SIZE, BITS, SCALED, DTYPE,
+            second = block_weights(
+                w0, w1, metas[(part * 2 + 1) * 32 // GROUP_SIZE], BITS, TILE, part * 2 + 1, SCALED,
+                DTYPE, True,
             )  # fmt: skip
             weights = concatenate(weights, second)
         weights = gl.convert_layout(weights, WEIGHT, assert_trivial=True)
