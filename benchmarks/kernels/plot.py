@@ -1,9 +1,10 @@
 """Draw the kernels' times beside their peers' from benchmarks/results/kernels.jsonl, and print the
 table of every width.
 
-python benchmarks/kernels/plot.py        writes docs/kernels.png
+python benchmarks/kernels/plot.py        writes docs/kernels.png; --device NAME: of another GPU
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -19,8 +20,15 @@ TABLE_TOKENS = (1, 8, 64, 512, 4096)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="NVIDIA H100 80GB HBM3")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/kernels.png")
+    arguments = parser.parse_args()
     lines = (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()
-    known = [json.loads(line) for line in lines]
+    known = [row for row in map(json.loads, lines) if row["device"] == arguments.device]
+    if not known:
+        devices = sorted({json.loads(line)["device"] for line in lines})
+        parser.error(f"--device {arguments.device!r} was not measured, only {devices}")
     rows = [row for row in known if row["run"].endswith("peers")]
     print_widths([row for row in known if row["run"].endswith("sweep")])
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -34,12 +42,14 @@ def main() -> None:
         axes.set_title(shape)
     panels[0].set_ylabel("time of one layer, mcmoe = 1")
     panels[-1].legend(frameon=False, fontsize="small")
-    figure.savefig(ROOT / "docs/kernels.png", metadata={"Software": "mcmoe-vllm"})
+    figure.savefig(arguments.output, metadata={"Software": "mcmoe-vllm"})
 
 
 def print_widths(rows: list[dict]) -> None:
     """Of the last sweep: us and, in percent, the larger of the shares of the copy bandwidth and (in
     brackets) of the matrix peak; last, a kernel for all widths over one for 1, 2, 3 alone."""
+    if not rows:
+        return
     rows = [row for row in rows if row["run"] == rows[-1]["run"]]
     found = {(r["shape"], r["tokens"], r["bits"], r["compiled_for_all_widths"]): r for r in rows}
     for shape in dict.fromkeys(row["shape"] for row in rows):
