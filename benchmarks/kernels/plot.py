@@ -1,7 +1,8 @@
 """Draw the kernels' times beside their peers' from benchmarks/results/kernels.jsonl, and print the
 table of every width.
 
-python benchmarks/kernels/plot.py        writes docs/kernels.png; --device NAME: of another GPU
+python benchmarks/kernels/plot.py        writes docs/kernels.png, the README's plot
+    --device NAME --output FILE          the same of another GPU
 """
 
 import argparse
@@ -20,15 +21,16 @@ TABLE_TOKENS = (1, 8, 64, 512, 4096)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="NVIDIA H100 80GB HBM3")
+    lines = (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()
+    known = [json.loads(line) for line in lines]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    devices = sorted({row["device"] for row in known})
+    parser.add_argument("--device", choices=devices, default="NVIDIA H100 80GB HBM3")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/kernels.png")
     arguments = parser.parse_args()
-    lines = (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()
-    known = [row for row in map(json.loads, lines) if row["device"] == arguments.device]
-    if not known:
-        devices = sorted({json.loads(line)["device"] for line in lines})
-        parser.error(f"--device {arguments.device!r} was not measured, only {devices}")
+    known = [row for row in known if row["device"] == arguments.device]
     rows = [row for row in known if row["run"].endswith("peers")]
     print_widths([row for row in known if row["run"].endswith("sweep")])
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
