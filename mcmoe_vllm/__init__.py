@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "UserError": "mcmoe_vllm.errors",
-    "plan": "mcmoe_vllm.pipeline",
-    "quantize": "mcmoe_vllm.pipeline",
-    "QuantizeOptions": "mcmoe_vllm.pipeline",
-    "allocate": "mcmoe_vllm.allocation:allocate_file",
+    "plan": "mcmoe_vllm.compress.pipeline",
+    "quantize": "mcmoe_vllm.compress.pipeline",
+    "QuantizeOptions": "mcmoe_vllm.compress.pipeline",
+    "allocate": "mcmoe_vllm.allocate.pmq:allocate_file",
     "inspect": "mcmoe_vllm.inspection:inspect_checkpoint",
-    "evaluate": "mcmoe_vllm.evaluation:evaluate",
+    "evaluate": "mcmoe_vllm.evaluate.perplexity:evaluate",
 }
 
 __all__ = ["__version__", *_EXPORTS]

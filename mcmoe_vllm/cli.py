@@ -137,7 +137,7 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(parsed: argparse.Namespace, plan: str | None):  # type: ignore[no-untyped-def]
-    from mcmoe_vllm.pipeline import QuantizeOptions
+    from mcmoe_vllm.compress.options import QuantizeOptions
 
     return QuantizeOptions(
         model=parsed.model,
@@ -190,7 +190,7 @@ def _add_quantize(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_quantize(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.pipeline import quantize
+    from mcmoe_vllm.compress.pipeline import quantize
 
     result = quantize(_options(parsed, parsed.plan))
     if parsed.json:
@@ -217,9 +217,9 @@ def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_plan(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.checkpoint import explain_os_errors
-    from mcmoe_vllm.pipeline import plan, require_parent, sweep
-    from mcmoe_vllm.report import write_sweep
+    from mcmoe_vllm.compress.pipeline import plan, sweep
+    from mcmoe_vllm.disk import explain_os_errors, require_parent
+    from mcmoe_vllm.report.plots import write_sweep
 
     if parsed.plot is not None:
         if not parsed.sweep:
@@ -258,7 +258,7 @@ def _add_allocate(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_allocate(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.allocation import allocate_file
+    from mcmoe_vllm.allocate.pmq import allocate_file
 
     result = allocate_file(
         parsed.factors,
@@ -305,7 +305,7 @@ def _add_calibrate_pruning(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_calibrate_pruning(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
+    from mcmoe_vllm.pruning.calibration import calibrate_checkpoint
 
     table = calibrate_checkpoint(
         parsed.model,
@@ -337,8 +337,9 @@ def _add_inspect(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_inspect(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
-    from mcmoe_vllm.report import write_bits_heatmap
+    from mcmoe_vllm.inspection import inspect_checkpoint
+    from mcmoe_vllm.report.plots import write_bits_heatmap
+    from mcmoe_vllm.report.tables import print_inspection
 
     found = inspect_checkpoint(parsed.model, check=parsed.check)
     if parsed.json:
@@ -397,10 +398,10 @@ def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_eval(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.config import write_json
+    from mcmoe_vllm.disk import write_json
 
     if parsed.tasks:
-        from mcmoe_vllm.tasks import evaluate_tasks, print_scores
+        from mcmoe_vllm.evaluate.tasks import evaluate_tasks, print_scores
 
         scores = evaluate_tasks(
             parsed.model,
@@ -417,7 +418,7 @@ def _run_eval(parsed: argparse.Namespace) -> None:
         if parsed.json:
             write_json(parsed.json, [score.to_dict() for score in scores])
         return
-    from mcmoe_vllm.evaluation import evaluate, print_evaluation
+    from mcmoe_vllm.evaluate.perplexity import evaluate, print_evaluation
 
     result = evaluate(
         parsed.model,

@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Literal
 
 from mcmoe_vllm import __version__
-from mcmoe_vllm.config import QUANT_METHOD
+from mcmoe_vllm.checkpoint.format import QUANT_METHOD
 
 Status = Literal["ok", "warning", "error"]
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -216,7 +216,7 @@ def _check_plugin() -> Iterator[Finding]:
 def _check_solver() -> Iterator[Finding]:
     import numpy as np
 
-    from mcmoe_vllm.allocation import allocate_bits
+    from mcmoe_vllm.allocate.pmq import allocate_bits
 
     # Two layers of two experts. Costs that are not convex in the bits cannot be settled by a
     # price per bit: the integer program itself must find the only best answer.
@@ -232,7 +232,7 @@ def _check_solver() -> Iterator[Finding]:
 def _check_packing() -> Iterator[Finding]:
     import torch
 
-    from mcmoe_kernels import packing
+    from mcmoe_kernels.formats import packing
 
     generator = torch.Generator().manual_seed(0)
     wrong = []
@@ -249,8 +249,8 @@ def _check_packing() -> Iterator[Finding]:
 def _check_quantizer() -> Iterator[Finding]:
     import torch
 
-    from mcmoe_kernels import packing
-    from mcmoe_vllm import quantizer
+    from mcmoe_kernels.formats import packing
+    from mcmoe_vllm.quantize import quantizer
 
     widths = packing.BIT_WIDTHS
     generator = torch.Generator().manual_seed(0)
@@ -281,8 +281,8 @@ def _check_quantizer() -> Iterator[Finding]:
 def _check_experts() -> Iterator[Finding]:
     import torch
 
-    from mcmoe_kernels import packing
-    from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices, fused_experts_torch
+    from mcmoe_kernels.formats import packing
+    from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, fused_experts_torch
 
     device = "cuda" if _has_gpu() else "cpu"
     name = f"experts on {device}"

@@ -9,35 +9,25 @@ scales and zeros against docs/FORMAT.md.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from mcmoe_kernels import packing
-from mcmoe_vllm import report
-from mcmoe_vllm.checkpoint import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    Checkpoint,
-    TensorInfo,
-    explain_os_errors,
-    file_sha256,
-    open_checkpoint,
-    read_manifest,
-    tensor_sha256,
-)
-from mcmoe_vllm.config import EXPERT_SCALES, QUANT_METHOD, QuantizationConfig, read_json
-from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.models import Architecture, find_architecture
-from mcmoe_vllm.pruning import read_table
+from mcmoe_vllm.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint, read_config
+from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig
+from mcmoe_vllm.checkpoint.verification import Pair, wrong_content
+from mcmoe_vllm.errors import UserError, some
+from mcmoe_vllm.model.architectures import Architecture, find_architecture
 
 DENSE_WIDTH = 4
+
+
 ROUTER = "gate.weight"  # of every supported architecture, in the MoE block
+
+
 OWN_SUFFIXES = (".weight_packed", ".weight_scale", ".qweight", ".scales")
 
 
@@ -119,21 +109,6 @@ class Inspection:
         }
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two tensors that store one matrix [rows, columns]: codes and scales.
-
-    bits: width of the codes; group_size: columns that share a scale.
-    """
-
-    codes: str
-    scales: str
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-
-
 def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Inspection:
     """Read the headers of a compressed checkpoint and compare them with its config.json.
 
@@ -161,14 +136,14 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
     if wrong:
         raise UserError(
             f"{checkpoint.path} contradicts its config.json in {len(wrong)} places:"
-            f"{report.some(wrong)}\nDownload the checkpoint again, or compress the model anew"
+            f"{some(wrong)}\nDownload the checkpoint again, or compress the model anew"
         )
     if check:
-        wrong = list(_wrong_content(checkpoint, [*experts, *dense]))
+        wrong = list(wrong_content(checkpoint, [*experts, *dense]))
         if wrong:
             raise UserError(
                 f"{checkpoint.path} is damaged, {len(wrong)} checks failed:"
-                f"{report.some(wrong)}\nDownload the checkpoint again"
+                f"{some(wrong)}\nDownload the checkpoint again"
             )
     expert_bytes, dense_bytes = (
         sum(checkpoint.tensors[name].nbytes for pair in pairs for name in (pair.codes, pair.scales))
@@ -194,89 +169,6 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
         num_shards=len({t.shard for t in checkpoint.tensors.values()}),
         checked=check,
     )
-
-
-def print_inspection(inspection: Inspection) -> None:
-    """The result on stdout: totals, then the widths of every layer, coloured on a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    i = inspection
-    console = Console(highlight=False)
-    dense = "int4" if i.config.dense_bits == DENSE_WIDTH else "16 bits"
-    nominal = i.config.average_bits.get("nominal")
-    target = "" if nominal is None else f" (asked for {nominal:g})"
-    lines = [
-        f"{i.path}",
-        f"{i.architecture}: {len(i.layers)} layers x {i.num_experts} experts, "
-        f"{i.parameters:,} parameters, format version {i.config.format_version}",
-        f"bits per expert weight: {i.code_bits:.3f} nominal{target}, {i.expert_bits:.3f} true "
-        f"(scales and zeros counted); whole model {i.model_bits:.3f}",
-        f"size: {report.size(i.total_bytes)} in {i.num_shards} shards: experts "
-        f"{report.size(i.expert_bytes)}, dense linears in int4 {report.size(i.dense_bytes)}, "
-        f"the rest in 16 bits {report.size(i.other_bytes)}",
-        f"group size: {', '.join(f'{k} {v}' for k, v in i.config.group_size.items())}; "
-        f"attention and shared experts: {dense}",
-    ]
-    pruning = read_table(i.config)
-    ratios = {} if pruning is None else pruning.layer_ratios()
-    if pruning is not None:
-        lines.append(
-            f"online pruning: {pruning.target_drop:.1%} of expert activations, rule "
-            f"{pruning.rule}; calibrated up to {max(pruning.ratios):.1%}"
-        )
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-
-    def heatmap(widths: tuple[int, ...]) -> Text:
-        text = Text(overflow="fold")
-        for b in widths:
-            # Black is the terminal's own colour: a dropped expert needs an edge to be seen.
-            colour = "grey23" if b == 0 else report.WIDTH_COLOURS[b]
-            text.append(str(b), style=f"bold {'black' if b in (2, 3) else 'white'} on {colour}")
-        return text
-
-    differ = any(w13 != w2 for w13, w2 in i.bits.values())
-    used = sorted({b for w13, w2 in i.bits.values() for b in (*w13, *w2)})
-    table = Table()
-    table.add_column("layer", justify="right")
-    for name in ("w13 ", "w2 ") if differ else ("",):
-        table.add_column(f"{name}experts 0..{i.num_experts - 1}", overflow="fold")
-    for b in used:
-        table.add_column(f"{b}-bit", justify="right")
-    table.add_column("average", justify="right")
-    if pruning is not None:
-        table.add_column("drop below", justify="right")
-    for layer, (w13, w2) in i.bits.items():
-        counts = Counter(w13) + Counter(w2)  # half an expert each
-        table.add_row(
-            str(layer),
-            *(heatmap(widths) for widths in ((w13, w2) if differ else (w13,))),
-            *(f"{counts[b] / 2:g}" for b in used),
-            f"{(2 * sum(w13) + sum(w2)) / (3 * len(w13)):.3f}",
-            *([f"{ratios.get(layer, 0.0):.3f}"] if pruning is not None else []),
-        )
-    console.print(table)
-
-
-def read_config(checkpoint: Checkpoint) -> QuantizationConfig:
-    raw = checkpoint.config.get("quantization_config")
-    if raw is None:
-        raise UserError(
-            f"{checkpoint.path} is not compressed: its config.json has no quantization_config. "
-            f"Compress it with: mcmoe quantize {checkpoint.path} -o FOLDER"
-        )
-    method = raw.get("quant_method") if isinstance(raw, dict) else None
-    if isinstance(method, str) and method != QUANT_METHOD:
-        raise UserError(
-            f"{checkpoint.path} was compressed by another tool (quant_method {method!r}, an mcmoe "
-            f"checkpoint has {QUANT_METHOD!r}). Compress the original 16-bit model with: "
-            "mcmoe quantize MODEL -o FOLDER"
-        )
-    try:
-        return QuantizationConfig.from_dict(raw)
-    except UserError as e:
-        raise UserError(f"{checkpoint.path / 'config.json'}: {e}") from None
 
 
 def _read_sizes(
@@ -310,13 +202,13 @@ def _read_sizes(
                 f"{config.group_size[projection]} of {projection}"
             )
     if wrong:
-        raise UserError(f"{checkpoint.path / 'config.json'} is not usable:{report.some(wrong)}")
+        raise UserError(f"{checkpoint.path / 'config.json'} is not usable:{some(wrong)}")
     return found["hidden_size"], found[architecture.expert_width]
 
 
 def _expert_pairs(
     architecture: Architecture, config: QuantizationConfig, hidden: int, width: int
-) -> Iterator[_Pair]:
+) -> Iterator[Pair]:
     """What config.json promises of the routed experts; nothing for a dropped one."""
     for layer in sorted(config.expert_bits):
         widths = zip(config.bits(layer, "w13"), config.bits(layer, "w2"), strict=True)
@@ -328,7 +220,7 @@ def _expert_pairs(
                 (down, hidden, width, bits2, "w2"),
             ):
                 if bits:
-                    yield _Pair(
+                    yield Pair(
                         f"{name}_packed",
                         f"{name}_scale",
                         rows,
@@ -357,7 +249,7 @@ def _wrong_layers(
     ]
 
 
-def _wrong_expert(checkpoint: Checkpoint, pair: _Pair, version: int) -> list[str]:
+def _wrong_expert(checkpoint: Checkpoint, pair: Pair, version: int) -> list[str]:
     wrong = []
     rows, columns = pair.rows, pair.columns
     codes = checkpoint.tensors.get(pair.codes)
@@ -386,11 +278,11 @@ def _wrong_expert(checkpoint: Checkpoint, pair: _Pair, version: int) -> list[str
 
 def _dense_pairs(
     checkpoint: Checkpoint, architecture: Architecture, config: QuantizationConfig
-) -> tuple[list[_Pair], list[str]]:
+) -> tuple[list[Pair], list[str]]:
     """The int4 linears that are sound, and what is wrong with the other dense linears."""
     quantized = config.dense_modules if config.dense_bits == DENSE_WIDTH else ()
     group_size = config.group_size["dense"]
-    pairs: list[_Pair] = []
+    pairs: list[Pair] = []
     wrong = [
         f"dense_modules names {name!r}, {architecture.name} has {', '.join(architecture.dense)}"
         for name in quantized
@@ -435,13 +327,11 @@ def _dense_pairs(
                     f"(group size {group_size})"
                 )
                 continue
-            pairs.append(_Pair(qweight, scales, rows, columns, DENSE_WIDTH, group_size))
+            pairs.append(Pair(qweight, scales, rows, columns, DENSE_WIDTH, group_size))
     return pairs, wrong
 
 
-def _unexpected(
-    checkpoint: Checkpoint, architecture: Architecture, pairs: list[_Pair]
-) -> list[str]:
+def _unexpected(checkpoint: Checkpoint, architecture: Architecture, pairs: list[Pair]) -> list[str]:
     """Tensors of experts, or of this format, that the config knows nothing of."""
     expected = {name for pair in pairs for name in (pair.codes, pair.scales)}
     dense = {
@@ -460,89 +350,6 @@ def _unexpected(
         # What is wrong with these is already said, in other words.
         and name.split(".", 3)[-1] not in dense
     ]
-
-
-def _wrong_content(checkpoint: Checkpoint, pairs: list[_Pair]) -> Iterator[str]:
-    """Every shard and tensor against the manifest, every scale and zero against the format."""
-    yield from _wrong_index(checkpoint)
-    manifest = read_manifest(checkpoint.path)
-    shards, tensors = manifest["shards"], manifest["tensors"]
-    by_shard: dict[str, list[str]] = {}
-    for name, info in checkpoint.tensors.items():
-        by_shard.setdefault(info.shard, []).append(name)
-    yield from (
-        f"{name} is in {MANIFEST_FILE} alone" for name in sorted(set(shards) - set(by_shard))
-    )
-    yield from (
-        f"{name} is in {MANIFEST_FILE} alone"
-        for name in sorted(set(tensors) - set(checkpoint.tensors))
-    )
-    scales = {pair.scales: pair for pair in pairs}
-    for shard, names in sorted(by_shard.items()):
-        file = checkpoint.path / shard
-        expected = shards.get(shard)
-        if expected is None:
-            yield f"{shard} is not in {MANIFEST_FILE}"
-        elif file.stat().st_size != expected["bytes"]:
-            yield f"{shard} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
-        elif file_sha256(file) != expected["sha256"]:
-            yield f"{shard} has another SHA-256 than the manifest says"
-        with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
-            for name in names:
-                tensor = f.get_tensor(name)
-                if name not in tensors:
-                    yield f"{name} is not in {MANIFEST_FILE}"
-                elif tensor_sha256(tensor) != tensors[name]:
-                    yield f"{name} has another SHA-256 than the manifest says"
-                if name in scales:
-                    yield from _wrong_values(tensor, scales[name])
-
-
-def _wrong_index(checkpoint: Checkpoint) -> list[str]:
-    """What the weight index leaves out; `open_checkpoint` has checked what it does say."""
-    if not (checkpoint.path / INDEX_FILE).exists():
-        return [f"{INDEX_FILE} is missing"]
-    index = read_json(checkpoint.path / INDEX_FILE)
-    wrong = [
-        f"{n} is not in {INDEX_FILE}" for n in checkpoint.tensors if n not in index["weight_map"]
-    ]
-    told = index["metadata"].get("total_size") if isinstance(index.get("metadata"), dict) else None
-    if told != checkpoint.nbytes:
-        wrong.append(f"{INDEX_FILE} has total_size {told}, the tensors take {checkpoint.nbytes}")
-    return wrong
-
-
-def _wrong_values(tensor: torch.Tensor, pair: _Pair) -> Iterator[str]:
-    """tensor: `weight_scale` of an expert (float16 in version 1) or `scales` of a linear."""
-    scale, zero = tensor.float(), None
-    if pair.codes.endswith(".weight_packed"):
-        if tensor.dtype == torch.float16:
-            scale, zero = scale[:, ::2], scale[:, 1::2]
-        else:
-            scale, zero = packing.unpack_scale(tensor, pair.bits)
-    bad = ~(torch.isfinite(scale) & (scale > 0))
-    if bad.any():
-        yield f"{pair.scales} has {int(bad.sum())} scales that are not finite and positive"
-    for dtype in (torch.bfloat16, torch.float16):
-        inexact = ~bad & (scale.to(dtype).float() != scale)
-        if inexact.any():
-            name = str(dtype).removeprefix("torch.")
-            yield f"{pair.scales} has {int(inexact.sum())} scales that {name} cannot hold"
-    if zero is None:
-        return
-    if pair.bits == 1:
-        bad, allowed = zero != 0.5, "0.5"
-    else:
-        most = (1 << pair.bits) - 1
-        steps = 2 if pair.bits == 2 else 1
-        # A comparison with NaN is false: written so that NaN is bad.
-        bad = ~((zero >= 0) & (zero <= most) & (steps * zero == (steps * zero).round()))
-        allowed = f"multiples of 0.5 in 0..{most}" if steps == 2 else f"integers 0..{most}"
-    if bad.any():
-        yield (
-            f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at {pair.bits} bits: "
-            f"{allowed}"
-        )
 
 
 def _num_layers(checkpoint: Checkpoint) -> int:

@@ -137,7 +137,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text out of this project's own files as .jsonl, about 100,000 tokens."""
-    return _write_text(tmp_path_factory, "calibration", "mcmoe_vllm/*.py")
+    return _write_text(tmp_path_factory, "calibration", "mcmoe_vllm/**/*.py")
 
 
 @pytest.fixture(scope="session")

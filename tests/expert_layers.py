@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
-from mcmoe_kernels.packing import pack, pack_scale
+from mcmoe_kernels.formats.packing import pack, pack_scale
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
 
 
 def random_matrices(

@@ -41,9 +41,19 @@ from layers import (  # noqa: E402
 from peers import PEERS, use_tuned_files  # noqa: E402
 from timing import copy_bandwidth, matrix_peak, time_call  # noqa: E402
 
-from mcmoe_kernels.experts_gpu import fused_experts, shape_of  # noqa: E402
-from mcmoe_kernels.tiles import TiledLayer, TiledMatrices  # noqa: E402
-from mcmoe_kernels.tuning import Config, choose_config, dump_config  # noqa: E402
+from mcmoe_kernels.gpu.choice import (  # noqa: E402
+    Config,
+    choose_config,
+    dump_config,
+)
+from mcmoe_kernels.gpu.experts import (  # noqa: E402
+    fused_experts,
+    shape_of,
+)
+from mcmoe_kernels.gpu.tiled import (  # noqa: E402
+    TiledLayer,
+    TiledMatrices,
+)
 
 TOKENS = (1, 8, 64, 4096)
 SWEEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -26,8 +26,8 @@ from bench import ROOT, about
 from layers import SHAPES, random_layer, random_routes
 from timing import flush
 
-from mcmoe_kernels.experts_gpu import fused_experts
-from mcmoe_kernels.tuning import LayerShape, choose_config, dump_config
+from mcmoe_kernels.gpu.choice import LayerShape, choose_config, dump_config
+from mcmoe_kernels.gpu.experts import fused_experts
 
 RESULTS = ROOT / "benchmarks" / "results" / "counters.jsonl"
 METRICS = {

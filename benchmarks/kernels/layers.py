@@ -6,16 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mcmoe_kernels.packing import pack_scale
-from mcmoe_kernels.tiles import (
-    TILE_ROWS,
-    TiledLayer,
-    TiledMatrices,
-    look_up,
-    matrix_bytes,
-    meta_bytes,
-    record_bytes,
-)
+from mcmoe_kernels.formats.packing import pack_scale
+from mcmoe_kernels.formats.scalar import TILE_ROWS, matrix_bytes, meta_bytes, record_bytes
+from mcmoe_kernels.gpu.tiled import TiledLayer, TiledMatrices, look_up
 
 # experts, top_k, hidden size, intermediate size
 SHAPES = {

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from timing import time_call
 from torch.nn.functional import pad
 
-from mcmoe_kernels.experts_gpu import fused_experts
-from mcmoe_kernels.pruning import prune_ids
+from mcmoe_kernels.gpu.experts import fused_experts
+from mcmoe_kernels.gpu.pruning import prune_ids
 
 TOKENS = (1, 4, 16, 64)
 TARGETS = (0.1, 0.15, 0.2, 0.25)
@@ -51,10 +51,10 @@ def main() -> None:
 def capture(arguments: argparse.Namespace) -> None:
     """Per layer: weights [tokens, k] and ids of `--windows` windows, and the ratio per target."""
     sys.path.insert(0, str(ROOT))
-    from mcmoe_vllm.checkpoint import open_checkpoint
-    from mcmoe_vllm.evaluation import load_streamed, open_layer
-    from mcmoe_vllm.pruning_calibration import calibrate_pruning
-    from mcmoe_vllm.text import load_tokenizer, sample_windows, strided_windows
+    from mcmoe_vllm.checkpoint.files import open_checkpoint
+    from mcmoe_vllm.model.loaded import load_streamed, open_layer
+    from mcmoe_vllm.model.text import load_tokenizer, sample_windows, strided_windows
+    from mcmoe_vllm.pruning.calibration import calibrate_pruning
 
     checkpoint = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(checkpoint.path, False)

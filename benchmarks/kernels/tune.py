@@ -24,9 +24,7 @@ from bench import SWEEP_TOKENS, compile_one  # noqa: E402
 from layers import SHAPES, Route, random_layer, random_routes  # noqa: E402
 from timing import time_call  # noqa: E402
 
-from mcmoe_kernels.experts_gpu import fused_experts, shape_of  # noqa: E402
-from mcmoe_kernels.tiles import TiledMatrices  # noqa: E402
-from mcmoe_kernels.tuning import (  # noqa: E402
+from mcmoe_kernels.gpu.choice import (  # noqa: E402
     Config,
     DecodeConfig,
     LayerShape,
@@ -38,6 +36,11 @@ from mcmoe_kernels.tuning import (  # noqa: E402
     dump_config,
     fit,
 )
+from mcmoe_kernels.gpu.experts import (  # noqa: E402
+    fused_experts,
+    shape_of,
+)
+from mcmoe_kernels.gpu.tiled import TiledMatrices  # noqa: E402
 
 # block_m, block_n13, block_n2, warps, stages, registers of gate_up
 DECODE = [(4, 128, 128, 2, 4, 0), (4, 128, 128, 2, 2, 0), (4, 64, 64, 2, 3, 0),

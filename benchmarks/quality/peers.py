@@ -254,19 +254,25 @@ def main() -> None:
         return
     from machine import machine
 
-    from mcmoe_vllm import evaluation
-    from mcmoe_vllm.checkpoint import open_checkpoint
-    from mcmoe_vllm.text import load_tokenizer, sample_windows, strided_windows
+    from mcmoe_vllm.checkpoint.files import open_checkpoint
+    from mcmoe_vllm.evaluate.perplexity import compare
+    from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+    from mcmoe_vllm.model.text import (
+        load_tokenizer,
+        sample_windows,
+        strided_windows,
+        window_length,
+    )
 
     checkpoint = open_checkpoint(arguments.model)
-    length = evaluation.window_length(checkpoint, None)
+    length = window_length(checkpoint, None)
     tokenizer = load_tokenizer(arguments.model)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
     samples = sample_windows(
         arguments.calibration, tokenizer, arguments.samples, length, arguments.seed
     )
-    base = evaluation.load_streamed(checkpoint)
-    hidden = evaluation.final_hidden(base, tokens)
+    base = load_streamed(checkpoint)
+    hidden = final_hidden(base, tokens)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for peer in arguments.peers:
         for bits in arguments.bits:
@@ -282,9 +288,9 @@ def main() -> None:
                 file.write_text(json.dumps(samples.tolist()))
                 error = quantize_with(peer, bits, file, output, arguments)
                 if error is None:
-                    loaded = evaluation.load_streamed(open_checkpoint(output))
-                    scored = evaluation.final_hidden(loaded, tokens)
-                    row |= evaluation.compare(loaded, scored, base, hidden, tokens)
+                    loaded = load_streamed(open_checkpoint(output))
+                    scored = final_hidden(loaded, tokens)
+                    row |= compare(loaded, scored, base, hidden, tokens)
                 else:
                     row["error"] = error.splitlines()[-1]
                     print(error, file=sys.stderr)

@@ -39,11 +39,13 @@ import torch
 from machine import machine
 from torch.utils.hooks import RemovableHandle
 
-from mcmoe_vllm import evaluation
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.pruning import Measure, Pruning, beside_largest, pair_counts, prune
-from mcmoe_vllm.pruning_calibration import LayerRouting, choose_shares, measure_routing
-from mcmoe_vllm.text import load_tokenizer, sample_windows, strided_windows
+from mcmoe_kernels.pruning import Measure, beside_largest, pair_counts, prune
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.evaluate.perplexity import WINDOWS, compare
+from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.text import load_tokenizer, sample_windows, strided_windows, window_length
+from mcmoe_vllm.pruning.calibration import LayerRouting, choose_shares, measure_routing
+from mcmoe_vllm.pruning.table import Pruning
 
 RESULTS = Path(__file__).parents[1] / "results" / "pruning.jsonl"
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -115,7 +117,7 @@ class PhasePruning(Pruning):
 class Importance:
     """Each token's importance in the block that runs, tapped from the decoder layers."""
 
-    def __init__(self, loaded: evaluation.LoadedModel, kind: str) -> None:
+    def __init__(self, loaded: LoadedModel, kind: str) -> None:
         self.kind, self.tapped = kind, {}
         tap = getattr(self, f"_tap_{kind}", None)
         layers = loaded.model.skeleton.model.layers if tap else ()
@@ -210,7 +212,7 @@ def rules(
 
 
 def protected(
-    loaded: evaluation.LoadedModel, kind: str, tokens: torch.Tensor, ratios: dict[int, float]
+    loaded: LoadedModel, kind: str, tokens: torch.Tensor, ratios: dict[int, float]
 ) -> ProtectedPruning:
     importance = Importance(loaded, kind)
     seen: dict[int, list[torch.Tensor]] = {}
@@ -220,7 +222,7 @@ def protected(
             seen.setdefault(layer, []).append(importance(layer, topk_weights).cpu())
             return topk_weights, topk_ids
 
-    evaluation.final_hidden(loaded, tokens, Watch({}))
+    final_hidden(loaded, tokens, Watch({}))
     limits = {}
     for layer, values in seen.items():
         everything = torch.cat(values)
@@ -241,18 +243,18 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
     parser.add_argument("--phases", nargs="+", default=("both",), choices=PHASES)
-    parser.add_argument("--windows", type=int, default=evaluation.WINDOWS)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="recorded in the rows (default: of this checkout)")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(Path(arguments.model))
-    loaded = evaluation.load_streamed(checkpoint)
+    loaded = load_streamed(checkpoint)
     tokenizer = load_tokenizer(Path(arguments.model))
-    length = evaluation.window_length(checkpoint, None)
+    length = window_length(checkpoint, None)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
     calibration = sample_windows(arguments.calibration, tokenizer, arguments.samples, length, 0)
-    base = evaluation.final_hidden(loaded, tokens)
+    base = final_hidden(loaded, tokens)
     layers = measure_routing(loaded, calibration, probe=True)
     tails = {}
     if "tail" in arguments.rules:
@@ -273,9 +275,9 @@ def main() -> None:
             scored = tokens[:, start:]
             if pruning is not None:
                 pruning = PhasePruning({}, whole=pruning, phase=phase, length=length)
-        hidden = base if pruning is None else evaluation.final_hidden(loaded, tokens, pruning)
+        hidden = base if pruning is None else final_hidden(loaded, tokens, pruning)
         pruned, exact = ([block[:, start:] for block in blocks] for blocks in (hidden, base))
-        figures = evaluation.compare(loaded, pruned, loaded, exact, scored)
+        figures = compare(loaded, pruned, loaded, exact, scored)
         row = {
             "model": Path(arguments.model).name, "bits": bits, "rule": rule,
             "importance": importance, "phase": phase,

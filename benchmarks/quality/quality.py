@@ -46,14 +46,20 @@ import numpy as np
 import torch
 from machine import machine
 
-from mcmoe_vllm import evaluation, pipeline
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.config import FORMAT_VERSION, Plan, read_json, write_json
-from mcmoe_vllm.knapsack import choose
-from mcmoe_vllm.models import find_architecture
-from mcmoe_vllm.recipes import RECIPES, Recipe
-from mcmoe_vllm.significance import LayerSignificance
-from mcmoe_vllm.text import load_tokenizer, strided_windows
+from mcmoe_vllm.allocate.knapsack import choose
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import FORMAT_VERSION
+from mcmoe_vllm.compress.choose import allocate_sensitivity
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import measure, quantize
+from mcmoe_vllm.compress.recipes import RECIPES, Recipe
+from mcmoe_vllm.compress.significance import LayerSignificance
+from mcmoe_vllm.disk import read_json, write_json
+from mcmoe_vllm.evaluate.perplexity import WINDOWS, compare
+from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
+from mcmoe_vllm.plan import Plan
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 CANDIDATES = (1, 2, 3)
@@ -73,12 +79,12 @@ class Bench:
     arguments: argparse.Namespace
     model: Path
     tokens: torch.Tensor
-    base: evaluation.LoadedModel
+    base: LoadedModel
     base_hidden: list[torch.Tensor]
 
     def options(self, output: Path, recipe: Recipe, seed: int, **more: Any):  # type: ignore[no-untyped-def]
         given = self.arguments
-        return pipeline.QuantizeOptions(
+        return QuantizeOptions(
             model=str(self.model),
             output=str(output),
             recipe=recipe,
@@ -101,7 +107,7 @@ class Bench:
     def measured(self, recipe: Recipe, seed: int) -> list[LayerSignificance]:
         file = self.folder(recipe, seed) / "significance.json"
         if not file.exists():
-            found = pipeline.measure(self.options(file, recipe, seed))
+            found = measure(self.options(file, recipe, seed))
             write_json(file, [asdict(layer) for layer in found])
         return [LayerSignificance(**layer) for layer in read_json(file)]
 
@@ -127,12 +133,12 @@ class Bench:
             write_json(folder / "plan.json", plan.to_dict())
             plan_file = str(folder / "plan.json")
             options = self.options(output, recipe, seed, plan=plan_file, resume=True)
-            pipeline.quantize(options)
+            quantize(options)
         return output
 
     def compressed(
         self, bits: Widths, nominal: float, recipe: Recipe, seed: int, scratch: Path
-    ) -> tuple[evaluation.LoadedModel, float]:
+    ) -> tuple[LoadedModel, float]:
         """A model with these widths, and its true bits per expert weight."""
         plan = self.plan(bits, nominal)
         if not self.arguments.compose:
@@ -146,16 +152,16 @@ class Bench:
         used = [true[b] for row in plan.pairs() for w13, w2 in row for b in (w13, w13, w2)]
         return compose(plan, parts), float(np.mean(used))
 
-    def load(self, output: Path) -> tuple[evaluation.LoadedModel, float]:
-        loaded = evaluation.load_streamed(open_checkpoint(output), self.arguments.device)
+    def load(self, output: Path) -> tuple[LoadedModel, float]:
+        loaded = load_streamed(open_checkpoint(output), self.arguments.device)
         return loaded, float(read_json(output / "report.json")["average_bits"]["experts"])
 
 
-def compose(plan: Plan, parts: dict[int, evaluation.LoadedModel]) -> evaluation.LoadedModel:
+def compose(plan: Plan, parts: dict[int, LoadedModel]) -> LoadedModel:
     """A model whose experts come from one compressed model for each width."""
     widths = dict(zip(plan.layers, plan.pairs(), strict=True))
 
-    class Composed(evaluation.LoadedModel):
+    class Composed(LoadedModel):
         def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
             found = [parts[width].expert(layer, expert) for width in widths[layer][expert]]
             assert found[0] is not None and found[1] is not None
@@ -171,7 +177,7 @@ def allocate(
     num_experts = len(layers[0].tokens)
     budget = round(bits * num_experts)
     if method == "recipe" and recipe.allocation == "sensitivity":
-        w13, w2, _ = pipeline.allocate_sensitivity(layers, recipe.candidate_bits, bits, 128, recipe)
+        w13, w2, _ = allocate_sensitivity(layers, recipe.candidate_bits, bits, 128, recipe)
         return w13, w2
     if method == "uniform":
         width, rest = divmod(budget, num_experts)
@@ -221,8 +227,8 @@ def evaluate_point(
     began = time.perf_counter()
     loaded, true_bits = bench.compressed(bits, row["nominal_bits"], recipe, row["seed"], scratch)
     seconds = time.perf_counter() - began
-    hidden = evaluation.final_hidden(loaded, bench.tokens)
-    figures = evaluation.compare(loaded, hidden, bench.base, bench.base_hidden, bench.tokens)
+    hidden = final_hidden(loaded, bench.tokens)
+    figures = compare(loaded, hidden, bench.base, bench.base_hidden, bench.tokens)
     widths = [["".join(map(str, row)) for row in rows] for rows in bits]
     return {"true_bits": true_bits, **figures, "bits": widths, "seconds": round(seconds, 1)}
 
@@ -238,7 +244,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="+", default=[], metavar="TRAIT=VALUE")
     parser.add_argument("--compose", action="store_true")
-    parser.add_argument("--windows", type=int, default=evaluation.WINDOWS)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "mcmoe-quality"))
@@ -247,11 +253,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint = open_checkpoint(arguments.model)
-    length = evaluation.window_length(checkpoint, None)
+    length = window_length(checkpoint, None)
     tokenizer = load_tokenizer(arguments.model)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
-    base = evaluation.load_streamed(checkpoint, arguments.device)
-    hidden = evaluation.final_hidden(base, tokens)
+    base = load_streamed(checkpoint, arguments.device)
+    hidden = final_hidden(base, tokens)
     bench = Bench(arguments, arguments.model, tokens, base, hidden)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
@@ -277,7 +283,7 @@ def main() -> None:
     plain = common | {"method": "none", "recipe": "none", "changes": "", "nominal_bits": 16.0,
                       "seed": 0, "draw": 0, "sequential": False}  # fmt: skip
     if tuple(plain.get(key) for key in KEYS) not in known:
-        figures = evaluation.compare(base, hidden, base, hidden, tokens)
+        figures = compare(base, hidden, base, hidden, tokens)
         record(plain | {"true_bits": 16.0} | figures)
     changes = {name: literal(value) for name, value in (s.split("=", 1) for s in arguments.set)}
     for name in arguments.recipes:

@@ -28,10 +28,12 @@ from machine import machine
 from quality import allocate
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from mcmoe_vllm import pipeline
-from mcmoe_vllm.config import Plan, write_json
-from mcmoe_vllm.memory import peak_rss_bytes
-from mcmoe_vllm.recipes import RECIPES
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import measure, quantize
+from mcmoe_vllm.compress.recipes import RECIPES
+from mcmoe_vllm.disk import write_json
+from mcmoe_vllm.model.memory import peak_rss_bytes
+from mcmoe_vllm.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "compression.jsonl"
@@ -81,7 +83,7 @@ def prepare(folder: Path, shape: str, samples: int, length: int) -> None:
 
 def compress(folder: Path, name: str, bits: float, samples: int, length: int) -> dict[str, float]:
     recipe = RECIPES[name]
-    options = pipeline.QuantizeOptions(
+    options = QuantizeOptions(
         model=str(folder / "model"), output=str(folder / f"out-{name}"), bits=bits, recipe=recipe,
         calibration=str(folder / "text.txt"), samples=samples, sequence_length=length,
     )  # fmt: skip
@@ -89,7 +91,7 @@ def compress(folder: Path, name: str, bits: float, samples: int, length: int) ->
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    measured = pipeline.measure(options)
+    measured = measure(options)
     seconds = time.perf_counter() - began
     widths = allocate("recipe", measured, bits, recipe, 0)
     assert widths is not None
@@ -100,10 +102,10 @@ def compress(folder: Path, name: str, bits: float, samples: int, length: int) ->
     )  # fmt: skip
     write_json(folder / "plan.json", plan.to_dict())
     options = replace(options, plan=str(folder / "plan.json"))
-    report = pipeline.quantize(options)
+    report = quantize(options)
     tuning_seconds = tuning_again = 0.0
     if recipe.tuning_passes:
-        again = pipeline.quantize(replace(options, output=f"{options.output}-again"))
+        again = quantize(replace(options, output=f"{options.output}-again"))
         tuning_seconds, tuning_again = (r["tuning"]["seconds"] for r in (report, again))
     return {
         "measure_seconds": round(seconds, 1),

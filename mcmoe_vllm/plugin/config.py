@@ -13,12 +13,12 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 import mcmoe_vllm
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.metrics import PruningCounts
 from mcmoe_vllm.plugin.pruning import LayerPruning, refuse_decode_only
-from mcmoe_vllm.pruning import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of
+from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of
 
 logger = init_logger("vllm.mcmoe")
 

@@ -28,19 +28,13 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
-from mcmoe_kernels.experts import (
-    ACTIVATIONS,
-    ExpertLayer,
-    ExpertMatrices,
-    packed_offsets,
-    split_flat,
-)
-from mcmoe_kernels.packing import pack_scale
-from mcmoe_vllm.checkpoint import stored_scale
-from mcmoe_vllm.config import EXPERT_SCALES
+from mcmoe_kernels.formats.packing import pack_scale
+from mcmoe_kernels.layer import ACTIVATIONS, ExpertLayer, ExpertMatrices, packed_offsets, split_flat
+from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, stored_scale
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin import ops
 from mcmoe_vllm.plugin.config import McmoeConfig
+from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
+from mcmoe_vllm.plugin.prepared import PreparedExperts
 
 try:
     from vllm.model_executor.layers.fused_moe.router import cpu_router  # noqa: F401
@@ -70,7 +64,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         self.widths = {group: quant_config.config.bits(index, group) for group in ("w13", "w2")}
         self.group_size = quant_config.config.group_size
         self.filled: set[tuple[int, str, str]] = set()
-        self.prepared: ops.PreparedExperts | None = None
+        self.prepared: PreparedExperts | None = None
         _refuse_unsupported(moe, prefix)
 
     @property
@@ -176,7 +170,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         pruning = self.quant_config.layer_pruning(
             self.layer_index, vllm_config, layer.w13_weight_scale.device, counting=first_rank
         )
-        self.prepared = ops.prepare_experts(
+        self.prepared = prepare_experts(
             experts, self.dtype, cache, self.moe.experts_per_token, pruning
         )
         if not self.prepared.keeps_packed:
@@ -184,7 +178,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
                 param = getattr(layer, name)
                 param.data = torch.empty(0, dtype=param.dtype)
         if current_platform.is_cpu():
-            ops.add_layer(self.prefix, self.prepared)
+            add_layer(self.prefix, self.prepared)
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
         self.quant_config.experts_ready(self.prepared.path, announce=first_rank)
 

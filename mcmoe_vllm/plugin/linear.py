@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
 from vllm.platforms import current_platform
 
-from mcmoe_kernels.packing import dequantize_int4_linear
+from mcmoe_kernels.formats.packing import dequantize_int4_linear
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.config import McmoeConfig
 

@@ -21,17 +21,12 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from mcmoe_vllm.checkpoint import (
-    HUB_PATTERNS,
-    MANIFEST_FILE,
-    Checkpoint,
-    explain_os_errors,
-    open_checkpoint,
-    read_manifest,
-    tensor_sha256,
-)
+from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
+from mcmoe_vllm.checkpoint.format import HUB_PATTERNS, MANIFEST_FILE
+from mcmoe_vllm.checkpoint.manifest import read_manifest, tensor_sha256
+from mcmoe_vllm.disk import explain_os_errors
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.memory import peak_rss_bytes
+from mcmoe_vllm.model.memory import peak_rss_bytes
 
 logger = init_logger("vllm.mcmoe")
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from mcmoe_vllm.pruning import pair_counts
+from mcmoe_kernels.pruning import pair_counts
 
 # Name and help of each column of the counts; Prometheus appends _total to the name.
 METRICS = (

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mcmoe_kernels.pruning import prune
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.metrics import LayerCounts
-from mcmoe_vllm.pruning import DECODE_ONLY, lone_tokens, prune
+from mcmoe_vllm.pruning.table import DECODE_ONLY, lone_tokens
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcmoe_vllm import allocation
-from mcmoe_vllm.allocation import (
-    Factors,
-    allocate_bits,
-    allocate_file,
-    budget_for_bits,
-    expert_costs,
-    parse_pins,
-    read_factors,
-    uniform_allocation,
-)
+from mcmoe_vllm.allocate.budget import budget_for_bits, parse_pins
+from mcmoe_vllm.allocate.factors import Factors, expert_costs, read_factors
+from mcmoe_vllm.allocate.pmq import allocate_bits, allocate_file, uniform_allocation
+from mcmoe_vllm.allocate.projections import allocate_projections, projection_costs
 from mcmoe_vllm.errors import UserError
 
 pytest.importorskip("ortools")
@@ -492,16 +485,16 @@ def test_allocate_file_leaves_nothing_behind_when_it_cannot_write(tmp_path):
 def test_missing_solver_is_explained(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ortools.math_opt.python", None)
     with pytest.raises(UserError, match="pip install"):
-        allocation.allocate_bits(np.ones((1, 2, 2)), (1, 2), scope="layer", layer_budget=4)
+        allocate_bits(np.ones((1, 2, 2)), (1, 2), scope="layer", layer_budget=4)
 
 
 def test_projection_costs_by_hand():
     errors = np.array([[[[3.0, 1.0], [2.0, 0.5]]]])  # one expert, 2 widths, (w13, w2)
-    costs, pairs = allocation.projection_costs(errors, np.array([0.5]), (1, 2))
+    costs, pairs = projection_costs(errors, np.array([0.5]), (1, 2))
     assert dict(zip(pairs, costs[0, 0].tolist(), strict=True)) == {
         (1, 1): 5.0, (1, 2): 4.625, (2, 1): 2.5, (2, 2): 2.125,
     }  # fmt: skip
-    dropped = allocation.projection_costs(errors, np.array([1.0]), (0, 2))[1]
+    dropped = projection_costs(errors, np.array([1.0]), (0, 2))[1]
     assert dropped == [(0, 0), (2, 2)]  # never one of the two
 
 
@@ -512,8 +505,8 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
     slope = rng.exponential(size=(3, 4, 1, 2))
     errors = slope * 2.0 ** -np.arange(4)[:, None]  # widths 0 to 3
     sensitivities = np.array([1.0, 4.0, 0.1])
-    costs, pairs = allocation.projection_costs(errors, sensitivities, (0, 1, 2, 3))
-    chosen, objective = allocation.allocate_projections(
+    costs, pairs = projection_costs(errors, sensitivities, (0, 1, 2, 3))
+    chosen, objective = allocate_projections(
         costs, pairs, 2.0, group_size, scope=scope, pins={(0, 1): 3}
     )
     overhead = 16 / group_size
@@ -535,7 +528,7 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
 
 
 def test_pins_beyond_the_budget_of_projections_are_refused():
-    costs, pairs = allocation.projection_costs(np.ones((1, 2, 3, 2)), np.ones(1), (1, 2, 3))
+    costs, pairs = projection_costs(np.ones((1, 2, 3, 2)), np.ones(1), (1, 2, 3))
     pins = {(0, 0): 3, (0, 1): 3}
     with pytest.raises(UserError, match="2 bits are below the smallest"):
-        allocation.allocate_projections(costs, pairs, 2, 128, scope="global", pins=pins)
+        allocate_projections(costs, pairs, 2, 128, scope="global", pins=pins)

@@ -4,6 +4,7 @@ write leaves half a file."""
 import errno
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -12,20 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mcmoe_vllm import checkpoint as checkpoint_module
-from mcmoe_vllm.checkpoint import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    copy_side_files,
-    file_sha256,
-    open_checkpoint,
-    read_header,
-    resolve_model,
-    shard_name,
-    tensor_sha256,
-    write_index,
-    write_shard,
-)
+from mcmoe_vllm.checkpoint import writing
+from mcmoe_vllm.checkpoint.files import open_checkpoint, read_header, resolve_model
+from mcmoe_vllm.checkpoint.format import INDEX_FILE, MANIFEST_FILE
+from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256
+from mcmoe_vllm.checkpoint.writing import copy_side_files, shard_name, write_index, write_shard
 from mcmoe_vllm.errors import UserError
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
@@ -287,7 +279,7 @@ def test_full_disk_leaves_no_half_file(tmp_path, monkeypatch, earlier):
         path.write_bytes(b"half of i")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "save_file", fail)
+    monkeypatch.setattr(writing, "save_file", fail)
     with pytest.raises(UserError, match=rf"writing .*{FIRST} failed: No space left on device"):
         write_shard(file, {"a": torch.ones(1)})
     assert file.exists() == earlier
@@ -299,7 +291,7 @@ def test_failure_before_the_rename_leaves_no_file(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="Input/output error"):
         write_shard(tmp_path / FIRST, {"a": torch.ones(1)})
     assert not (tmp_path / FIRST).exists()

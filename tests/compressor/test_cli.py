@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcmoe_vllm import cli
-from mcmoe_vllm.checkpoint import INDEX_FILE
+from mcmoe_vllm.checkpoint.format import INDEX_FILE
 
 
 def run(capsys, *arguments):

@@ -4,15 +4,10 @@ import json
 
 import pytest
 
-from mcmoe_vllm.config import (
-    FORMAT_VERSION,
-    Plan,
-    QuantizationConfig,
-    check_candidate_bits,
-    read_json,
-    write_json,
-)
+from mcmoe_vllm.checkpoint.format import FORMAT_VERSION, QuantizationConfig
+from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.plan import Plan, check_candidate_bits
 
 
 def make_config(**changes):

@@ -5,8 +5,11 @@ from importlib import metadata
 
 import pytest
 
-from mcmoe_vllm import allocation, doctor, quantizer
+from mcmoe_vllm import doctor
+from mcmoe_vllm.allocate import pmq
+from mcmoe_vllm.allocate.pmq import Allocation
 from mcmoe_vllm.doctor import Finding, has_errors, print_findings, run_doctor
+from mcmoe_vllm.quantize import quantizer
 
 
 def findings_of(check):
@@ -176,14 +179,14 @@ def test_plugin_registers_with_vllm_or_not(monkeypatch):
 
 
 def test_broken_solver_is_found(monkeypatch):
-    wrong = allocation.Allocation(((1, 1), (1, 1)), 0.0, "guess", 0.0)
-    monkeypatch.setattr(allocation, "allocate_bits", lambda *a, **k: wrong)
+    wrong = Allocation(((1, 1), (1, 1)), 0.0, "guess", 0.0)
+    monkeypatch.setattr(pmq, "allocate_bits", lambda *a, **k: wrong)
     (finding,) = findings_of(doctor._check_solver)
     assert finding.status == "error" and "guess chose" in finding.detail
 
 
 def test_broken_packing_is_found(monkeypatch):
-    from mcmoe_kernels import packing
+    from mcmoe_kernels.formats import packing
 
     right = packing.unpack
     monkeypatch.setattr(
@@ -205,11 +208,11 @@ def test_broken_quantizer_is_found(monkeypatch):
 
 
 def test_broken_experts_are_found(monkeypatch):
-    from mcmoe_kernels import experts
+    from mcmoe_kernels import layer
 
     assert [f.status for f in findings_of(doctor._check_experts)] == ["ok"]
-    right = experts.fused_experts_torch
-    monkeypatch.setattr(experts, "fused_experts_torch", lambda *a: 1.1 * right(*a))
+    right = layer.fused_experts_torch
+    monkeypatch.setattr(layer, "fused_experts_torch", lambda *a: 1.1 * right(*a))
     (finding,) = findings_of(doctor._check_experts)
     assert finding.status == "error" and "relative error" in finding.detail
 

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from mcmoe_vllm import evaluation
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.text import load_tokenizer, strided_windows
+from mcmoe_vllm.evaluate.perplexity import evaluate
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 
 
 def test_loss_and_error_follow_their_definition(tiny_models, evaluation_text):
     from transformers import AutoModelForCausalLM
 
     path = tiny_models("mixtral")
-    result = evaluation.evaluate(str(path), str(evaluation_text), windows=5, sequence_length=48)
+    result = evaluate(str(path), str(evaluation_text), windows=5, sequence_length=48)
     windows = strided_windows(str(evaluation_text), load_tokenizer(path), 5, 48)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -34,19 +34,19 @@ def test_loss_and_error_follow_their_definition(tiny_models, evaluation_text):
 def test_refusals(tiny_models, evaluation_text, tmp_path):
     path = str(tiny_models("mixtral"))
     with pytest.raises(UserError, match="allowed are 2 to 256"):
-        evaluation.evaluate(path, str(evaluation_text), sequence_length=512)
+        evaluate(path, str(evaluation_text), sequence_length=512)
     with pytest.raises(UserError, match="at least 2"):
-        evaluation.evaluate(path, str(evaluation_text), windows=1)
+        evaluate(path, str(evaluation_text), windows=1)
     with pytest.raises(UserError, match="allowed are"):
-        evaluation.evaluate(path, str(evaluation_text), engine="llama.cpp")
+        evaluate(path, str(evaluation_text), engine="llama.cpp")
     with pytest.raises(UserError, match="device is 'gpu'"):
-        evaluation.evaluate(path, str(evaluation_text), windows=2, device="gpu")
+        evaluate(path, str(evaluation_text), windows=2, device="gpu")
     with pytest.raises(UserError, match="prunes no prompt"):
-        evaluation.evaluate(path, str(evaluation_text), pruning="decode-only")
+        evaluate(path, str(evaluation_text), pruning="decode-only")
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(UserError, match="too short"):
-        evaluation.evaluate(path, str(short))
+        evaluate(path, str(short))
 
 
 def test_models_of_different_vocabularies_are_not_compared(tiny_models, evaluation_text, tmp_path):
@@ -54,6 +54,4 @@ def test_models_of_different_vocabularies_are_not_compared(tiny_models, evaluati
 
     other = make_tiny_model(tmp_path / "other", "mixtral", layers=1, vocab_size=9000)
     with pytest.raises(UserError, match="vocabulary of 8192"):
-        evaluation.evaluate(
-            str(tiny_models("mixtral")), str(evaluation_text), against=str(other), windows=2
-        )
+        evaluate(str(tiny_models("mixtral")), str(evaluation_text), against=str(other), windows=2)

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcmoe_kernels import packing
-from mcmoe_vllm.checkpoint import open_checkpoint, stored_scale, tensor_sha256
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_kernels.formats import packing
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
+from mcmoe_vllm.checkpoint.manifest import tensor_sha256
 from mcmoe_vllm.inspection import inspect_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcmoe_kernels import packing
-from mcmoe_vllm.checkpoint import (
+from mcmoe_kernels.formats import packing
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import (
+    FORMAT_VERSION,
     INDEX_FILE,
     MANIFEST_FILE,
-    open_checkpoint,
-    shard_name,
-    write_index,
-    write_shard,
+    QuantizationConfig,
 )
+from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
 from mcmoe_vllm.cli import main
-from mcmoe_vllm.config import FORMAT_VERSION, QuantizationConfig, read_json, write_json
+from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
+from mcmoe_vllm.inspection import inspect_checkpoint
+from mcmoe_vllm.report.tables import print_inspection
 
 HIDDEN, WIDTH, GROUP, EXPERTS, LAYERS = 64, 32, 32, 5, 2
 BITS = {0: ("01234", "01243"), 1: ("32211", "32211")}

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mcmoe_vllm import knapsack
-from mcmoe_vllm.knapsack import choose
+from mcmoe_vllm.allocate import knapsack
+from mcmoe_vllm.allocate.knapsack import choose
 
 
 def enumerate_choices(costs, sizes, budget, required):

@@ -16,8 +16,9 @@ LAYER_BYTES = 2 * (8 * 3 * 512 * 1024 + 3 * 512 * 512)
 PROGRAM = """
 import json, sys
 from dataclasses import replace
-from mcmoe_vllm.pipeline import QuantizeOptions, quantize
-from mcmoe_vllm.recipes import BEST
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import quantize
+from mcmoe_vllm.compress.recipes import BEST
 model, output, text = sys.argv[1:]
 result = quantize(QuantizeOptions(model=model, output=output, calibration=text, bits=2.0,
                                   candidate_bits=(2,), tuning_passes=0, samples=4,

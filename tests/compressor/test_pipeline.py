@@ -12,13 +12,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_vllm import evaluation, pipeline, text
-from mcmoe_vllm.checkpoint import MANIFEST_FILE, open_checkpoint
-from mcmoe_vllm.config import Plan, QuantizationConfig, read_json
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import MANIFEST_FILE, QuantizationConfig
+from mcmoe_vllm.compress import quantize_layers
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import measure, plan, quantize, sweep
+from mcmoe_vllm.compress.recipes import PAPER, RECIPES
+from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.models import find_architecture
-from mcmoe_vllm.pipeline import QuantizeOptions, plan, quantize
-from mcmoe_vllm.recipes import PAPER, RECIPES
+from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.text import load_tokenizer, sample_windows
+from mcmoe_vllm.plan import Plan
 
 SMALL = {"samples": 8, "sequence_length": 128}
 
@@ -83,8 +88,8 @@ def test_four_bits_everywhere_is_almost_the_original(
     recipe = replace(RECIPES["best"], answers=False, exact_targets=False)
     settings = {"bits": 4, "candidate_bits": (4,), "group_size": 32, "recipe": recipe}
     quantize(options(source, output, calibration_text, **settings))
-    before = evaluation.load_streamed(open_checkpoint(source), "cpu")
-    after = evaluation.load_streamed(open_checkpoint(output), "cpu")
+    before = load_streamed(open_checkpoint(source), "cpu")
+    after = load_streamed(open_checkpoint(output), "cpu")
 
     def close(original, restored, share):
         return float((original - restored).detach().norm()) <= share * float(original.norm())
@@ -102,8 +107,8 @@ def test_four_bits_everywhere_is_almost_the_original(
 
 def final_logits(path):
     tokens = torch.randint(0, 8192, (2, 64), generator=torch.Generator().manual_seed(1))
-    loaded = evaluation.load_streamed(open_checkpoint(path), "cpu")
-    return torch.stack(list(loaded.model.logits(evaluation.final_hidden(loaded, tokens))))
+    loaded = load_streamed(open_checkpoint(path), "cpu")
+    return torch.stack(list(loaded.model.logits(final_hidden(loaded, tokens))))
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +268,8 @@ def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calib
     """With 1-bit experts in front, layers fitted to the 16-bit model's outputs end nearer to them
     on the text they were fitted to; nothing changes where every layer is given exact inputs."""
     source = tiny_models("qwen2_moe")
-    tokenizer = text.load_tokenizer(source)
-    windows = text.sample_windows(str(calibration_text), tokenizer, 32, 128, 0)
+    tokenizer = load_tokenizer(source)
+    windows = sample_windows(str(calibration_text), tokenizer, 32, 128, 0)
     wanted = last_states(source, windows)
     lost, not_sequential = [], []
     for exact_targets in (False, True):
@@ -284,20 +289,20 @@ def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calib
 
 
 def last_states(folder, windows):
-    loaded = evaluation.load_streamed(open_checkpoint(folder))
-    return torch.cat([h.flatten(0, -2).float() for h in evaluation.final_hidden(loaded, windows)])
+    loaded = load_streamed(open_checkpoint(folder))
+    return torch.cat([h.flatten(0, -2).float() for h in final_hidden(loaded, windows)])
 
 
 def test_a_sweep_costs_less_with_more_bits(tiny_models, calibration_text):
     settings = options(tiny_models("mixtral"), "unused", calibration_text)
-    swept = pipeline.sweep(settings, (1.5, 2, 3))
+    swept = sweep(settings, (1.5, 2, 3))
     assert [bits for bits, _ in swept] == [1.5, 2, 3]
     costs = [cost for _, cost in swept]
     assert costs[0] > costs[1] > costs[2] > 0
     with pytest.raises(UserError, match=r"sweep holds \[5\], the candidates allow 1 to 4"):
-        pipeline.sweep(settings, (2, 5))
+        sweep(settings, (2, 5))
     with pytest.raises(UserError, match="--recipe best"):
-        pipeline.sweep(replace(settings, recipe="paper"), (2,))
+        sweep(replace(settings, recipe="paper"), (2,))
 
 
 def test_a_plan_brings_its_recipe_along(tiny_models, tmp_path, calibration_text):
@@ -309,8 +314,8 @@ def test_a_plan_brings_its_recipe_along(tiny_models, tmp_path, calibration_text)
 
 
 def test_measuring_needs_no_solver(tiny_models, calibration_text, monkeypatch):
-    monkeypatch.setattr("mcmoe_vllm.allocation._import_mathopt", lambda: pytest.fail("solver"))
-    measured = pipeline.measure(options(tiny_models("mixtral"), "unused", calibration_text))
+    monkeypatch.setattr("mcmoe_vllm.allocate.pmq._import_mathopt", lambda: pytest.fail("solver"))
+    measured = measure(options(tiny_models("mixtral"), "unused", calibration_text))
     assert [len(e) for m in measured for e in m.reconstruction_error] == [4] * 8
 
 
@@ -357,8 +362,8 @@ def test_pins_global_scope_and_dropped_experts(tiny_models, tmp_path, calibratio
     )
     checkpoint = open_checkpoint(output)
     assert not checkpoint.names("model.layers.0.mlp.experts.2.")
-    loaded = evaluation.load_streamed(checkpoint, "cpu")
-    hidden = evaluation.final_hidden(loaded, torch.arange(32).unsqueeze(0))
+    loaded = load_streamed(checkpoint, "cpu")
+    hidden = final_hidden(loaded, torch.arange(32).unsqueeze(0))
     assert hidden[0].isfinite().all()
 
 
@@ -400,14 +405,14 @@ def test_a_full_disk_leaves_no_output_and_can_be_resumed(
     tiny_models, tmp_path, calibration_text, monkeypatch
 ):
     settings = options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=2)
-    real = pipeline.write_shard
+    real = quantize_layers.write_shard
 
     def full(path, tensors):
         if "00003" in path.name:
             raise UserError(f"writing {path} failed: No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(pipeline, "write_shard", full)
+    monkeypatch.setattr(quantize_layers, "write_shard", full)
     with pytest.raises(UserError, match="No space left"):
         quantize(settings)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.work" / "job.json").exists()
@@ -419,9 +424,7 @@ def test_a_full_disk_leaves_no_output_and_can_be_resumed(
 def test_too_little_free_space_is_said_before_the_work(
     tiny_models, tmp_path, calibration_text, monkeypatch
 ):
-    monkeypatch.setattr(
-        pipeline.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="1000 B free"):
         quantize(options(tiny_models("mixtral"), tmp_path / "out", calibration_text, bits=2))
     assert not (tmp_path / "out").exists()

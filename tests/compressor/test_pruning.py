@@ -5,15 +5,14 @@ import json
 import pytest
 import torch
 
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_kernels.pruning import drop_mask, prune
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.pruning import (
+from mcmoe_vllm.pruning.table import (
     Pruning,
     PruningTable,
-    drop_mask,
     lone_tokens,
     parse_switch,
-    prune,
     read_table,
     switch_of,
 )

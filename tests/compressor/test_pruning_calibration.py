@@ -7,12 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_vllm.checkpoint import open_checkpoint
+from mcmoe_kernels.pruning import beside_largest, drop_mask
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.evaluation import evaluate, final_hidden, load_streamed, mean_divergences
-from mcmoe_vllm.pipeline import QuantizeOptions, quantize
-from mcmoe_vllm.pruning import Pruning, PruningTable, beside_largest, drop_mask
-from mcmoe_vllm.pruning_calibration import (
+from mcmoe_vllm.evaluate.perplexity import evaluate
+from mcmoe_vllm.model.divergence import mean_divergences
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows
+from mcmoe_vllm.pruning.calibration import (
     PROBE_DROP,
     LayerRouting,
     calibrate_checkpoint,
@@ -20,7 +24,7 @@ from mcmoe_vllm.pruning_calibration import (
     measure_routing,
     summarize_routing,
 )
-from mcmoe_vllm.text import load_tokenizer, strided_windows
+from mcmoe_vllm.pruning.table import Pruning, PruningTable
 from tests.conftest import EXAMPLE_MODEL
 
 

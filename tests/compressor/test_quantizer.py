@@ -5,9 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_kernels import packing
-from mcmoe_vllm import quantizer
-from mcmoe_vllm.recipes import BEST, PAPER
+from mcmoe_kernels.formats import packing
+from mcmoe_kernels.quantize.columns import encode
+from mcmoe_vllm.compress.recipes import BEST, PAPER
+from mcmoe_vllm.quantize import quantizer
+from mcmoe_vllm.quantize.codes import relative_error, round_scale, row_errors
+from mcmoe_vllm.quantize.gptq import DAMPING
+from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
+from mcmoe_vllm.quantize.refine import _descend, _refit_scales, damp, refine
 
 GPTQ_ALONE = replace(BEST, refinements=0)
 
@@ -27,11 +32,9 @@ def textbook_gptq(weight, hessian, bits, group_size):
     quantizer's own search on the weights of that moment."""
     w = weight.double().clone()
     k = w.shape[1]
-    damped = hessian.double() + quantizer.DAMPING * hessian.double().diagonal().mean() * torch.eye(
-        k
-    )
+    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(k)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    fit = quantizer._GroupFit(torch.tensor([bits]), False, zeros=GPTQ_ALONE.zeros)
+    fit = GroupFit(torch.tensor([bits]), False, zeros=GPTQ_ALONE.zeros)
     result = torch.empty_like(w)
     for j in range(k):
         if j % group_size == 0:
@@ -39,7 +42,7 @@ def textbook_gptq(weight, hessian, bits, group_size):
             scale, zero = fit(
                 w[:, columns].t().unsqueeze(0).float(), hessian.diagonal()[columns].unsqueeze(0)
             )
-        q = quantizer.encode(w[:, j].unsqueeze(0).float(), scale, zero, fit.max_code).double()
+        q = encode(w[:, j].unsqueeze(0).float(), scale, zero, fit.max_code).double()
         result[:, j] = ((q - zero) * scale)[0]
         error = (w[:, j] - result[:, j]) / upper[j, j]
         w[:, j + 1 :] -= torch.outer(error, upper[j, j + 1 :])
@@ -88,21 +91,21 @@ def test_refinement_wins_clearly_where_inputs_are_correlated(bits, gain):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_refinement_never_worsens_a_row(bits):
     weight, hessian = correlated(columns=128)
-    hessian = quantizer._damp(hessian, 0.05)  # what refinement minimises
+    hessian = damp(hessian, 0.05)  # what refinement minimises
     w = weight.transpose(1, 2)
-    fit = quantizer._GroupFit(torch.tensor([bits, bits]), False)
-    before = quantizer._round_to_nearest(w, hessian, fit, 32)
-    after = quantizer._refine(w, hessian, before, fit, 2)
-    errors = [quantizer._row_errors(w, codes, hessian) for codes in (before, after)]
+    fit = GroupFit(torch.tensor([bits, bits]), False)
+    before = round_to_nearest(w, hessian, fit, 32)
+    after = refine(w, hessian, before, fit, 2)
+    errors = [row_errors(w, codes, hessian) for codes in (before, after)]
     assert (errors[1] <= errors[0]).all() and (errors[1] < errors[0]).any()
 
 
 def test_refitted_scales_are_the_least_squares_ones():
     weight, hessian = correlated(batch=1, rows=3, columns=64)
     w = weight.transpose(1, 2)
-    fit = quantizer._GroupFit(torch.tensor([3]), False)
-    q, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 32)
-    fitted = quantizer._refit_scales(q, scale, zero, hessian, hessian @ w)[0, :, 0]
+    fit = GroupFit(torch.tensor([3]), False)
+    q, scale, zero = round_to_nearest(w, hessian, fit, 32)
+    fitted = _refit_scales(q, scale, zero, hessian, hessian @ w)[0, :, 0]
     # Row 0 as one least-squares problem in its two scales.
     levels = torch.zeros(64, 2, dtype=torch.float64)
     for g in range(2):
@@ -116,16 +119,16 @@ def test_refitted_scales_are_the_least_squares_ones():
 def test_descent_sets_each_code_to_its_best_given_the_others():
     weight, hessian = correlated(batch=1, rows=4, columns=64)
     w = weight.transpose(1, 2)
-    fit = quantizer._GroupFit(torch.tensor([2]), False)
-    q, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 64)
+    fit = GroupFit(torch.tensor([2]), False)
+    q, scale, zero = round_to_nearest(w, hessian, fit, 64)
     for _ in range(20):
-        q = quantizer._descend(w, hessian, (q, scale, zero), fit, 64)
-    least = quantizer._row_errors(w, (q, scale, zero), hessian)
+        q = _descend(w, hessian, (q, scale, zero), fit, 64)
+    least = row_errors(w, (q, scale, zero), hessian)
     for column in range(64):  # no single change of a code is better
         for code in range(4):
             changed = q.clone()
             changed[:, column] = code
-            error = quantizer._row_errors(w, (changed, scale, zero), hessian)
+            error = row_errors(w, (changed, scale, zero), hessian)
             assert (error >= least * (1 - 1e-4)).all()
 
 
@@ -133,7 +136,7 @@ def paper_reference(weight, hessian, bits):
     """Independent reading of the published code on one matrix: scales per group of 128 from the
     plain norm, and error that leaves a block of 128 columns only (except at 4 bits)."""
     w, k = weight.clone(), weight.shape[1]
-    damped = hessian + quantizer.DAMPING * hessian.diagonal().mean() * torch.eye(k)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(k)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped.double()), upper=True).float()
     result = torch.empty_like(w)
     for start in range(0, k, 128):
@@ -145,7 +148,7 @@ def paper_reference(weight, hessian, bits):
             least = torch.full((len(w),), torch.inf)
             scale, zero = torch.ones(len(w)), torch.zeros(len(w))
             for step in range(101):
-                tried = quantizer.round_scale((high - low) * (0.9 + 0.002 * step) / (2**bits - 1))
+                tried = round_scale((high - low) * (0.9 + 0.002 * step) / (2**bits - 1))
                 share = torch.tensor(0.9 + 0.2 * step / 100)
                 z = torch.round(-low * share / tried)
                 q = torch.round(block / tried[:, None] + z[:, None]).clamp(0, 2**bits - 1)
@@ -153,7 +156,7 @@ def paper_reference(weight, hessian, bits):
                 better = error < least
                 least = torch.where(better, error, least)
                 scale, zero = torch.where(better, tried, scale), torch.where(better, z, zero)
-        scale = quantizer.round_scale(scale)
+        scale = round_scale(scale)
         errors = torch.empty_like(block)
         for j in range(128):
             q = torch.round(block[:, j] / scale + zero).clamp(0, 2**bits - 1)
@@ -197,13 +200,13 @@ def test_every_trait_of_the_papers_quantizer_matters(trait, bits):
 def test_the_paper_never_rounds_what_gptq_made_worse(monkeypatch):
     weight, _ = correlated(batch=1)
     hessian = torch.eye(256).unsqueeze(0)
-    gptq = quantizer._gptq
+    right = quantizer.gptq
 
     def failing(*arguments):
-        codes, scale, zero = gptq(*arguments)
+        codes, scale, zero = right(*arguments)
         return codes * 0, scale, zero
 
-    monkeypatch.setattr(quantizer, "_gptq", failing)
+    monkeypatch.setattr(quantizer, "gptq", failing)
     kept = quantizer.quantize(weight, hessian, 2, 128, recipe=PAPER)
     rounded = quantizer.quantize(weight, hessian, 2, 128, recipe=GPTQ_ALONE)
     assert kept.gptq_kept.all() and not kept.codes.any()
@@ -273,7 +276,7 @@ def test_symmetric_int4_has_its_zero_at_8():
     weight, hessian = correlated()
     q = quantizer.quantize(weight, hessian, 4, 128, symmetric=True)
     assert (q.zero == 8).all() and q.codes.max() <= 15
-    assert quantizer.relative_error(weight, hessian, q.error) < 0.1
+    assert relative_error(weight, hessian, q.error) < 0.1
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -323,7 +326,7 @@ def test_quantize_refuses(change, message):
 
 def test_round_scale_covers_the_range_that_both_types_share():
     values = torch.logspace(-9, 6, 4001)
-    exact = quantizer.round_scale(values)
+    exact = round_scale(values)
     assert torch.equal(exact, exact.half().float()) and torch.equal(exact, exact.bfloat16().float())
     assert (exact > 0).all() and exact.isfinite().all()
     inside = (values > 2**-14) & (values < packing.MAX_SCALE)

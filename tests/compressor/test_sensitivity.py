@@ -2,8 +2,8 @@
 
 import pytest
 
-from mcmoe_vllm.config import Plan
-from mcmoe_vllm.sensitivity import describe_costs, matrix_costs, summarize_costs
+from mcmoe_vllm.compress.expected_loss import describe_costs, matrix_costs, summarize_costs
+from mcmoe_vllm.plan import Plan
 
 
 def plan_of(bits, w2_bits, significance):

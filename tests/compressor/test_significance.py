@@ -6,9 +6,22 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mcmoe_vllm import quantizer, significance
-from mcmoe_vllm.recipes import BEST, PAPER
-from mcmoe_vllm.streaming import Routing, experts_output
+from mcmoe_vllm.compress.recipes import BEST, PAPER
+from mcmoe_vllm.compress.significance import measure_layer
+from mcmoe_vllm.model.streaming import Routing, experts_output
+from mcmoe_vllm.quantize import quantizer
+from mcmoe_vllm.quantize.hessians import (
+    MIN_TOKENS,
+    ROWS,
+    calibration_rows,
+    calibration_weights,
+    expert_chunks,
+    gram,
+    inner_hessians,
+    input_hessians,
+    shared_gram,
+)
+from mcmoe_vllm.quantize.refine import answer_inputs
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
 
@@ -38,14 +51,14 @@ MEASURED = replace(ALONE, refinements=BEST.error_refinements)
 
 def expert_hessians(routing, experts, w13, activation, weighting="equal", shared_tokens=0):
     """Of both projections, with what an exact w13 gives w2."""
-    shared = significance.shared_gram(routing, shared_tokens, w13.device)
-    first = significance.input_hessians(routing, experts, weighting, shared)
-    return first, significance.inner_hessians(routing, experts, w13, w13, activation, weighting)[0]
+    shared = shared_gram(routing, shared_tokens, w13.device)
+    first = input_hessians(routing, experts, weighting, shared)
+    return first, inner_hessians(routing, experts, w13, w13, activation, weighting)[0]
 
 
 def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
     experts, routing = layer
-    return significance.measure_layer(
+    return measure_layer(
         7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, recipe, **more
     )[:2]
 
@@ -116,33 +129,33 @@ def test_starved_experts_are_reported_and_calibrated_on_other_tokens(layer):
     measured, _ = measure(layer)
     experts, routing = layer
     assert measured.starved == [2, 3]
-    rows = significance.calibration_rows(routing, 2)
-    assert rows[:5].tolist() == [0, 1, 2, 3, 4] and len(rows) == significance.MIN_TOKENS
-    rows = significance.calibration_rows(routing, 3)
-    assert len(set(rows.tolist())) == significance.MIN_TOKENS and rows.max() > 590
+    rows = calibration_rows(routing, 2)
+    assert rows[:5].tolist() == [0, 1, 2, 3, 4] and len(rows) == MIN_TOKENS
+    rows = calibration_rows(routing, 3)
+    assert len(set(rows.tolist())) == MIN_TOKENS and rows.max() > 590
     hessian, inner = expert_hessians(routing, [3], experts[3][0].unsqueeze(0), silu)
     assert (hessian.diagonal(dim1=1, dim2=2) > 0).all() and inner.isfinite().all()
-    assert torch.equal(significance.calibration_rows(routing, 0), torch.arange(TOKENS))
+    assert torch.equal(calibration_rows(routing, 0), torch.arange(TOKENS))
 
 
 def test_fewer_tokens_than_the_minimum_still_calibrate():
     routing = Routing(torch.randn(10, 8), torch.zeros(10, 1, dtype=torch.long), torch.ones(10, 1))
-    assert len(significance.calibration_rows(routing, 0)) == 10
-    assert len(significance.calibration_rows(routing, 5)) == 10
+    assert len(calibration_rows(routing, 0)) == 10
+    assert len(calibration_rows(routing, 5)) == 10
 
 
 def test_chunks_cover_all_experts_and_keep_to_the_memory():
-    chunks = significance.expert_chunks(128, 2048, 768)
+    chunks = expert_chunks(128, 2048, 768)
     assert [e for chunk in chunks for e in chunk] == list(range(128))
     assert len(chunks) > 1
-    assert significance.expert_chunks(8, 4096, 14336) == [range(i, i + 1) for i in range(8)]
-    assert significance.expert_chunks(0, 128, 128) == []
+    assert expert_chunks(8, 4096, 14336) == [range(i, i + 1) for i in range(8)]
+    assert expert_chunks(0, 128, 128) == []
 
 
 def test_gram_is_a_sum_over_rows():
-    rows = torch.randn(significance.ROWS + 3, 8)
+    rows = torch.randn(ROWS + 3, 8)
     expected = rows.double().t() @ rows.double()
-    torch.testing.assert_close(significance.gram(rows).double(), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(gram(rows).double(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_the_papers_traits_of_significance(layer):
@@ -177,7 +190,7 @@ def test_trace_error_by_hand(layer):
 
 def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     experts, routing = layer
-    measured, exact, change = significance.measure_layer(
+    measured, exact, change = measure_layer(
         7, routing, experts.__getitem__, EXPERTS, (1, 2), 32, silu, ALONE, probe=1
     )
     h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
@@ -193,7 +206,7 @@ def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     rows = (routing.ids == 0).any(1) & ~(routing.ids == 1).any(1)  # no other expert's change
     others = routing.ids[rows]
     assert set(others.flatten().tolist()) == {0, 2}
-    third = significance.measure_layer(
+    third = measure_layer(
         7, Routing(routing.hidden[rows], others, routing.weights[rows]), experts.__getitem__,
         EXPERTS, (1, 2), 32, silu, BEST, probe=None,
     )[2]  # fmt: skip
@@ -208,8 +221,8 @@ def test_errors_can_be_of_the_first_tokens_alone(layer):
     first = Routing(routing.hidden[:200], routing.ids[:200], routing.weights[:200])
     recipe = replace(BEST, error_method="minmax")  # needs no Hessian, which all tokens make
     arguments = (experts.__getitem__, EXPERTS, (2,), 32, silu, recipe)
-    alone = significance.measure_layer(7, first, *arguments, probe=0)
-    among = significance.measure_layer(7, routing, *arguments, probe=0, probe_tokens=200)
+    alone = measure_layer(7, first, *arguments, probe=0)
+    among = measure_layer(7, routing, *arguments, probe=0, probe_tokens=200)
     for a, b in zip(alone[0].projection_errors, among[0].projection_errors, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4)
     torch.testing.assert_close(among[2][:200], alone[2], rtol=1e-4, atol=1e-5)
@@ -233,15 +246,15 @@ def test_w2_answers_for_what_w13_lost(layer):
     experts, routing = layer
     w13, w2 = (w.unsqueeze(0) for w in experts[0])
     how = (silu, "routing")
-    shared = significance.shared_gram(routing, 0, w13.device)
-    hessian13 = significance.input_hessians(routing, [0], "routing", shared)
+    shared = shared_gram(routing, 0, w13.device)
+    hessian13 = input_hessians(routing, [0], "routing", shared)
     q13 = quantizer.quantize(w13, hessian13, 2, 32, splits=2).dequantize()
-    same, cross = significance.inner_hessians(routing, [0], w13, w13, *how)
+    same, cross = inner_hessians(routing, [0], w13, w13, *how)
     assert cross is same
-    untouched = quantizer.answer_inputs(w2, same, cross)
+    untouched = answer_inputs(w2, same, cross)
     torch.testing.assert_close(untouched, w2, rtol=1e-4, atol=1e-5)
-    hessian, cross = significance.inner_hessians(routing, [0], q13, w13, *how)
-    answering = quantizer.answer_inputs(w2, hessian, cross)
+    hessian, cross = inner_hessians(routing, [0], q13, w13, *how)
+    answering = answer_inputs(w2, hessian, cross)
     exact = block_output(experts, routing)
     lost = [
         float((block_output([(q13[0], w[0]), *experts[1:]], routing) - exact).square().sum())
@@ -255,13 +268,13 @@ def test_products_with_what_the_16_bit_model_is_given(layer):
     experts, routing = layer
     w13 = experts[0][0].unsqueeze(0)
     exact = routing.hidden + 0.1 * torch.randn_like(routing.hidden)
-    shared = [significance.shared_gram(routing, 50, w13.device, e) for e in (None, exact)]
-    first = significance.input_hessians(routing, [0], "routing", shared[1], exact)
+    shared = [shared_gram(routing, 50, w13.device, e) for e in (None, exact)]
+    first = input_hessians(routing, [0], "routing", shared[1], exact)
     rows, weights = routing.tokens_of(0)
     x, y = (h[rows] * weights.unsqueeze(1) for h in (routing.hidden, exact))
     mean = exact.t() @ routing.hidden * (50 / len(exact)) * weights.square().mean()
     torch.testing.assert_close(first[0], y.t() @ x + mean, rtol=1e-4, atol=1e-3)
-    _, cross = significance.inner_hessians(routing, [0], w13, w13, silu, "routing", exact)
+    _, cross = inner_hessians(routing, [0], w13, w13, silu, "routing", exact)
     z, y = (
         silu(gate) * up * weights.unsqueeze(1)
         for gate, up in ((h[rows] @ w13[0].t()).chunk(2, dim=1) for h in (routing.hidden, exact))
@@ -270,12 +283,12 @@ def test_products_with_what_the_16_bit_model_is_given(layer):
     same = routing.hidden
     for tensor, others in zip(
         (
-            significance.input_hessians(routing, [0], "routing", shared[0], same),
-            *significance.inner_hessians(routing, [0], w13, w13, silu, "routing", same),
+            input_hessians(routing, [0], "routing", shared[0], same),
+            *inner_hessians(routing, [0], w13, w13, silu, "routing", same),
         ),
         (
-            significance.input_hessians(routing, [0], "routing", shared[0]),
-            *significance.inner_hessians(routing, [0], w13, w13, silu, "routing"),
+            input_hessians(routing, [0], "routing", shared[0]),
+            *inner_hessians(routing, [0], w13, w13, silu, "routing"),
         ),
         strict=True,
     ):
@@ -289,7 +302,7 @@ def test_few_tokens_are_outvoted_by_what_all_experts_see(layer):
     w13 = experts[2][0].unsqueeze(0)
     alone, _ = expert_hessians(routing, [2], w13, silu, "routing")
     shared, _ = expert_hessians(routing, [2], w13, silu, "routing", shared_tokens=300)
-    _, scale = significance.calibration_weights(routing, 2, "routing")
+    _, scale = calibration_weights(routing, 2, "routing")
     mean = routing.hidden.t() @ routing.hidden / TOKENS
     expected = alone[0] + 300 * scale.square().mean() * mean
     torch.testing.assert_close(shared[0], expected, rtol=1e-4, atol=1e-3)
@@ -307,8 +320,8 @@ def test_sharing_wins_where_an_expert_sees_few_tokens():
     fresh = torch.randn(2000, 64, generator=generator) @ mix
     errors = []
     for tokens in (0, 300):
-        shared = significance.shared_gram(routing, tokens, weight.device)
-        own = significance.gram(hidden[:40]).unsqueeze(0)
+        shared = shared_gram(routing, tokens, weight.device)
+        own = gram(hidden[:40]).unsqueeze(0)
         q = quantizer.quantize(weight, own + shared, 2, 32).dequantize()
         errors.append(float((fresh @ (q[0] - weight[0]).t()).square().sum()))
     assert errors[1] < 0.9 * errors[0]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mcmoe_vllm import evaluation
-from mcmoe_vllm.checkpoint import open_checkpoint
+from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.models import ARCHITECTURES, REFUSED, find_architecture
+from mcmoe_vllm.model.architectures import ARCHITECTURES, REFUSED, find_architecture
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
@@ -16,8 +16,8 @@ def test_streamed_logits_equal_transformers(tiny_models, model_type):
     path = tiny_models(model_type)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 8192, (3, 40), generator=generator)
-    loaded = evaluation.load_streamed(open_checkpoint(path), "cpu")
-    logits = torch.stack(list(loaded.model.logits(evaluation.final_hidden(loaded, tokens))))
+    loaded = load_streamed(open_checkpoint(path), "cpu")
+    logits = torch.stack(list(loaded.model.logits(final_hidden(loaded, tokens))))
     whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = whole(tokens).logits
@@ -27,9 +27,9 @@ def test_streamed_logits_equal_transformers(tiny_models, model_type):
 
 
 def test_layers_leave_no_memory_behind(tiny_models):
-    loaded = evaluation.load_streamed(open_checkpoint(tiny_models("mixtral")), "cpu")
+    loaded = load_streamed(open_checkpoint(tiny_models("mixtral")), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.long)
-    evaluation.final_hidden(loaded, tokens)
+    final_hidden(loaded, tokens)
     layers = loaded.model.skeleton.model.layers
     assert all(parameter.is_meta for parameter in layers.parameters())
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mcmoe_vllm import tasks
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluate import tasks
+from mcmoe_vllm.evaluate.tasks import evaluate_tasks, join_scores
 
 FOUND = {
     "results": {
@@ -34,7 +35,7 @@ BASE = {
 
 
 def test_scores_are_joined_with_the_bases():
-    scores = {(s.task, s.metric): s for s in tasks.join_scores(FOUND, BASE)}
+    scores = {(s.task, s.metric): s for s in join_scores(FOUND, BASE)}
     assert list(scores) == [
         ("arc", "acc"),
         ("arc", "acc_norm"),
@@ -50,23 +51,23 @@ def test_scores_are_joined_with_the_bases():
 
 
 def test_no_recovery_where_less_is_better_or_the_base_scores_nothing():
-    scores = {s.task: s for s in tasks.join_scores(FOUND, BASE)}
+    scores = {s.task: s for s in join_scores(FOUND, BASE)}
     assert scores["wikitext"].base_score == 10.0
     assert scores["wikitext"].recovery is None and scores["gsm8k"].recovery is None
-    assert all(s.base_score is None and s.recovery is None for s in tasks.join_scores(FOUND, None))
+    assert all(s.base_score is None and s.recovery is None for s in join_scores(FOUND, None))
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vllm and lm_eval.*mcmoe-vllm\[tasks\]"):
-        tasks.evaluate_tasks("model", ["arc_easy"])
+        evaluate_tasks("model", ["arc_easy"])
 
 
 def test_unknown_tasks_are_all_named_with_near_ones(monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(tasks, "find_spec", lambda name: True)
     with pytest.raises(UserError) as error:
-        tasks.evaluate_tasks("model", ["arc_easi", "arc_easy", "no_such_thing_at_all"])
+        evaluate_tasks("model", ["arc_easi", "arc_easy", "no_such_thing_at_all"])
     assert "arc_easi (near: arc_easy" in str(error.value)
     assert "no_such_thing_at_all" in str(error.value)
 
@@ -75,4 +76,4 @@ def test_include_path_must_be_a_folder(monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(tasks, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        tasks.evaluate_tasks("model", ["mine"], include_path=str(tmp_path / "nowhere"))
+        evaluate_tasks("model", ["mine"], include_path=str(tmp_path / "nowhere"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.text import (
+from mcmoe_vllm.model.text import (
     encode_documents,
     load_tokenizer,
     read_documents,

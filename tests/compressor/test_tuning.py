@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from mcmoe_kernels.packing import unpack_scale
-from mcmoe_vllm import evaluation, tuning
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.pipeline import QuantizeOptions, quantize
+from mcmoe_kernels.formats.packing import unpack_scale
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.compress.finetune import HELD_OUT, shorten, tune_model
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import quantize
+from mcmoe_vllm.model.divergence import mean_divergences
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
 
 PASSES, RATE = 2, 1e-2
 
@@ -22,14 +25,14 @@ def untuned(tiny_models, tmp_path_factory, calibration_text):
         )
     )  # fmt: skip
     windows = torch.randint(0, 8192, (24, 64), generator=torch.Generator().manual_seed(0))
-    base = evaluation.load_streamed(open_checkpoint(source), "cpu")
-    return open_checkpoint(output), windows, evaluation.final_hidden(base, windows)
+    base = load_streamed(open_checkpoint(source), "cpu")
+    return open_checkpoint(output), windows, final_hidden(base, windows)
 
 
 def tune(untuned, rate=RATE, teacher=None):
     checkpoint, windows, states = untuned
-    loaded = evaluation.load_streamed(checkpoint, "cpu")
-    return tuning.tune_model(loaded, windows, teacher or states, passes=PASSES, rate=rate, seed=0)
+    loaded = load_streamed(checkpoint, "cpu")
+    return tune_model(loaded, windows, teacher or states, passes=PASSES, rate=rate, seed=0)
 
 
 def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
@@ -55,11 +58,11 @@ def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
 
 def test_its_divergence_is_that_of_the_evaluation(untuned):
     checkpoint, windows, states = untuned
-    loaded = evaluation.load_streamed(checkpoint, "cpu")
-    held = [i for i in range(len(windows)) if i % tuning.HELD_OUT == tuning.HELD_OUT - 1]
-    hidden = torch.cat(evaluation.final_hidden(loaded, windows))[held]
+    loaded = load_streamed(checkpoint, "cpu")
+    held = [i for i in range(len(windows)) if i % HELD_OUT == HELD_OUT - 1]
+    hidden = torch.cat(final_hidden(loaded, windows))[held]
     teacher = torch.cat(states)[held]
-    expected = evaluation.mean_divergences(loaded, [teacher], [[hidden]])[0]
+    expected = mean_divergences(loaded, [teacher], [[hidden]])[0]
     assert tune(untuned, rate=1e-9).before == pytest.approx(expected, rel=1e-4)
 
 
@@ -71,8 +74,8 @@ def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(untune
     losses = []
     for rate in (1e-6, 3e-6):
         seen = []
-        loaded = evaluation.load_streamed(checkpoint, "cpu", torch.float64)
-        tuning.tune_model(
+        loaded = load_streamed(checkpoint, "cpu", torch.float64)
+        tune_model(
             loaded, windows, states, passes=PASSES, rate=rate, seed=0,
             report=lambda step, steps, loss, seen=seen: seen.append(loss),
         )  # fmt: skip
@@ -90,8 +93,8 @@ def first_windows(untuned, count):
 def sum_of_second_pass(untuned):
     checkpoint, windows, states = untuned
     seen = []
-    tuning.tune_model(
-        evaluation.load_streamed(checkpoint, "cpu", torch.float64), windows, states, passes=PASSES,
+    tune_model(
+        load_streamed(checkpoint, "cpu", torch.float64), windows, states, passes=PASSES,
         rate=0.0, seed=0, report=lambda step, steps, loss: seen.append(loss),
     )  # fmt: skip
     return sum(seen[len(seen) // 2 :])
@@ -99,7 +102,7 @@ def sum_of_second_pass(untuned):
 
 def test_nothing_changes_where_there_is_nothing_to_gain(untuned):
     checkpoint, windows, _ = untuned
-    own = evaluation.final_hidden(evaluation.load_streamed(checkpoint, "cpu"), windows)
+    own = final_hidden(load_streamed(checkpoint, "cpu"), windows)
     tuned = tune(untuned, teacher=own)
     assert tuned.tensors == {} and tuned.after == tuned.before
 
@@ -121,6 +124,6 @@ def test_steps_that_are_too_long_are_shortened(best, kept, tried):
         seen.append(share)
         return (share - best) ** 2
 
-    after = tuning.shorten(moves, best**2, measure)
+    after = shorten(moves, best**2, measure)
     assert after == pytest.approx((kept - best) ** 2) and len(seen) == tried
     assert moves[0].tolist() == [2 * kept] and moves[1].tolist() == [[4 * kept, -4 * kept]]

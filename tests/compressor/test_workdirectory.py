@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mcmoe_vllm.compress.workdirectory import JOB_FILE, open_work_directory, progress_of
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.workdirectory import JOB_FILE, open_work_directory, progress_of
 
 JOB = {"model": "m", "bits": 2.5}
 

@@ -224,7 +224,8 @@ def compressed(
     made: dict[tuple[str, str], Path] = {}
 
     def get(name: str, **options: Any) -> Path:
-        from mcmoe_vllm.pipeline import QuantizeOptions, quantize
+        from mcmoe_vllm.compress.options import QuantizeOptions
+        from mcmoe_vllm.compress.pipeline import quantize
 
         key = (name, repr(sorted(options.items())))
         if key not in made:
@@ -252,7 +253,7 @@ def calibrated(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The bundled model, compressed and calibrated to prune a quarter of its pairs."""
-    from mcmoe_vllm.pruning_calibration import calibrate_checkpoint
+    from mcmoe_vllm.pruning.calibration import calibrate_checkpoint
 
     folder = tmp_path_factory.mktemp("pruned") / "example"
     shutil.copytree(compressed("example"), folder)
@@ -269,9 +270,9 @@ def with_ratios(
     """with_ratios(folder, ratios): a copy that is served pruned, by a ratio for each layer."""
 
     def get(folder: Path, ratios: Mapping[int, float]) -> Path:
-        from mcmoe_vllm.checkpoint import open_checkpoint
-        from mcmoe_vllm.pruning import PruningTable
-        from mcmoe_vllm.pruning_calibration import store_table
+        from mcmoe_vllm.checkpoint.files import open_checkpoint
+        from mcmoe_vllm.pruning.calibration import store_table
+        from mcmoe_vllm.pruning.table import PruningTable
 
         copy = tmp_path_factory.mktemp("with_ratios") / folder.name
         shutil.copytree(folder, copy)
@@ -298,10 +299,12 @@ def dequantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
 def write_dequantized(folder: Path, target: Path) -> Path:
     from safetensors.torch import save_file
 
-    from mcmoe_kernels.packing import dequantize, dequantize_int4_linear
-    from mcmoe_vllm.checkpoint import copy_side_files, open_checkpoint
-    from mcmoe_vllm.config import QuantizationConfig, write_json
-    from mcmoe_vllm.models import find_architecture
+    from mcmoe_kernels.formats.packing import dequantize, dequantize_int4_linear
+    from mcmoe_vllm.checkpoint.files import open_checkpoint
+    from mcmoe_vllm.checkpoint.format import QuantizationConfig
+    from mcmoe_vllm.checkpoint.writing import copy_side_files
+    from mcmoe_vllm.disk import write_json
+    from mcmoe_vllm.model.architectures import find_architecture
 
     checkpoint = open_checkpoint(folder)
     config = dict(checkpoint.config)
@@ -363,7 +366,7 @@ def transformers_logprobs() -> Callable[[Path, list[list[int]]], torch.Tensor]:
     ) -> torch.Tensor:
         from transformers import AutoModelForCausalLM
 
-        from mcmoe_vllm.pruning import drop_mask
+        from mcmoe_kernels.pruning import drop_mask
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for layer, ratio in (ratios or {}).items():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcmoe_vllm.evaluation import evaluate
+from mcmoe_vllm.evaluate.perplexity import evaluate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

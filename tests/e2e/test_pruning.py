@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.evaluation import final_hidden, load_streamed
-from mcmoe_vllm.pruning import Pruning, PruningTable
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.pruning.table import Pruning, PruningTable
 from tests.logprobs import assert_equal_numbers, difference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

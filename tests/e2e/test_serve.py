@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.config import QuantizationConfig
-from mcmoe_vllm.evaluation import final_hidden, load_streamed
-from mcmoe_vllm.pruning import Pruning, pair_counts, read_table
+from mcmoe_kernels.pruning import pair_counts
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.pruning.table import Pruning, read_table
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mcmoe_vllm.cli import main
-from mcmoe_vllm.text import load_tokenizer, strided_windows
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 from tests.conftest import EXAMPLE_MODEL
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from mcmoe_kernels import packing
-from mcmoe_vllm.checkpoint import shard_name, write_index, write_shard
-from mcmoe_vllm.config import QuantizationConfig, write_json
+from mcmoe_kernels.formats import packing
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
+from mcmoe_vllm.disk import write_json
 
 HIDDEN, WIDTH, GROUP, VOCABULARY = 64, 32, 32, 8  # two groups in a row of w1, one in w2
 HEADS, KEY_HEADS, HEAD_SIZE = 4, 1, 8

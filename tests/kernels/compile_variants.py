@@ -21,16 +21,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mcmoe_kernels import (
-    columns,
-    experts_decode,
-    experts_prefill,
-    experts_single,
-    experts_warp,
-    experts_warpgroup,
-    routing,
-)
-from mcmoe_kernels.tuning import (
+from mcmoe_kernels.gpu.block import down_kernel, gate_up_kernel, prepare_kernel
+from mcmoe_kernels.gpu.choice import (
     KERNELS,
     LayerShape,
     PrefillConfig,
@@ -39,6 +31,14 @@ from mcmoe_kernels.tuning import (
     WarpgroupConfig,
     read_table,
 )
+from mcmoe_kernels.gpu.common import combine_kernel
+from mcmoe_kernels.gpu.prefill import down_prefill_kernel, gate_up_prefill_kernel
+from mcmoe_kernels.gpu.routing import FEW_PAIRS, few_options
+from mcmoe_kernels.gpu.single import GPU_KERNELS
+from mcmoe_kernels.gpu.warp import down_warp_kernel, gate_up_warp_kernel
+from mcmoe_kernels.gpu.warpgroup import down_warpgroup_kernel, gate_up_warpgroup_kernel
+from mcmoe_kernels.quantize import columns_triton
+from mcmoe_kernels.quantize.columns_triton import COLUMNS, ROWS
 
 WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
 TYPES = {
@@ -78,14 +78,14 @@ def variants(shape: LayerShape, config, capability: int):
         if isinstance(config, PrefillConfig):
             common["FEW_M"] = config.few_m or config.block_m
             gate_up, down = (
-                experts_prefill.gate_up_prefill_kernel,
-                experts_prefill.down_prefill_kernel,
+                gate_up_prefill_kernel,
+                down_prefill_kernel,
             )
         else:
             first["PART"], second["PART"] = config.part13, config.part2
             gate_up, down = (
-                experts_warpgroup.gate_up_warpgroup_kernel,
-                experts_warpgroup.down_warpgroup_kernel,
+                gate_up_warpgroup_kernel,
+                down_warpgroup_kernel,
             )
         yield gate_up.__name__.removesuffix("_kernel"), gate_up, common | first, options
         yield down.__name__.removesuffix("_kernel"), down, common | second, options
@@ -99,33 +99,33 @@ def variants(shape: LayerShape, config, capability: int):
     own2 = {"X_BLOCK": h_block, "SPLITS": config.splits, "STAGES": config.stages2}
     options13 = {"num_warps": config.warps13, **limit13}
     options2 = {"num_warps": config.warps2, **limit2}
-    kernels = {"gate_up": experts_decode.gate_up_kernel, "down": experts_decode.down_kernel}
+    kernels = {"gate_up": gate_up_kernel, "down": down_kernel}
     if isinstance(config, WarpConfig):
         own13 |= {"WARPS": config.warps13, "TILES": config.tiles13, "PARTS": config.parts13}
         own2 |= {"WARPS": config.warps2, "TILES": config.tiles2, "PARTS": config.parts2}
         kernels = {
-            "gate_up_warp": experts_warp.gate_up_warp_kernel,
-            "down_warp": experts_warp.down_warp_kernel,
+            "gate_up_warp": gate_up_warp_kernel,
+            "down_warp": down_warp_kernel,
         }
     if isinstance(config, SingleConfig):
         token = {**sizes, **quantized, "DTYPE": tl.bfloat16, **pdl, "counts": None}
         token |= {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k}
         first |= {"ENDED": hidden // config.block_n2, "EXPERTS": shape.num_experts}
-        kernel13, kernel2 = experts_single.GPU_KERNELS
+        kernel13, kernel2 = GPU_KERNELS
         yield "gate_up_single", kernel13, {**token, **first, **own13}, options13
         yield "down_single", kernel2, {**token, **second, **own2}, options2
         return
     (name13, kernel13), (name2, kernel2) = kernels.items()
     yield name13, kernel13, {**sizes, **quantized, **first, **own13, **pdl}, options13
     yield name2, kernel2, {**sizes, **quantized, **second, **own2, **pdl}, options2
-    for pairs in (1, routing.FEW_PAIRS + 1):
-        few = routing.few_options(pairs)
-        yield "prepare", experts_decode.prepare_kernel, {
+    for pairs in (1, FEW_PAIRS + 1):
+        few = few_options(pairs)
+        yield "prepare", prepare_kernel, {
             "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
             "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
             "EXPERTS": shape.num_experts, "FEW": few.pop("FEW"), "INLINE": True, **pdl,
         }, few  # fmt: skip
-    yield "combine", experts_decode.combine_kernel, {
+    yield "combine", combine_kernel, {
         "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,
     }, {"num_warps": 2}  # fmt: skip
 
@@ -137,15 +137,15 @@ def quantizer_variants():
         "WEIGHTED_BINARY": True,
     }  # fmt: skip
     paper = fit | {"POWER": 2.4, "WEIGHTED": False, "WEIGHTED_BINARY": False}
-    by_column = {"COUNT": columns.COLUMNS}, {"num_warps": 1, "num_stages": 1}
+    by_column = {"COUNT": COLUMNS}, {"num_warps": 1, "num_stages": 1}
     for name, more, options in (
         ("fit_group", fit, {"num_warps": 4}),
         ("fit_group", paper, {"num_warps": 4}),
         ("compensate", *by_column),
         ("descend", *by_column),
     ):
-        kernel = getattr(columns, f"{name}_kernel")
-        yield name, kernel, {"BLOCK_N": columns.ROWS, **more}, options
+        kernel = getattr(columns_triton, f"{name}_kernel")
+        yield name, kernel, {"BLOCK_N": ROWS, **more}, options
 
 
 def build(name, kernel, constants, options, capability):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from mcmoe_vllm import quantizer
+from mcmoe_kernels.quantize.columns import compensate_torch, descend_torch
+from mcmoe_vllm.quantize import quantizer
+from mcmoe_vllm.quantize.gptq import factor_hessian
+from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
 
-columns = pytest.importorskip("mcmoe_kernels.columns")
+columns = pytest.importorskip("mcmoe_kernels.quantize.columns_triton")
 
 BITS = (1, 2, 3, 4)
 
@@ -26,7 +29,7 @@ def nearly_all_equal(found, expected, share=0.998):
 
 
 def fit_of(device, **options):
-    return quantizer._GroupFit(torch.tensor(BITS, device=device), False, **options)
+    return GroupFit(torch.tensor(BITS, device=device), False, **options)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_fit_group(device, options):
 def test_fit_group_symmetric(device):
     w, hessian = batch(device)
     importance = hessian.diagonal(dim1=1, dim2=2).contiguous()
-    fit = quantizer._GroupFit(torch.full((4,), 4, device=device), True)
+    fit = GroupFit(torch.full((4,), 4, device=device), True)
     scale, zero = columns.fit_group(
         w, importance, fit.shrink[..., 0], fit.max_code[:, 0], fit.steps[:, 0], power=2.0,
         weighted=True, symmetric=True, weighted_binary=True,
@@ -72,13 +75,13 @@ def test_fit_group_symmetric(device):
 @pytest.mark.parametrize("moved", [1.0, 0.0])
 def test_compensate(device, moved, count):
     w, hessian = batch(device)
-    fit, factored = fit_of(device), quantizer.factor_hessian(hessian)
+    fit, factored = fit_of(device), factor_hessian(hessian)
     scale, zero = fit.search(w, hessian.diagonal(dim1=1, dim2=2))
     given = (scale, zero, factored.inverse, fit.max_code[:, 0],
              torch.full((len(BITS),), moved, device=device), 32, count, 24)  # fmt: skip
     before = w.clone()
     results = []
-    for compensate in (columns.compensate, quantizer.compensate_torch):
+    for compensate in (columns.compensate, compensate_torch):
         codes = torch.full_like(w, -1)
         errors = torch.full_like(w, float("nan"))
         compensate(w, codes, errors, *given)
@@ -99,11 +102,11 @@ def test_compensate(device, moved, count):
 def test_descend(device, count):
     w, hessian = batch(device)
     fit = fit_of(device)
-    codes, scale, zero = quantizer._round_to_nearest(w, hessian, fit, 128)
+    codes, scale, zero = round_to_nearest(w, hessian, fit, 128)
     deq = (codes - zero) * scale
     slope = hessian @ (w - deq)
     results = []
-    for descend in (columns.descend, quantizer.descend_torch):
+    for descend in (columns.descend, descend_torch):
         q = codes.clone()
         moves = descend(slope, deq, q, scale[:, 0].contiguous(), zero[:, 0].contiguous(), hessian,
                         fit.max_code[:, 0], 32, count)  # fmt: skip

@@ -7,15 +7,20 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from mcmoe_kernels.dequantization import (  # noqa: E402
+from mcmoe_kernels.formats.packing import (  # noqa: E402
+    pack_scale,
+    unpack_scale,
+)
+from mcmoe_kernels.formats.scalar import HIGH_BITS  # noqa: E402
+from mcmoe_kernels.formats.scalar8 import (  # noqa: E402
     blocks_bytes,
     merge_planes,
+)
+from mcmoe_kernels.formats.scalar16 import weights_of  # noqa: E402
+from mcmoe_kernels.formats.words import (  # noqa: E402
     merge_words,
     split_meta,
-    weights_of,
 )
-from mcmoe_kernels.packing import pack_scale, unpack_scale  # noqa: E402
-from mcmoe_kernels.tiles import HIGH_BITS  # noqa: E402
 
 EVERY_WORD = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(-1, 16)
 BITS = [1, 2, 3, 4]

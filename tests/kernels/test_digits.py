@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mcmoe_kernels.digits import HEADROOM, MAX_FIXED, split_digits_torch
-from mcmoe_kernels.tiles import column_permutation
+from mcmoe_kernels.formats.scalar import column_permutation
+from mcmoe_kernels.gpu.digits import HEADROOM, MAX_FIXED, split_digits_torch
 
 
 def join_digits(digits, meta):

@@ -5,14 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_kernels.experts import (
-    ExpertLayer,
-    fused_experts_static,
-    fused_experts_torch,
-    packed_offsets,
-    split_flat,
-)
-from mcmoe_kernels.experts_cpu import (
+from mcmoe_kernels.cpu.experts import (
     INT4_MAX_ROWS,
     MODES,
     dequantize_to,
@@ -23,7 +16,14 @@ from mcmoe_kernels.experts_cpu import (
     prepare_dense,
     unpack_fast,
 )
-from mcmoe_kernels.packing import BIT_WIDTHS, pack, unpack
+from mcmoe_kernels.formats.packing import BIT_WIDTHS, pack, unpack
+from mcmoe_kernels.layer import (
+    ExpertLayer,
+    fused_experts_static,
+    fused_experts_torch,
+    packed_offsets,
+    split_flat,
+)
 from tests.expert_layers import (
     experts_float64,
     experts_rounded,

@@ -5,14 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mcmoe_kernels import experts_warpgroup
-from mcmoe_kernels.experts import fused_experts_torch
-from mcmoe_kernels.experts_gpu import fused_experts, warm_up
-from mcmoe_kernels.experts_warp import is_ragged
-from mcmoe_kernels.packing import pack, pack_scale, unpack_scale
-from mcmoe_kernels.pruning import prune_ids
-from mcmoe_kernels.tiles import tile_layer
-from mcmoe_kernels.tuning import (
+from mcmoe_kernels.formats.packing import pack, pack_scale, unpack_scale
+from mcmoe_kernels.gpu import warpgroup
+from mcmoe_kernels.gpu.choice import (
     DecodeConfig,
     LayerShape,
     PrefillConfig,
@@ -21,7 +16,12 @@ from mcmoe_kernels.tuning import (
     WarpgroupConfig,
     fit,
 )
-from mcmoe_vllm.pruning import pair_counts
+from mcmoe_kernels.gpu.common import is_ragged
+from mcmoe_kernels.gpu.experts import fused_experts, warm_up
+from mcmoe_kernels.gpu.pruning import prune_ids
+from mcmoe_kernels.gpu.tiled import tile_layer
+from mcmoe_kernels.layer import fused_experts_torch
+from mcmoe_kernels.pruning import pair_counts
 from tests.expert_layers import (
     experts_float64,
     experts_rounded,
@@ -276,7 +276,7 @@ def test_what_is_not_finite_is_not_hidden(value, config, tokens, device):
 @pytest.mark.parametrize("kernel", ["gate_up_warpgroup_kernel", "down_warpgroup_kernel"])
 def test_launches_without_a_gpu_give_every_argument(kernel, monkeypatch, device):
     """Gluon has no interpreter: what can be checked anywhere is the call."""
-    names = getattr(experts_warpgroup, kernel).arg_names
+    names = getattr(warpgroup, kernel).arg_names
     calls = []
 
     class Recorder:
@@ -287,7 +287,7 @@ def test_launches_without_a_gpu_give_every_argument(kernel, monkeypatch, device)
             return lambda *args, **kwargs: calls.append((self.name, grid, args, kwargs))
 
     for name in ("gate_up_warpgroup_kernel", "down_warpgroup_kernel"):
-        monkeypatch.setattr(experts_warpgroup, name, Recorder(name))
+        monkeypatch.setattr(warpgroup, name, Recorder(name))
     tiled = tile_layer(to_device(random_layer((2, 3)), device))
     weights, ids = (t.to(device) for t in random_routing(5, 2, 2))
     fused_experts(random_input(5, 256).to(device), tiled, weights, ids, CONFIGS["warpgroup, wide"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mcmoe_kernels import packing
+from mcmoe_kernels.formats import packing
 
 
 def test_bytes_of_every_width_are_the_little_endian_stream():

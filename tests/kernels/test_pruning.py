@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mcmoe_kernels.pruning import prune_ids
-from mcmoe_vllm.pruning import pair_counts, prune
+from mcmoe_kernels.gpu.pruning import prune_ids
+from mcmoe_kernels.pruning import pair_counts, prune
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8])

@@ -13,9 +13,19 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from mcmoe_kernels import dequantization  # noqa: E402
-from mcmoe_kernels.dequantization import split_bfloat16, split_meta  # noqa: E402
-from mcmoe_kernels.packing import pack_scale, unpack_scale  # noqa: E402
+from mcmoe_kernels.formats.packing import (  # noqa: E402
+    pack_scale,
+    unpack_scale,
+)
+from mcmoe_kernels.formats.scalar16 import (  # noqa: E402
+    _magic,
+    _place,
+    _scale_lost,
+    _weights_asm,
+    _zero_base,
+    split_bfloat16,
+)
+from mcmoe_kernels.formats.words import split_meta  # noqa: E402
 from tests.kernels.test_dequantization import offset_of  # noqa: E402
 
 WORD = (1 << 32) - 1
@@ -106,14 +116,14 @@ def test_weights_of_every_word(bits, tile, scaled, dtype, device):
     )  # fmt: skip
     factor, base = (f.cpu().view(dtype) for f in found)
     for block, half in ((b, h) for b in range(4) for h in range(2)):
-        shift, position = dequantization._place(bits, tile, block, half, bfloat16, scaled)
-        offset = dequantization._magic(bfloat16)[1] / (1 << position)
+        shift, position = _place(bits, tile, block, half, bfloat16, scaled)
+        offset = _magic(bfloat16)[1] / (1 << position)
         constant = -offset
         if bfloat16:
-            gain = 1 << dequantization._scale_lost(True, scaled)
-            constant = dequantization._zero_base(bits, scaled)[0] - gain * offset
+            gain = 1 << _scale_lost(True, scaled)
+            constant = _zero_base(bits, scaled)[0] - gain * offset
         addend = constant - base
-        assembly = dequantization._weights_asm(shift, position, (1 << bits) - 1, bfloat16, scaled)
+        assembly = _weights_asm(shift, position, (1 << bits) - 1, bfloat16, scaled)
         twice = [to_bits(x.double(), dtype) * 0x00010001 for x in (addend, factor)]
         result = execute(assembly, pairs, *twice)
         for part, codes in ((0, words), (16, words.flip(0))):

@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from mcmoe_kernels import routing
-from mcmoe_kernels.experts_decode import prepare_kernel
-from mcmoe_kernels.experts_gpu import inline
-from mcmoe_kernels.routing import few_options, max_blocks, route_pairs, route_torch
-from mcmoe_kernels.tiles import tile_layer
-from mcmoe_vllm.pruning import pair_counts, prune
+from mcmoe_kernels.gpu import routing
+from mcmoe_kernels.gpu.block import prepare_kernel
+from mcmoe_kernels.gpu.experts import inline
+from mcmoe_kernels.gpu.routing import few_options, max_blocks, route_pairs, route_torch
+from mcmoe_kernels.gpu.tiled import tile_layer
+from mcmoe_kernels.pruning import pair_counts, prune
 from tests.expert_layers import random_layer, random_routing, to_device
 
 BITS = (1, 3, 0, 2, 3, 2, 1)

@@ -5,19 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_kernels import tiles
-from mcmoe_kernels.experts import ExpertMatrices
-from mcmoe_kernels.packing import BIT_WIDTHS, unpack_scale
-from mcmoe_kernels.tiles import (
-    column_permutation,
-    dequantize_slot,
-    gate_up_rows,
-    matrix_bytes,
-    tile_codes,
-    tile_layer,
-    tile_matrices,
-    untile_codes,
-)
+from mcmoe_kernels.formats.packing import BIT_WIDTHS, unpack_scale
+from mcmoe_kernels.formats.scalar import column_permutation, matrix_bytes, tile_codes, untile_codes
+from mcmoe_kernels.gpu import tiled
+from mcmoe_kernels.gpu.tiled import dequantize_slot, gate_up_rows, tile_layer, tile_matrices
+from mcmoe_kernels.layer import ExpertMatrices
 from tests.expert_layers import random_layer, random_matrices
 
 
@@ -64,16 +56,16 @@ def test_a_scale_lies_where_the_layout_says():
 
 @pytest.mark.parametrize("at_once", [1, 1 << 24])
 def test_a_layer_is_the_same_in_slots(monkeypatch, at_once):
-    monkeypatch.setattr(tiles, "CODES_AT_ONCE", at_once)  # a row tile at a time, or all
+    monkeypatch.setattr(tiled, "CODES_AT_ONCE", at_once)  # a row tile at a time, or all
     layer = random_layer((1, 3, 0, 4, 2), (2, 1, 0, 3, 4), 192, 96, 32)
-    tiled = tile_layer(layer)
-    assert tiled.slot_of.tolist() == [3, 2, -1, 0, 1]  # widest first, the dropped one nowhere
-    for expert, slot in enumerate(tiled.slot_of.tolist()):
+    layout = tile_layer(layer)
+    assert layout.slot_of.tolist() == [3, 2, -1, 0, 1]  # widest first, the dropped one nowhere
+    for expert, slot in enumerate(layout.slot_of.tolist()):
         if slot < 0:
             continue
         rows = gate_up_rows(96, "cpu")
-        assert torch.equal(dequantize_slot(tiled.w13, slot), layer.w13.dequantize(expert)[rows])
-        assert torch.equal(dequantize_slot(tiled.w2, slot), layer.w2.dequantize(expert))
+        assert torch.equal(dequantize_slot(layout.w13, slot), layer.w13.dequantize(expert)[rows])
+        assert torch.equal(dequantize_slot(layout.w2, slot), layer.w2.dequantize(expert))
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)

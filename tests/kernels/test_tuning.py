@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mcmoe_kernels import tuning
-from mcmoe_kernels.tuning import (
+from mcmoe_kernels.gpu import choice
+from mcmoe_kernels.gpu.choice import (
     CONFIGS,
     LayerShape,
     PrefillConfig,
@@ -65,7 +65,7 @@ def test_the_nearest_number_of_tokens_by_factor():
 def test_limits_on_registers_are_of_the_compiler_that_they_were_measured_with(
     version, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    monkeypatch.setattr(choice, "CONFIGS", tmp_path)
     few, many = WarpConfig(registers13=80, registers2=96), PrefillConfig(registers=128)
     tokens = {"2": dump_config(few), "256": dump_config(many)}
     table = {"triton": version, "shapes": [{**MIXTRAL.__dict__, "tokens": tokens}]}
@@ -77,7 +77,7 @@ def test_limits_on_registers_are_of_the_compiler_that_they_were_measured_with(
 
 
 def test_a_broken_table_names_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    monkeypatch.setattr(choice, "CONFIGS", tmp_path)
     (tmp_path / "broken.json").write_text('{"shapes": [{"num_experts": 8}]}')
     with pytest.raises(ValueError, match=r"broken\.json"):
         read_table("broken")

@@ -125,7 +125,7 @@ def test_import_is_light(environment: Path) -> None:
 
 def test_kernels_import_without_the_rest(environment: Path) -> None:
     code = (
-        "import sys, mcmoe_kernels, mcmoe_kernels.packing\n"
+        "import sys, mcmoe_kernels, mcmoe_kernels.formats.packing\n"
         "assert not {'vllm', 'mcmoe_vllm'} & set(sys.modules)\n"
         "print(mcmoe_kernels.__file__)"
     )

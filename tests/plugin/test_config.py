@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 
 pytestmark = pytest.mark.vllm

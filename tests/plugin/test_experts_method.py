@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from mcmoe_kernels.packing import unpack_scale
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_kernels.formats.packing import unpack_scale
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from tests.expert_layers import (
     experts_float64,

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from mcmoe_kernels.packing import dequantize_int4_linear, pack_int4_linear
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_kernels.formats.packing import dequantize_int4_linear, pack_int4_linear
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from tests.expert_layers import relative_error
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 
-from mcmoe_vllm.checkpoint import INDEX_FILE as INDEX
-from mcmoe_vllm.checkpoint import MANIFEST_FILE as MANIFEST
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.checkpoint import tensor_sha256 as sha256
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import INDEX_FILE as INDEX
+from mcmoe_vllm.checkpoint.format import MANIFEST_FILE as MANIFEST
+from mcmoe_vllm.checkpoint.manifest import tensor_sha256 as sha256
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.loader import ReadCount, read_hashes, read_verified, remote_experts
 

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("vllm")
 
+from mcmoe_kernels.pruning import pair_counts, prune
 from mcmoe_vllm.plugin import metrics
 from mcmoe_vllm.plugin.metrics import PruningCounts
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from mcmoe_vllm.pruning import pair_counts, prune
 from tests.expert_layers import random_routing
 
 pytestmark = pytest.mark.vllm

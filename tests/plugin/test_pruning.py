@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("vllm")
 
-from mcmoe_vllm.config import QuantizationConfig
+from mcmoe_kernels.pruning import prune
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.models import ARCHITECTURES
+from mcmoe_vllm.model.architectures import ARCHITECTURES
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from mcmoe_vllm.pruning import PruningTable, prune
+from mcmoe_vllm.pruning.table import PruningTable
 from tests.conftest import SIZES, TINY_MODELS
 from tests.expert_layers import random_routing
 

@@ -7,14 +7,15 @@ bfloat16; every element is compared in float64 with a bound derived below.
 import pytest
 import torch
 
-from mcmoe_kernels.experts import ExpertLayer, ExpertMatrices
-from mcmoe_kernels.experts_cpu import fused_experts_cpu, prepare, prepare_dense
-from mcmoe_vllm import evaluation
-from mcmoe_vllm.checkpoint import open_checkpoint
-from mcmoe_vllm.config import QuantizationConfig
-from mcmoe_vllm.pipeline import QuantizeOptions, quantize
-from mcmoe_vllm.streaming import experts_output
-from mcmoe_vllm.text import load_tokenizer, strided_windows
+from mcmoe_kernels.cpu.experts import fused_experts_cpu, prepare, prepare_dense
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import quantize
+from mcmoe_vllm.model.loaded import load_streamed
+from mcmoe_vllm.model.streaming import experts_output
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 from tests.conftest import EXAMPLE_MODEL
 
 UNIT = 2.0**-8  # relative error of rounding to bfloat16, at most
@@ -43,7 +44,7 @@ def checkpoint(tmp_path_factory, calibration_text):
 @pytest.fixture(scope="module")
 def routings(checkpoint, evaluation_text):
     """What the routers of all layers decide for 512 tokens, hidden states in bfloat16."""
-    loaded = evaluation.load_streamed(checkpoint, "cpu")
+    loaded = load_streamed(checkpoint, "cpu")
     tokens = strided_windows(str(evaluation_text), load_tokenizer(EXAMPLE_MODEL), 4, 128)
     (block,) = loaded.model.embed(tokens)
     recorded = []

@@ -1,0 +1,1 @@
+"""The experts of a layer on a CPU."""

@@ -1,0 +1,105 @@
+"""What the schedules share: activation, the sum over experts, steps along K, launch options."""
+
+import torch
+import triton
+import triton.language as tl
+
+from mcmoe_kernels.gpu.choice import DecodeConfig, WarpConfig
+from mcmoe_kernels.gpu.routing import wait_for_previous
+from mcmoe_kernels.gpu.tiled import TiledLayer
+
+COMBINE_WIDE = 32  # tokens from which `combine` takes 1024 columns a program
+
+
+@triton.jit
+def activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.jit(do_not_specialize=["pairs_total"])
+def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
+                   TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SPLITS: tl.constexpr,
+                   BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j]."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    routed = ()
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(ids + pair)
+        slot = tl.load(lookup + tl.maximum(expert, 0) * 4)
+        weight = tl.load(topk_weights + pair).to(tl.float32)
+        routed += ((tl.where(expert >= 0, slot, -1), weight),)
+    wait_for_previous(PDL)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        slot, weight = routed[j]
+        computed = slot + tl.zeros_like(column) >= 0
+        at = pair.to(tl.int64) * HIDDEN + column
+        value = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            value += tl.load(
+                parts + at + split * pairs_total.to(tl.int64) * HIDDEN,
+                mask=inside & computed, other=0.0,
+            )  # fmt: skip
+        total += tl.where(computed, weight, 0.0) * value
+    tl.store(
+        out + token.to(tl.int64) * HIDDEN + column, total.to(out.dtype.element_ty), mask=inside
+    )
+
+
+def hidden_block(layer: TiledLayer, config: DecodeConfig | WarpConfig) -> int:
+    """How many columns of act(gate) * up share a scale: no more than a program of gate_up has."""
+    return min(layer.w2.group_size, config.block_n13 // 2)
+
+
+def register_limits(config: DecodeConfig | WarpConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """The options of both products' launches that limit registers."""
+    limits = config.registers13, config.registers2
+    first, second = ({"maxnreg": limit} if limit else {} for limit in limits)
+    return first, second
+
+
+def dtype_of(x: torch.Tensor) -> tl.dtype:
+    return getattr(tl, str(x.dtype).removeprefix("torch."))
+
+
+@triton.constexpr_function
+def steps_of(columns, shares):
+    """The steps of 256 columns of each of the programs, or warps, that share a row."""
+    return -(-columns // (256 * shares))
+
+
+@triton.constexpr_function
+def is_ragged(columns, splits, parts, ahead):
+    """Whether a warp may have fewer steps than others, or its last one fewer columns, where `parts`
+    warps in each of `splits` programs share a row and take `ahead` steps at a time."""
+    per_split = steps_of(columns, splits)
+    per_part = steps_of(256 * per_split, parts)
+    whole = per_part % ahead == 0 and per_split == parts * per_part
+    return not whole or columns % (256 * per_split) != 0
+
+
+@triton.jit
+def load_if(at, inside, MASKED: tl.constexpr):
+    """Zeros where not inside. No mask where the shape needs none: it would cost instructions."""
+    return tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
+
+
+@triton.constexpr_function
+def is_scaled(block_m, group_size):
+    """Whether each weight is scaled, rather than each result.
+
+    Few pairs: a scale for each result costs less. Many: registers are short, and results take more
+    of them before they are scaled.
+    """
+    return block_m > 32 or group_size < 128

@@ -1,0 +1,323 @@
+"""The experts for many tokens on Hopper: weights are dequantized while matrix units multiply.
+
+The same products as `experts_prefill`, whose compiler waits for each product before it prepares
+the next one's weights. Here the order is written out (Gluon): every warpgroup issues the products
+of one part of a tile, dequantizes the next part meanwhile and only then waits for the ones before,
+so that the matrix units always have work queued. Tiles of x and of the planes arrive through a ring
+of asynchronous copies.
+
+A tile t of the ring is copied at tile t - (STAGES - 2): the slot it takes was last read by products
+that every warp has waited for before the barrier of that tile.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mcmoe_kernels.formats.records import first_record, record_bytes_of, shared_at, tile_at
+from mcmoe_kernels.formats.scalar16 import block_weights
+from mcmoe_kernels.formats.words import concatenate, merge_words, split_meta
+from mcmoe_kernels.gpu.choice import WarpgroupConfig
+from mcmoe_kernels.gpu.common import activate, is_scaled
+from mcmoe_kernels.gpu.prefill import launch_prefill
+from mcmoe_kernels.gpu.routing import wait_for_previous
+from mcmoe_kernels.gpu.tiled import TiledLayer
+
+# Its name changed between Triton 3.6 and 3.9, where the old one raises.
+async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+
+
+@gluon.jit
+def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_ring, x, x_offsets,
+              valid, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
+              BITS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+              PART: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Start the copies of one tile, TILE = tile % 2, of step `step`: planes and x, and with the
+    first what both share."""
+    STEP_BYTES: gl.constexpr = record_bytes_of(BITS, GROUP_SIZE)
+    GROUPS: gl.constexpr = 128 // GROUP_SIZE
+    START: gl.constexpr = tile_at(TILE, BITS, GROUP_SIZE)
+    WARPS: gl.constexpr = gl.num_warps()
+    PLANE: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+    META: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    inside = tile < tiles
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, PLANE))
+    offsets = (n // 64 * (STEP_BYTES // 2) + n % 64 * 16)[:, None] + gl.arange(
+        0, 16, gl.SliceLayout(0, PLANE)
+    )[None, :]
+    words = record.to(gl.pointer_type(gl.int16))
+    slot = tile % STAGES
+    step_slot = step % STAGES
+    if BITS % 2 == 1 and TILE == 0:
+        start = words + shared_at(GROUP_SIZE) // 2
+        async_load(shared_ring.index(step_slot), start + offsets, mask=inside)
+    for plane in gl.static_range(BITS // 2):
+        start = words + (START + plane * 2048) // 2
+        async_load(plane_ring.index(slot * (BITS // 2) + plane), start + offsets, mask=inside)
+    if TILE == 0:
+        row = gl.arange(0, BLOCK_N, META)
+        row_offsets = row // 64 * (STEP_BYTES // 4) + row % 64
+        metas = record.to(gl.pointer_type(gl.int32))
+        for group in gl.static_range(GROUPS):
+            target = meta_ring.index(step_slot * GROUPS + group)
+            async_load(target, (metas + group * 64) + row_offsets, mask=inside)
+    for part in gl.static_range(128 // PART):
+        column = tile * 128 + part * PART
+        async_load(
+            x_ring.index(slot * (128 // PART) + part), (x + column) + x_offsets,
+            mask=valid[:, None] & (column < COLUMNS) if BLOCK_M <= 32 else column < COLUMNS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: gl.constexpr,
+               BITS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The words of a tile, int16 [N, 16]: of blocks 0 and 2, and of blocks 1 and 3."""
+    slot = tile % STAGES
+    if BITS == 1:
+        w0 = shared_ring.index(step % STAGES).load(WEIGHT)
+        return w0, w0
+    elif BITS == 2:
+        w0 = plane_ring.index(slot).load(WEIGHT)
+        return w0, w0
+    elif BITS == 3:
+        high = shared_ring.index(step % STAGES).load(WEIGHT)
+        low = plane_ring.index(slot).load(WEIGHT)
+        w1 = merge_words(low, high, 2, 1 - 2 * TILE, True)
+        return merge_words(low, high, 0, -2 * TILE, True), w1
+    else:
+        return plane_ring.index(slot * 2).load(WEIGHT), plane_ring.index(slot * 2 + 1).load(WEIGHT)
+
+
+@gluon.jit
+def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
+                  TILE: gl.constexpr, PARTS: gl.constexpr, GROUP_SIZE: gl.constexpr,
+                  BITS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+                  SCALED: gl.constexpr, WEIGHT: gl.constexpr):  # fmt: skip
+    """acc += the first PARTS parts of a tile.
+
+    SCALED: weights are scaled before they are multiplied, and the last part's products are left
+    running. Else those of the tile gather in sums of their own, which are scaled: they must have
+    ended, since registers of running products may not be read.
+    """
+    w0, w1 = load_words(tile, step, shared_ring, plane_ring, WEIGHT, TILE, BITS, STAGES)
+    DTYPE: gl.constexpr = x_ring.dtype
+    slot, step_slot = tile % STAGES, step % STAGES
+    GROUPS: gl.constexpr = 128 // GROUP_SIZE
+    metas = ()
+    for group in gl.static_range(GROUPS):
+        metas += (meta_ring.index(step_slot * GROUPS + group).load(gl.SliceLayout(1, WEIGHT)),)
+    sums = acc
+    for part in gl.static_range(PARTS):
+        tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
+        weights = block_weights(
+            w0, w1, metas[part * PART // GROUP_SIZE], BITS, TILE, part * (PART // 32), SCALED,
+            DTYPE, True,
+        )  # fmt: skip
+        if PART == 64:
+            second = block_weights(
+                w0, w1, metas[(part * 2 + 1) * 32 // GROUP_SIZE], BITS, TILE, part * 2 + 1, SCALED,
+                DTYPE, True,
+            )  # fmt: skip
+            weights = concatenate(weights, second)
+        weights = gl.convert_layout(weights, WEIGHT, assert_trivial=True)
+        sums = warpgroup_mma(weights, tokens, sums, use_acc=SCALED or part > 0, is_async=True)
+        sums = warpgroup_mma_wait(1 if SCALED or part < PARTS - 1 else 0, (sums,))
+    if SCALED:
+        return sums
+    else:
+        meta = meta_ring.index(step_slot).load(gl.SliceLayout(1, acc.type.layout))
+        scale, zero = split_meta(meta, TILE, BITS, gl.float32)
+        return acc + sums * scale[:, None]
+
+
+@gluon.jit
+def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+                GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, BLOCK_N: gl.constexpr,
+                BLOCK_M: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+                WIDE: gl.constexpr, ACC: gl.constexpr, X_TILE: gl.constexpr):  # fmt: skip
+    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M] in layout ACC.
+
+    rows: int32 [M] in the layout of X_TILE's rows; the results of -1 mean nothing.
+    record: `first_record`. WIDE: offsets within x need 64 bits.
+    """
+    STRIDE: gl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    TILES: gl.constexpr = (COLUMNS + 127) // 128
+    AHEAD: gl.constexpr = STAGES - 2
+    WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    DTYPE: gl.constexpr = x.dtype.element_ty
+    SCALED: gl.constexpr = is_scaled(BLOCK_M, GROUP_SIZE)
+    gl.static_assert(STAGES % 2 == 0 and STAGES >= 4)
+    gl.static_assert(COLUMNS % PART == 0)
+    WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    X_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PART], DTYPE)
+    shared_ring = gl.allocate_shared_memory(
+        gl.int16, [STAGES if BITS % 2 == 1 else 1, BLOCK_N if BITS % 2 == 1 else 8, 16],
+        WORDS,
+    )  # fmt: skip
+    plane_ring = gl.allocate_shared_memory(
+        gl.int16, [STAGES * (BITS // 2) if BITS > 1 else 1, BLOCK_N if BITS > 1 else 8, 16], WORDS
+    )
+    meta_ring = gl.allocate_shared_memory(
+        gl.int32,
+        [STAGES * (128 // GROUP_SIZE), BLOCK_N],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES * (128 // PART), BLOCK_M, PART], X_SHARED)
+    valid = rows >= 0
+    x_rows = gl.maximum(rows, 0)
+    if WIDE:
+        x_rows = x_rows.to(gl.int64)
+    x_offsets = x_rows[:, None] * COLUMNS + gl.arange(0, PART, gl.SliceLayout(0, X_TILE))[None, :]
+    for early in gl.static_range(AHEAD):
+        copy_tile(
+            early, early // 2, TILES, record + early // 2 * STRIDE, shared_ring, plane_ring,
+            meta_ring, x_ring, x, x_offsets, valid, early % 2, COLUMNS, GROUP_SIZE, BITS,
+            BLOCK_N, BLOCK_M, PART, STAGES,
+        )  # fmt: skip
+        async_copy.commit_group()
+    record += AHEAD // 2 * STRIDE
+    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, ACC)
+    for step in range(COLUMNS // 256):
+        for half in gl.static_range(2):
+            async_copy.wait_group(AHEAD - 1)
+            fence_async_shared()
+            acc = multiply_tile(
+                acc, step * 2 + half, step, shared_ring, plane_ring, meta_ring, x_ring, half,
+                128 // PART, GROUP_SIZE, BITS, PART, STAGES, SCALED, WEIGHT,
+            )  # fmt: skip
+            copy_tile(
+                step * 2 + half + AHEAD, step + AHEAD // 2, TILES, record, shared_ring,
+                plane_ring, meta_ring, x_ring, x, x_offsets, valid, half, COLUMNS, GROUP_SIZE, BITS,
+                BLOCK_N, BLOCK_M, PART, STAGES,
+            )  # fmt: skip
+            async_copy.commit_group()
+        record += STRIDE
+    for half in gl.static_range(2):  # less than a step at the end
+        if half * 128 < COLUMNS % 256:
+            async_copy.wait_group(AHEAD - 1 - half)
+            fence_async_shared()
+            acc = multiply_tile(
+                acc, COLUMNS // 256 * 2 + half, COLUMNS // 256, shared_ring, plane_ring,
+                meta_ring, x_ring, half,
+                min(COLUMNS % 256 - half * 128, 128) // PART, GROUP_SIZE, BITS, PART, STAGES,
+                SCALED, WEIGHT,
+            )  # fmt: skip
+    async_copy.wait_group(0)
+    return warpgroup_mma_wait(0, (acc,))
+
+
+@gluon.jit
+def weights_any_width(x, rows, records, entry, first_row,
+                      ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
+                      WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+                      PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+                      X_TILE: gl.constexpr):  # fmt: skip
+    """`dot_weights` by the width of the slot; only the widths in WIDTHS are compiled."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
+    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, ACC)
+    for bits in gl.static_range(1, 5):
+        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
+            if entry % 8 == bits:
+                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
+                acc = dot_weights(
+                    x, rows, start, ROWS, COLUMNS, GROUP_SIZE, bits, BLOCK_N, BLOCK_M, PART,
+                    STAGES, WIDE, ACC, X_TILE,
+                )  # fmt: skip
+    return acc
+
+
+@gluon.jit
+def store_rows(y, value, places, first_row, ROWS: gl.constexpr, OUT: gl.constexpr):
+    """y[pair, first_row + n] = value[n, m], rounded, for the pairs that are at `places`."""
+    value = gl.convert_layout(value.to(y.dtype.element_ty), OUT)
+    pairs = gl.load(places + gl.arange(0, value.shape[1], gl.SliceLayout(0, OUT)))
+    row = first_row + gl.arange(0, value.shape[0], gl.SliceLayout(1, OUT))
+    at = pairs.to(gl.int64)[None, :] * ROWS + row[:, None]
+    gl.store(y + at, value, mask=(pairs >= 0)[None, :] & (row >= 0)[:, None])
+
+
+@gluon.jit(do_not_specialize=["top_k"])
+def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
+                             HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
+                             GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr,
+                             ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
+                             BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
+                             STAGES: gl.constexpr, WIDE: gl.constexpr,
+                             PDL: gl.constexpr):  # fmt: skip
+    X_TILE: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
+    )
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
+    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
+        return
+    wait_for_previous(PDL)
+    slot = gl.load(block_info + block * 4)
+    entry = gl.load(block_info + block * 4 + 1)
+    if slot < 0:
+        return
+    places = block_pair + block * BLOCK_M
+    rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
+    rows = gl.where(rows >= 0, rows // top_k, -1)
+    acc = weights_any_width(
+        x, rows, records, entry, n_block * BLOCK_N, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS,
+        BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
+    )  # fmt: skip
+    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
+    value = activate(gate, ACTIVATION) * up
+    store_rows(h, value, places, n_block * (BLOCK_N // 2), INTERMEDIATE, OUT)
+
+
+@gluon.jit
+def down_warpgroup_kernel(h, records, block_info, block_pair, y,
+                          HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
+                          GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr,
+                          BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
+                          STAGES: gl.constexpr, WIDE: gl.constexpr,
+                          PDL: gl.constexpr):  # fmt: skip
+    X_TILE: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
+    )
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
+    if n_block >= HIDDEN // BLOCK_N:
+        return
+    slot = gl.load(block_info + block * 4)
+    entry = gl.load(block_info + block * 4 + 2)
+    places = block_pair + block * BLOCK_M
+    rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
+    wait_for_previous(PDL)
+    if slot < 0:
+        return
+    acc = weights_any_width(
+        h, rows, records, entry, n_block * BLOCK_N, HIDDEN, INTERMEDIATE,
+        GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
+    )  # fmt: skip
+    if 32 * gl.num_warps() > BLOCK_N:
+        store_rows(y, acc, places, n_block * BLOCK_N, HIDDEN, OUT)
+    else:  # in halves, whose addresses take fewer registers
+        first, second = acc.reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0).split()
+        store_rows(y, first, places, n_block * BLOCK_N, HIDDEN, OUT)
+        store_rows(y, second, places, n_block * BLOCK_N + BLOCK_N // 2, HIDDEN, OUT)
+
+
+def fused_experts_warpgroup(
+    x: torch.Tensor,
+    layer: TiledLayer,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: WarpgroupConfig,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """As `fused_experts_prefill`, on compute capability 9.0; H and I must be multiples of 64."""
+    gate_up = (gate_up_warpgroup_kernel, {"PART": config.part13})
+    down = (down_warpgroup_kernel, {"PART": config.part2})
+    return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, gate_up, down)

@@ -1,0 +1,1 @@
+"""What quantizing does column by column: the definition in plain torch, and on a GPU."""

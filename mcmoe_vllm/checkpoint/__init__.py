@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, compressed or not, their manifest and their sizes."""

@@ -1,0 +1,97 @@
+"""Shards, the weight index and the manifest, written atomically; the files beside them, copied."""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mcmoe_vllm.checkpoint.format import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    MANIFEST_VERSION,
+    OWN_FILES,
+    SIDE_FILE_STEMS,
+    SIDE_FILE_SUFFIXES,
+)
+from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256
+from mcmoe_vllm.disk import explain_os_errors, write_json
+
+
+def side_files(path: Path, trust_remote_code: bool = False) -> list[Path]:
+    """The files of a checkpoint folder, besides weights and config, that a copy needs."""
+    return sorted(
+        f
+        for f in path.iterdir()
+        if f.is_file()
+        and not f.name.startswith(".")
+        and f.name not in OWN_FILES
+        and not f.name.endswith(".index.json")
+        and (
+            f.suffix in SIDE_FILE_SUFFIXES
+            or f.name.split(".")[0].upper() in SIDE_FILE_STEMS
+            or (trust_remote_code and f.suffix == ".py")
+        )
+    )
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file beside `path`, flush it to the disk and rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with explain_os_errors(f"writing {path}"):
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+
+
+def shard_name(index: int, count: int) -> str:
+    """`model-00001-of-00033.safetensors`, index from 1."""
+    return f"model-{index:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Iterable[str]) -> None:
+    """Write the weight index and the hash manifest of finished shards."""
+    weight_map: dict[str, str] = {}
+    tensor_hashes: dict[str, str] = {}
+    shard_hashes: dict[str, dict[str, Any]] = {}
+    total = 0
+    for shard in shards:
+        file = folder / shard
+        shard_hashes[shard] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        with safe_open(file, framework="pt") as f:
+            for name in sorted(f.keys()):
+                tensor = f.get_tensor(name)
+                weight_map[name] = shard
+                tensor_hashes[name] = tensor_sha256(tensor)
+                total += tensor.numel() * tensor.element_size()
+    with explain_os_errors(f"writing {folder / INDEX_FILE}"):
+        write_json(
+            folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+        write_json(
+            folder / MANIFEST_FILE,
+            {
+                "format_version": MANIFEST_VERSION,
+                "shards": shard_hashes,
+                "tensors": tensor_hashes,
+            },
+        )
+
+
+def copy_side_files(source: Path, target: Path, trust_remote_code: bool = False) -> list[str]:
+    """Copy tokenizer, generation config, chat template and licence files; their names."""
+    files = side_files(source, trust_remote_code)
+    with explain_os_errors(f"copying the tokenizer's files to {target}"):
+        for file in files:
+            shutil.copyfile(file, target / file.name)
+    return [f.name for f in files]

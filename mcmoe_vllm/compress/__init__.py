@@ -1,0 +1,1 @@
+"""The job, in order: measure, choose, quantize, finetune, publish."""

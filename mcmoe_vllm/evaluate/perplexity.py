@@ -1,0 +1,235 @@
+"""Perplexity and KL divergence by one fixed protocol, so that all figures compare.
+
+The documents of the text, each followed by the end token, are joined and cut into
+non-overlapping windows of min(2048, the model's maximum) tokens. At least 256 windows (all, if
+there are fewer) at a fixed stride over the whole text are scored; every token but a window's
+first is predicted. Reported are exp(mean loss), the standard error of the mean over windows, and
+against a base model the mean KL(base || model) per token and the paired standard error of the
+difference in loss. A goal is met when the mean plus two paired standard errors is within it.
+
+The model is run layer by layer in float32 with dequantized weights: its memory is one layer's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mcmoe_vllm.checkpoint.files import open_checkpoint, resolve_model
+from mcmoe_vllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluate.engine import score_with_vllm
+from mcmoe_vllm.model.divergence import divergence
+from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
+from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table
+
+WINDOWS = 256
+
+
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean negative log-likelihood per token (nats); stderr: of loss, over windows.
+
+    dropped_fraction: expert activations that online pruning dropped (transformers engine).
+    Against a base: kl: mean KL(base || model) per token; loss_difference = loss - base loss and
+    its paired standard error. All None without one.
+    """
+
+    model: str
+    engine: str
+    text: str
+    windows: int
+    sequence_length: int
+    loss: float
+    perplexity: float
+    stderr: float
+    dropped_fraction: float = 0.0
+    base: str | None = None
+    base_perplexity: float | None = None
+    loss_difference: float | None = None
+    paired_stderr: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Mean loss of each window, and mean KL to the base where there is one; float64 [S]."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor | None
+
+
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    against: str | None = None,
+    engine: str = "transformers",
+    windows: int = WINDOWS,
+    sequence_length: int | None = None,
+    pruning: str | float | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Score a model (16-bit or mcmoe; folder or Hub name) on a text file.
+
+    engine: "transformers" (dequantized weights, layer by layer) or "vllm" (perplexity alone).
+    pruning: as `parse_switch`; None prunes what is calibrated, as serving does.
+    Raises UserError for unusable models or text, a base with another vocabulary, and a pruning that
+    leaves prompts alone.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"engine is {engine!r}, allowed are {list(ENGINES)}")
+    if windows < 2:
+        raise UserError(f"windows is {windows}, needs at least 2 for a standard error")
+    if pruning == DECODE_ONLY:
+        raise UserError(
+            f'pruning is "{DECODE_ONLY}", which prunes no prompt, and prompts are what is scored; '
+            'ask for "on", "off" or a share'
+        )
+    path = resolve_model(model)
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    length = window_length(checkpoint, sequence_length)
+    tokens = strided_windows(text, tokenizer, windows, length)
+    settings = checkpoint.config.get("quantization_config") or {}
+    ours = settings.get("quant_method") == QUANT_METHOD
+    table = read_table(QuantizationConfig.from_dict(settings) if ours else None)
+    ratios = parse_switch(pruning, table)
+    active = Pruning(ratios, table.renormalize) if table and ratios else None
+    if engine == "vllm":
+        scores = _Scores(score_with_vllm(path, tokens, trust_remote_code, pruning), None)
+        base_scores = (
+            _Scores(score_with_vllm(resolve_model(against), tokens, trust_remote_code), None)
+            if against
+            else None
+        )
+    else:
+        scored = load_streamed(checkpoint, device)
+        base_model = None
+        if against:
+            base_checkpoint = open_checkpoint(resolve_model(against))
+            sizes = [int(c.config["vocab_size"]) for c in (checkpoint, base_checkpoint)]
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
+                    "only models with the same tokens can be compared"
+                )
+            base_model = load_streamed(base_checkpoint, device)
+        scores, base_scores = _score_streamed(scored, base_model, tokens, active)
+    return Evaluation(
+        model=model,
+        engine=engine,
+        text=text,
+        windows=tokens.shape[0],
+        sequence_length=length,
+        dropped_fraction=active.dropped_fraction if active else 0.0,
+        base=against,
+        **_figures(scores, base_scores),
+    )
+
+
+def _figures(scores: _Scores, base: _Scores | None) -> dict[str, float]:
+    """The numbers of an Evaluation."""
+    loss, stderr = _mean_and_error(scores.loss)
+    figures = {"loss": loss, "perplexity": math.exp(loss), "stderr": stderr}
+    if base is not None:
+        difference, paired = _mean_and_error(scores.loss - base.loss)
+        figures["base_perplexity"] = math.exp(float(base.loss.mean()))
+        figures |= {"loss_difference": difference, "paired_stderr": paired}
+    if scores.kl is not None:
+        figures["kl"], figures["kl_stderr"] = _mean_and_error(scores.kl)
+    return figures
+
+
+def compare(
+    scored: LoadedModel,
+    hidden: list[torch.Tensor],
+    base: LoadedModel,
+    base_hidden: list[torch.Tensor],
+    tokens: torch.Tensor,
+) -> dict[str, float]:
+    """The figures of an Evaluation, from the `final_hidden` of a model and of its base."""
+    return _figures(*_score(scored, hidden, base, base_hidden, tokens))
+
+
+def _score_streamed(
+    scored: LoadedModel,
+    base: LoadedModel | None,
+    tokens: torch.Tensor,
+    pruning: Pruning | None,
+) -> tuple[_Scores, _Scores | None]:
+    base_hidden = None if base is None else final_hidden(base, tokens)
+    return _score(scored, final_hidden(scored, tokens, pruning), base, base_hidden, tokens)
+
+
+def _score(
+    scored: LoadedModel,
+    hidden: list[torch.Tensor],
+    base: LoadedModel | None,
+    base_hidden: list[torch.Tensor] | None,
+    tokens: torch.Tensor,
+) -> tuple[_Scores, _Scores | None]:
+    logits = scored.model.logits(hidden)
+    base_logits: Iterator[torch.Tensor | None] = iter([None] * len(tokens))
+    if base is not None and base_hidden is not None:
+        base_logits = base.model.logits(base_hidden)
+    losses, base_losses, divergences = [], [], []
+    for window, row, base_row in zip(tokens, logits, base_logits, strict=True):
+        target = window[1:].to(row.device).unsqueeze(1)
+        log_p = row[:-1].log_softmax(-1)
+        losses.append(-log_p.gather(1, target).double().mean())
+        if base_row is not None:
+            log_q = base_row[:-1].to(row.device).log_softmax(-1)
+            base_losses.append(-log_q.gather(1, target).double().mean())
+            divergences.append(divergence(log_q, log_p).double().mean())
+    loss = torch.stack(losses).cpu()
+    if base is None:
+        return _Scores(loss, None), None
+    return (
+        _Scores(loss, torch.stack(divergences).cpu()),
+        _Scores(torch.stack(base_losses).cpu(), None),
+    )
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The figures as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.windows} windows of {result.sequence_length} tokens")
+    for column in ("", "perplexity", "loss", "standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    if result.base is not None and result.base_perplexity is not None:
+        base_loss = math.log(result.base_perplexity)
+        table.add_row(f"base {result.base}", f"{result.base_perplexity:.4f}", f"{base_loss:.5f}")
+    table.add_row(
+        result.model, f"{result.perplexity:.4f}", f"{result.loss:.5f}", f"{result.stderr:.5f}"
+    )
+    console = Console(highlight=False)
+    console.print(table)
+    if result.loss_difference is not None:
+        change = 100 * math.expm1(result.loss_difference)
+        console.print(
+            f"loss {result.loss_difference:+.5f} (paired standard error "
+            f"{result.paired_stderr:.5f}), perplexity {change:+.2f} %"
+        )
+    if result.kl is not None:
+        console.print(f"mean KL to the base {result.kl:.5f} nats (error {result.kl_stderr:.5f})")

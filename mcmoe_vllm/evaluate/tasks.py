@@ -1,0 +1,179 @@
+"""Scores on tasks of EleutherAI's lm-evaluation-harness, served by vLLM.
+
+Every model is run by a process of its own, which gives the engine's memory back. A task's
+recovery is its score over the base model's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mcmoe_vllm.checkpoint.files import resolve_model
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluate.engine import run_engine_program
+
+NEEDED = {
+    "vllm": 'pip install "mcmoe-vllm[vllm]"',
+    "lm_eval": 'pip install "mcmoe-vllm[tasks]"',
+}
+
+
+_PROGRAM = """
+import json, os, sys
+job = json.load(open(sys.argv[1]))
+import lm_eval
+from lm_eval.tasks import TaskManager
+found = lm_eval.simple_evaluate(
+    model="vllm", model_args=job["engine"], tasks=job["tasks"], num_fewshot=job["num_fewshot"],
+    limit=job["limit"], task_manager=TaskManager(include_path=job["include_path"]),
+    batch_size="auto", log_samples=False)
+kept = {key: found[key] for key in ("results", "higher_is_better", "n-samples", "versions")}
+with open(sys.argv[2] + ".part", "w") as f:
+    json.dump(kept, f, default=str)
+os.rename(sys.argv[2] + ".part", sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task; stderr and everything of the base are None where there is none.
+
+    recovery: score / base score; None for metrics of which less is better, and for a base of 0.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    samples: int | None
+    score: float
+    stderr: float | None
+    base_score: float | None = None
+    base_stderr: float | None = None
+
+    @property
+    def recovery(self) -> float | None:
+        if not self.higher_is_better or not self.base_score:
+            return None
+        return self.score / self.base_score
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "recovery": self.recovery}
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    against: str | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    pruning: str | float | None = None,
+    engine: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> list[TaskScore]:
+    """Score a model (16-bit or mcmoe; folder or Hub name) on tasks by their harness names.
+
+    limit: documents of each task (a share of them below 1); include_path: a folder with more
+    tasks; pruning: as for `evaluate`, of the model and not of the base; engine: further arguments
+    of vLLM's `LLM`, for both.
+    Raises UserError for unknown tasks, missing packages, and an engine that fails.
+    """
+    missing = {package: remedy for package, remedy in NEEDED.items() if find_spec(package) is None}
+    if missing:
+        raise UserError(f"--tasks needs {' and '.join(missing)}: {'; '.join(missing.values())}")
+    _require_tasks(tasks, include_path)
+    common = {"trust_remote_code": trust_remote_code, **(engine or {})}
+    job = {
+        "tasks": list(tasks),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "include_path": include_path,
+    }
+    pruned = {} if pruning is None else {"additional_config": {"mcmoe": {"pruning": pruning}}}
+    scores = _run(model, {**job, "engine": {**pruned, **common}})
+    base = _run(against, {**job, "engine": common}) if against else None
+    return join_scores(scores, base)
+
+
+def join_scores(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[TaskScore]:
+    """The harness's results as a list, in its order, each with the base's score beside it."""
+    scores = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            name, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or name.endswith("_stderr") or not filtered:
+                continue
+            others = base["results"].get(task, {}) if base else {}
+            error = f"{name}_stderr,{filtered}"
+            scores.append(
+                TaskScore(
+                    task=task,
+                    metric=name if filtered == "none" else f"{name} ({filtered})",
+                    higher_is_better=bool(found["higher_is_better"].get(task, {}).get(name, True)),
+                    samples=found["n-samples"].get(task, {}).get("effective"),
+                    score=float(value),
+                    stderr=_number(metrics.get(error)),
+                    base_score=_number(others.get(key)),
+                    base_stderr=_number(others.get(error)),
+                )
+            )
+    return scores
+
+
+def _number(value: Any) -> float | None:
+    """The harness writes "N/A" where it has no number."""
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _require_tasks(tasks: Sequence[str], include_path: str | None) -> None:
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"include path {include_path} is not a folder")
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        near = {t: difflib.get_close_matches(t, manager.all_tasks, 3) for t in unknown}
+        raise UserError(
+            "unknown tasks: "
+            + "; ".join(t + (f" (near: {', '.join(n)})" if n else "") for t, n in near.items())
+            + ". `lm-eval ls tasks` lists them; --include-path adds a folder of your own"
+        )
+
+
+def _run(model: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's results of one model."""
+    path = resolve_model(model)
+    given = {**job, "engine": {"pretrained": str(path), **job["engine"]}}
+    return dict(run_engine_program(_PROGRAM, given, f"lm-eval could not score {path}"))
+
+
+def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> None:
+    """The scores as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=model)
+    columns = ["task", "metric", "documents", "score"]
+    columns += [f"base {base}", "recovery"] if base else []
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for s in scores:
+        row = [s.task, s.metric, str(s.samples or ""), _with_error(s.score, s.stderr)]
+        if base:
+            row.append(_with_error(s.base_score, s.base_stderr))
+            row.append("" if s.recovery is None else f"{100 * s.recovery:.1f} %")
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"

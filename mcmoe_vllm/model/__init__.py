@@ -1,0 +1,1 @@
+"""A model that runs a layer at a time, 16-bit or compressed."""

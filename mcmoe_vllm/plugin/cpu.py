@@ -1,0 +1,105 @@
+"""The experts of a layer on a CPU: dequantized while the budget lasts, else codes."""
+
+from __future__ import annotations
+
+import torch
+from vllm.logger import init_logger
+
+from mcmoe_kernels.cpu.experts import (
+    CpuExperts,
+    DenseKernel,
+    dense_bytes,
+    fused_experts_cpu,
+    int4_supported,
+    prepare,
+    prepare_dense,
+)
+from mcmoe_kernels.layer import ExpertLayer, gated_activation
+from mcmoe_vllm.plugin.cache import CacheBudget
+from mcmoe_vllm.plugin.prepared import Compute, PreparedExperts
+
+logger = init_logger("vllm.mcmoe")
+
+
+def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> PreparedExperts:
+    """Dequantized weights while the budget lasts, else codes."""
+    mode = choose_mode(layer, dtype, cache)
+    if mode == "dense":
+        dense = prepare_dense(layer, dtype)
+        kernel = vllm_kernel(*dense, layer.activation)
+        experts = prepare(layer, mode, None if kernel else dense, kernel)
+        path = f"CPU, weights dequantized to {_short(dtype)} at load"
+        path += " (vLLM's fused kernel)" if kernel else ""
+    else:
+        experts = prepare(layer, mode)
+        path = {"int4": "CPU, int4", "packed": f"CPU, dequantized to {_short(dtype)} per call"}[
+            mode
+        ]
+    return PreparedExperts(path, _bind(experts), keeps_packed=mode != "dense")
+
+
+def choose_mode(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> str:
+    """The CPU mode of a layer; a layer that is kept dequantized is paid for from `cache`."""
+    if cache.take(dense_bytes(layer, dtype)):
+        return "dense"
+    return "int4" if int4_supported(layer, dtype) else "packed"
+
+
+def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> DenseKernel | None:
+    """vLLM's fused kernel over dense experts, or None where this vLLM or CPU has none for them.
+
+    The kernel holds a repacked copy of w13 [S, 2I, H] and w2 [S, H, I]. vLLM's interface differs
+    between versions, so the kernel is tried on one token before it is trusted.
+    """
+    from vllm import _custom_ops as ops
+
+    isa = "amx" if w13.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+    if any(size % 32 for size in (*w13.shape[1:], *w2.shape[1:])) or not w13.shape[0]:
+        return None
+    if not all(hasattr(ops, f) for f in ("cpu_fused_moe", "cpu_prepack_moe_weight")):
+        return None
+    probe = torch.linspace(-1, 1, w13.shape[2]).to(w13.dtype).unsqueeze(0)
+    expected = _one_expert(probe, w13[0], w2[0], activation)
+    try:
+        packed13 = ops.cpu_prepack_moe_weight(w13, isa)
+        packed2 = ops.cpu_prepack_moe_weight(w2, isa)
+
+        def kernel(x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            out = torch.empty_like(x)
+            ops.cpu_fused_moe(
+                out,
+                x.contiguous(),
+                packed13,
+                packed2,
+                None,
+                None,
+                weights.to(torch.float32).contiguous(),
+                slots.to(torch.int32).contiguous(),
+                activation,
+                isa,
+            )
+            return out
+
+        got = kernel(probe, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+    except (AttributeError, RuntimeError, TypeError) as e:
+        logger.warning_once("mcmoe: vLLM's fused CPU kernel is not used: %s", str(e))
+        return None
+    tolerance = 0.05 * float(expected.abs().max())
+    if not torch.allclose(got.float(), expected.float(), rtol=0.05, atol=tolerance):
+        logger.warning_once("mcmoe: vLLM's fused CPU kernel is not used: it gives another result")
+        return None
+    return kernel
+
+
+def _one_expert(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, activation: str
+) -> torch.Tensor:
+    return gated_activation(x.float() @ w13.float().t(), activation) @ w2.float().t()
+
+
+def _bind(experts: CpuExperts) -> Compute:
+    return lambda x, weights, ids: fused_experts_cpu(x, experts, weights, ids)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Online pruning: the table of a checkpoint, and how it is calibrated."""

@@ -1,0 +1,198 @@
+"""Choose each layer's pruning ratio: the same share of experts dropped at the least damage.
+
+One pass over the decoder layers of the (compressed) model. Beside the unpruned hidden states,
+which give every layer's routing weights, one copy of a few windows is carried along for each layer
+passed, pruned there and nowhere else: at the end its KL divergence to the unpruned model is what
+pruning that layer alone costs at the probed share. A layer's cost at other shares is scaled by the
+squares of the weights that are dropped, and shares are bought where the next one costs least.
+
+The paper's rule instead takes the median of the weights' ratio in every layer, whatever it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mcmoe_kernels.pruning import Measure, beside_largest
+from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, read_config
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.disk import explain_os_errors, write_json
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.divergence import mean_divergences
+from mcmoe_vllm.model.loaded import LoadedModel, load_streamed, open_layer
+from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
+from mcmoe_vllm.pruning.table import MAX_DROP, Pruning, PruningTable
+
+PROBE_DROP = 0.35  # more than targets ask for: little drops hide what many of them do together
+
+
+PROBE_TOKENS = 8192
+
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+
+
+PRUNING_WINDOWS = 64  # of the calibration text
+
+
+STEPS = 64  # of the pairs that may be dropped, in which shares are bought
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """What a layer's router did to the calibration tokens.
+
+    ratios: float32, ascending: each pair's measure, by default its weight over its token's largest;
+    the largest is left out.
+    damage: float64, of the same pairs: the square of the weight, summed up to each.
+    activations: pairs in all. kl: nats a token that dropping PROBE_DROP of them costs.
+    """
+
+    ratios: torch.Tensor
+    damage: torch.Tensor
+    activations: int
+    kl: float = 0.0
+
+    def ratio_for(self, share: float) -> float:
+        """The ratio below which lies a share of all activations."""
+        count = min(round(share * self.activations), len(self.ratios) - 1)
+        return float(self.ratios[count]) if count > 0 else 0.0
+
+    def cost(self, share: float) -> float:
+        """Estimated nats a token at a share: `kl` scaled by the damage."""
+        return self.kl * self._damage_of(share) / max(self._damage_of(PROBE_DROP), 1e-30)
+
+    def _damage_of(self, share: float) -> float:
+        count = min(round(share * self.activations), len(self.damage))
+        return float(self.damage[count - 1]) if count > 0 else 0.0
+
+
+def summarize_routing(weights: torch.Tensor, measure: Measure = beside_largest) -> LayerRouting:
+    """topk_weights [T, k] -> their ratios and damage."""
+    weights = weights.float()
+    place = weights.argmax(dim=1, keepdim=True)
+    others = torch.ones_like(weights, dtype=torch.bool).scatter_(1, place, False)
+    part, whole = measure(weights)
+    ratios, order = (part / whole.clamp(min=1e-30))[others].sort()
+    damage = weights[others][order].double().square().cumsum(0)
+    return LayerRouting(ratios, damage, weights.numel())
+
+
+def choose_shares(layers: Sequence[LayerRouting], target: float) -> list[float]:
+    """A share for each layer whose mean is `target`, bought step by step where it costs least."""
+    limits = [len(layer.ratios) / layer.activations for layer in layers]
+    shares = [0.0] * len(layers)
+    while sum(shares) < target * len(layers) - 1e-9:
+        options = [
+            (layer.cost(share + limit / STEPS) - layer.cost(share), i)
+            for i, (layer, share, limit) in enumerate(zip(layers, shares, limits, strict=True))
+            if share + limit / STEPS <= limit + 1e-9
+        ]
+        if not options:
+            break
+        _, cheapest = min(options)
+        missing = target * len(layers) - sum(shares)
+        shares[cheapest] += min(limits[cheapest] / STEPS, missing)
+    return shares
+
+
+def calibrate_pruning(
+    loaded: LoadedModel, tokens: torch.Tensor, target_drop: float, rule: str = "sensitivity"
+) -> PruningTable:
+    """Measure a model on token windows [S, L]. Raises UserError for a target out of range."""
+    layers = measure_routing(loaded, tokens, probe=rule == "sensitivity")
+    indices = tuple(layers)
+    measured = list(layers.values())
+    if rule == "median":
+        medians = tuple(float(layer.ratios[len(layer.ratios) // 2]) for layer in measured)
+        dropped = sum(len(layer.ratios) // 2 for layer in measured)
+        share = dropped / sum(layer.activations for layer in measured)
+        return PruningTable(rule, share, indices, {share: medians}, renormalize=True)
+    wanted = sorted({*SHARES, target_drop})
+    ratios = {
+        share: tuple(
+            layer.ratio_for(part)
+            for layer, part in zip(measured, choose_shares(measured, share), strict=True)
+        )
+        for share in wanted
+    }
+    return PruningTable(rule, target_drop, indices, ratios)
+
+
+def measure_routing(
+    loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool, measure: Measure = beside_largest
+) -> dict[int, LayerRouting]:
+    """MoE layer -> its routing of the windows [S, L]; with `probe` also what pruning it costs."""
+    blocks = [block.cpu() for block in loaded.model.embed(tokens)]
+    probe_blocks = _leading_blocks(blocks, PROBE_TOKENS) if probe else 0
+    probes: dict[int, list[torch.Tensor]] = {}
+    found: dict[int, LayerRouting] = {}
+    for index in range(loaded.model.num_layers):
+        with open_layer(loaded, index) as run:
+            before = blocks[:probe_blocks]
+            weights = []
+            for position, block in enumerate(blocks):
+                blocks[position], routing = run(block, None)
+                if routing is not None:
+                    weights.append(routing.weights.cpu())
+            for states in probes.values():
+                states[:] = [run(state, None)[0] for state in states]
+            if weights:
+                found[index] = summarize_routing(torch.cat(weights), measure)
+                if probe:
+                    ratio = found[index].ratio_for(PROBE_DROP)
+                    pruning = Pruning({index: ratio}, measure=measure)
+                    probes[index] = [run(block, pruning)[0] for block in before]
+    costs = mean_divergences(loaded, blocks[:probe_blocks], list(probes.values()))
+    return found | {i: replace(found[i], kl=kl) for i, kl in zip(probes, costs, strict=True)}
+
+
+def _leading_blocks(blocks: Sequence[torch.Tensor], tokens: int) -> int:
+    """How many blocks hold at least as many tokens; at least one."""
+    held = 0
+    for count, block in enumerate(blocks, 1):
+        held += block.shape[0] * block.shape[1]
+        if held >= tokens:
+            return count
+    return len(blocks)
+
+
+def calibrate_checkpoint(
+    folder: str,
+    text: str,
+    *,
+    target_drop: float = 0.15,
+    rule: str = "sensitivity",
+    samples: int = PRUNING_WINDOWS,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> PruningTable:
+    """Calibrate a compressed checkpoint and store the table in its config.json.
+
+    Raises UserError for a folder that mcmoe did not make, unusable text or options out of range.
+    """
+    if not 0 < target_drop <= MAX_DROP:
+        raise UserError(f"target drop is {target_drop}, allowed are shares up to {MAX_DROP}")
+    checkpoint = open_checkpoint(Path(folder))
+    read_config(checkpoint)  # refuses a folder that mcmoe did not make
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
+    length = window_length(checkpoint, sequence_length)
+    tokens = sample_windows(text, tokenizer, samples, length, seed)
+    table = calibrate_pruning(load_streamed(checkpoint, device), tokens, target_drop, rule)
+    store_table(checkpoint, table)
+    return table
+
+
+def store_table(checkpoint: Checkpoint, table: PruningTable) -> None:
+    """Put a table into the config.json of a compressed checkpoint."""
+    quantization = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
+    calibrated = replace(quantization, pruning=table.to_dict())
+    config = {**checkpoint.config, "quantization_config": calibrated.to_dict()}
+    with explain_os_errors(f"writing {checkpoint.path / 'config.json'}"):
+        write_json(checkpoint.path / "config.json", config)

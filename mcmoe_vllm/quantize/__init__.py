@@ -1,0 +1,1 @@
+"""One matrix to codes, scales and zeros."""
