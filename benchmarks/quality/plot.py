@@ -1,6 +1,6 @@
 """Draw what compression costs against true bits from benchmarks/results/quality.jsonl.
 
-python benchmarks/quality/plot.py        writes docs/quality.png, prints the README's tables
+python benchmarks/quality/plot.py        writes docs/quality.png, prints docs/quality.md's tables
 """
 
 import json
@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 GROUP_SIZE = 128
 COLOURS = {"paper": "#D55E00", "best": "#0072B2"}
-PEER_COLOUR = "#666666"
+LABELS = {"paper": "the paper's method", "best": "mcmoe-vllm"}
+PEER_COLOUR = "#555555"
+PEER_NUDGES = {"llm-compressor": 3, "gptqmodel": -3}  # points up, where names would meet
 OLD_DEFAULT = "error_refinements=0"  # what ablations and most composed widths were measured with
+CANNOT_BE_MADE = "zeros=real"  # rows of a trait that recipes do not have
 BY_ERRORS = ("recipe", "pmq", "hessian")
-PEER_MARKERS = {"hqq": "s", "gptqmodel": "^", "auto-round": "v", "llm-compressor": "D"}
 PEER_NAMES = {
     "hqq": "HQQ", "gptqmodel": "GPTQModel", "auto-round": "AutoRound",
     "llm-compressor": "llm-compressor",
@@ -38,22 +40,37 @@ def main() -> None:
     lines = (ROOT / "benchmarks/results/quality.jsonl").read_text().splitlines()
     rows = [in_this_format(row) for row in map(json.loads, lines) if "loss_difference" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(models), 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.4 * len(models), 4), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
         draw(axes, [row for row in rows if row["model"] == model])
-        axes.set_title(model)
-        axes.set_xlabel("true bits per expert weight")
-    panels[0].set_ylabel("loss in log-perplexity")
-    # Of the panel that shows most: a quantizer may be measured on one model alone.
-    fullest = max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
-    panels[-1].legend(*fullest.get_legend_handles_labels(), frameon=False, fontsize="small")
+        axes.set_title(model, fontsize="medium")
+        axes.set_xlabel("bits per expert weight, scales and zeros included")
+    panels[0].set_ylabel("loss in log-perplexity (log scale)")
+    low, high = shares_of_the_papers_loss(rows, models)
+    figure.suptitle(
+        f"At equal size mcmoe-vllm loses {low:.0%} to {high:.0%} of what the paper's method loses"
+        " (lower is better)"
+    )
     figure.savefig(ROOT / "docs/quality.png", metadata={"Software": "mcmoe-vllm"})
     print_table(rows, models)
     print_peers(rows, models)
     print_allocations(rows, models)
     print_changes(rows)
+
+
+def shares_of_the_papers_loss(rows: list[dict[str, Any]], models: list[str]) -> tuple[float, float]:
+    """The smallest and the largest ratio of the two recipes' losses, of the points drawn."""
+    ratios = []
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        ours, theirs = (
+            [mean_and_error([r["loss_difference"] for r in seeds])[0] for seeds in points]
+            for points in (recipe_points(own, "best"), recipe_points(own, "paper"))
+        )
+        ratios += [our / their for our, their in zip(ours, theirs, strict=True)]
+    return min(ratios), max(ratios)
 
 
 def in_this_format(row: dict[str, Any]) -> dict[str, Any]:
@@ -86,23 +103,32 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Curves of the recipes and points of the others, each with its name beside it."""
     for recipe, colour in COLOURS.items():
         points = recipe_points(rows, recipe)
+        bits = [statistics.mean(row["true_bits"] for row in seeds) for seeds in points]
         losses = [mean_and_error([row["loss_difference"] for row in seeds]) for seeds in points]
         axes.errorbar(
-            [statistics.mean(row["true_bits"] for row in seeds) for seeds in points],
-            [mean for mean, _ in losses],
-            yerr=[2 * error for _, error in losses],
-            marker="o", markersize=4, capsize=2, color=colour, label=f"--recipe {recipe}",
+            bits, [mean for mean, _ in losses], yerr=[2 * error for _, error in losses],
+            marker="o", markersize=4, capsize=2, color=colour,
         )  # fmt: skip
-    for peer, marker in PEER_MARKERS.items():
-        found = [row for row in rows if row["recipe"] == peer]
-        if found:
-            axes.plot(
-                [row["true_bits"] for row in found], [row["loss_difference"] for row in found],
-                marker, color=PEER_COLOUR, markersize=5, label=PEER_NAMES[peer],
+        end, offset = (0, (-6, 9)) if recipe == "paper" else (-1, (7, -4))
+        axes.annotate(
+            LABELS[recipe], (bits[end], losses[end][0]), offset, textcoords="offset points",
+            color=colour, fontweight="bold",
+        )  # fmt: skip
+    for peer, name in PEER_NAMES.items():
+        for row in (row for row in rows if row["recipe"] == peer):
+            point = row["true_bits"], row["loss_difference"]
+            axes.plot(*point, "D", color=PEER_COLOUR, markersize=4)
+            axes.annotate(
+                name, point, (7, PEER_NUDGES.get(peer, 0)), textcoords="offset points",
+                va="center", fontsize="small", color=PEER_COLOUR,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
+    axes.set_xlim(1.5, 3.9)
     axes.set_yscale("log")
+    axes.set_ylim(0.007, 0.32)
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2)
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -171,6 +197,7 @@ def print_changes(rows: list[dict[str, Any]]) -> None:
     """The KL divergence of `best` as it was, seed 0, and with one trait changed."""
     rows = [row for row in recipe_rows(rows, "best") if row["seed"] == 0]
     rows = [row for row in rows if OLD_DEFAULT in row["changes"]]
+    rows = [row for row in rows if CANNOT_BE_MADE not in row["changes"]]
     found = {
         (r["changes"].replace(OLD_DEFAULT, "").strip(), r["model"], r["nominal_bits"]): r["kl"]
         for r in rows
