@@ -52,25 +52,26 @@ def capture(arguments: argparse.Namespace) -> None:
     """Per layer: weights [tokens, k] and ids of `--windows` windows, and the ratio per target."""
     sys.path.insert(0, str(ROOT))
     from mcmoe_vllm.checkpoint.files import open_checkpoint
-    from mcmoe_vllm.model.loaded import load_streamed, open_layer
+    from mcmoe_vllm.model.moe_model import open_model
+    from mcmoe_vllm.model.runner import run_layer
     from mcmoe_vllm.model.text import load_tokenizer, sample_windows, strided_windows
     from mcmoe_vllm.pruning.calibration import calibrate_pruning
 
     checkpoint = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(checkpoint.path, False)
-    loaded = load_streamed(checkpoint)
+    loaded = open_model(checkpoint)
     samples = sample_windows(arguments.calibration, tokenizer, 64, 512, 0)
     table = calibrate_pruning(loaded, samples, TARGETS[0], "sensitivity")
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, 512)
-    blocks, found = [block.cpu() for block in loaded.model.embed(tokens)], {}
-    for index in range(loaded.model.num_layers):
-        with open_layer(loaded, index) as run:
-            routed = [run(block, None) for block in blocks]
-        blocks = [block for block, _ in routed]
-        routings = [routing for _, routing in routed if routing is not None]
+    blocks, found = [block.cpu() for block in loaded.embed(tokens)], {}
+    for index in range(loaded.num_layers):
+        with loaded.open_layer(index) as layer:
+            runs = [run_layer(layer, [block], layer.experts) for block in blocks]
+        blocks = [run.outputs[0].cpu() for run in runs]
+        routings = [run.routing for run in runs if run.routing is not None]
         if routings:
-            found[f"{index}.weights"] = torch.cat([r.weights for r in routings]).float()
-            found[f"{index}.ids"] = torch.cat([r.ids for r in routings]).int()
+            found[f"{index}.weights"] = torch.cat([r.weights for r in routings]).float().cpu()
+            found[f"{index}.ids"] = torch.cat([r.ids for r in routings]).int().cpu()
     ratios = {t: {str(i): r for i, r in table.layer_ratios(t).items()} for t in TARGETS}
     source = {"model": checkpoint.path.name, "text": Path(arguments.text).name}
     save_file(found, arguments.output, {**source, "ratios": json.dumps(ratios)})

@@ -256,7 +256,8 @@ def main() -> None:
 
     from mcmoe_vllm.checkpoint.files import open_checkpoint
     from mcmoe_vllm.evaluate.perplexity import compare
-    from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+    from mcmoe_vllm.model.moe_model import open_model
+    from mcmoe_vllm.model.runner import final_hidden
     from mcmoe_vllm.model.text import (
         load_tokenizer,
         sample_windows,
@@ -271,7 +272,7 @@ def main() -> None:
     samples = sample_windows(
         arguments.calibration, tokenizer, arguments.samples, length, arguments.seed
     )
-    base = load_streamed(checkpoint)
+    base = open_model(checkpoint)
     hidden = final_hidden(base, tokens)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for peer in arguments.peers:
@@ -288,7 +289,7 @@ def main() -> None:
                 file.write_text(json.dumps(samples.tolist()))
                 error = quantize_with(peer, bits, file, output, arguments)
                 if error is None:
-                    loaded = load_streamed(open_checkpoint(output))
+                    loaded = open_model(open_checkpoint(output))
                     scored = final_hidden(loaded, tokens)
                     row |= compare(loaded, scored, base, hidden, tokens)
                 else:

@@ -42,7 +42,8 @@ from torch.utils.hooks import RemovableHandle
 from mcmoe_kernels.pruning import Measure, beside_largest, pair_counts, prune
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.evaluate.perplexity import WINDOWS, compare
-from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import MoeModel, open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, strided_windows, window_length
 from mcmoe_vllm.pruning.calibration import LayerRouting, choose_shares, measure_routing
 from mcmoe_vllm.pruning.table import Pruning
@@ -117,10 +118,10 @@ class PhasePruning(Pruning):
 class Importance:
     """Each token's importance in the block that runs, tapped from the decoder layers."""
 
-    def __init__(self, loaded: LoadedModel, kind: str) -> None:
+    def __init__(self, loaded: MoeModel, kind: str) -> None:
         self.kind, self.tapped = kind, {}
         tap = getattr(self, f"_tap_{kind}", None)
-        layers = loaded.model.skeleton.model.layers if tap else ()
+        layers = loaded.skeleton.model.layers if tap else ()
         self.hooks = [tap(index, layer) for index, layer in enumerate(layers)]
 
     def __call__(self, layer: int, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -212,7 +213,7 @@ def rules(
 
 
 def protected(
-    loaded: LoadedModel, kind: str, tokens: torch.Tensor, ratios: dict[int, float]
+    loaded: MoeModel, kind: str, tokens: torch.Tensor, ratios: dict[int, float]
 ) -> ProtectedPruning:
     importance = Importance(loaded, kind)
     seen: dict[int, list[torch.Tensor]] = {}
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded in the rows (default: of this checkout)")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(Path(arguments.model))
-    loaded = load_streamed(checkpoint)
+    loaded = open_model(checkpoint)
     tokenizer = load_tokenizer(Path(arguments.model))
     length = window_length(checkpoint, None)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)

@@ -52,14 +52,16 @@ from mcmoe_vllm.checkpoint.format import FORMAT_VERSION
 from mcmoe_vllm.compress.choose import allocate_sensitivity
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import measure, quantize
-from mcmoe_vllm.compress.recipes import RECIPES, Recipe
 from mcmoe_vllm.compress.significance import LayerSignificance
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.evaluate.perplexity import WINDOWS, compare
 from mcmoe_vllm.model.architectures import find_architecture
-from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.experts import Expert
+from mcmoe_vllm.model.moe_model import MoeModel, open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
 from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.recipes import RECIPES, Recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 CANDIDATES = (1, 2, 3)
@@ -79,7 +81,7 @@ class Bench:
     arguments: argparse.Namespace
     model: Path
     tokens: torch.Tensor
-    base: LoadedModel
+    base: MoeModel
     base_hidden: list[torch.Tensor]
 
     def options(self, output: Path, recipe: Recipe, seed: int, **more: Any):  # type: ignore[no-untyped-def]
@@ -138,7 +140,7 @@ class Bench:
 
     def compressed(
         self, bits: Widths, nominal: float, recipe: Recipe, seed: int, scratch: Path
-    ) -> tuple[LoadedModel, float]:
+    ) -> tuple[MoeModel, float]:
         """A model with these widths, and its true bits per expert weight."""
         plan = self.plan(bits, nominal)
         if not self.arguments.compose:
@@ -152,22 +154,24 @@ class Bench:
         used = [true[b] for row in plan.pairs() for w13, w2 in row for b in (w13, w13, w2)]
         return compose(plan, parts), float(np.mean(used))
 
-    def load(self, output: Path) -> tuple[LoadedModel, float]:
-        loaded = load_streamed(open_checkpoint(output), self.arguments.device)
+    def load(self, output: Path) -> tuple[MoeModel, float]:
+        loaded = open_model(open_checkpoint(output), self.arguments.device)
         return loaded, float(read_json(output / "report.json")["average_bits"]["experts"])
 
 
-def compose(plan: Plan, parts: dict[int, LoadedModel]) -> LoadedModel:
+def compose(plan: Plan, parts: dict[int, MoeModel]) -> MoeModel:
     """A model whose experts come from one compressed model for each width."""
     widths = dict(zip(plan.layers, plan.pairs(), strict=True))
 
-    class Composed(LoadedModel):
-        def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-            found = [parts[width].expert(layer, expert) for width in widths[layer][expert]]
-            assert found[0] is not None and found[1] is not None
-            return found[0][0], found[1][1]
+    class Composed:
+        """Expert by expert, w13 of one model and w2 of another."""
 
-    return Composed(**vars(next(iter(parts.values()))))
+        def read(self, layer: int, expert: int) -> Expert:
+            found = [parts[width].experts.read(layer, expert) for width in widths[layer][expert]]
+            assert found[0] is not None and found[1] is not None
+            return Expert(found[0].w13, found[1].w2)
+
+    return next(iter(parts.values())).with_experts(Composed())
 
 
 def allocate(
@@ -256,7 +260,7 @@ def main() -> None:
     length = window_length(checkpoint, None)
     tokenizer = load_tokenizer(arguments.model)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
-    base = load_streamed(checkpoint, arguments.device)
+    base = open_model(checkpoint, arguments.device)
     hidden = final_hidden(base, tokens)
     bench = Bench(arguments, arguments.model, tokens, base, hidden)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import measure, quantize
-from mcmoe_vllm.compress.recipes import RECIPES
 from mcmoe_vllm.disk import write_json
 from mcmoe_vllm.model.memory import peak_rss_bytes
 from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "compression.jsonl"

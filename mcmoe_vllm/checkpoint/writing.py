@@ -1,24 +1,20 @@
-"""Shards, the weight index and the manifest, written atomically; the files beside them, copied."""
+"""Shards and the weight index, written atomically; the files beside them, copied."""
 
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mcmoe_vllm.checkpoint.files import read_header
 from mcmoe_vllm.checkpoint.format import (
     INDEX_FILE,
-    MANIFEST_FILE,
-    MANIFEST_VERSION,
     OWN_FILES,
     SIDE_FILE_STEMS,
     SIDE_FILE_SUFFIXES,
 )
-from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256
 from mcmoe_vllm.disk import explain_os_errors, write_json
 
 
@@ -60,31 +56,16 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
-    """Write the weight index and the hash manifest of finished shards."""
+    """Write the weight index of finished shards, from their headers."""
     weight_map: dict[str, str] = {}
-    tensor_hashes: dict[str, str] = {}
-    shard_hashes: dict[str, dict[str, Any]] = {}
     total = 0
     for shard in shards:
-        file = folder / shard
-        shard_hashes[shard] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        with safe_open(file, framework="pt") as f:
-            for name in sorted(f.keys()):
-                tensor = f.get_tensor(name)
-                weight_map[name] = shard
-                tensor_hashes[name] = tensor_sha256(tensor)
-                total += tensor.numel() * tensor.element_size()
+        for name, info in sorted(read_header(folder / shard).items()):
+            weight_map[name] = shard
+            total += info.nbytes
     with explain_os_errors(f"writing {folder / INDEX_FILE}"):
         write_json(
             folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-        write_json(
-            folder / MANIFEST_FILE,
-            {
-                "format_version": MANIFEST_VERSION,
-                "shards": shard_hashes,
-                "tensors": tensor_hashes,
-            },
         )
 
 

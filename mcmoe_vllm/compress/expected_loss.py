@@ -10,8 +10,6 @@ from typing import Any
 from mcmoe_vllm.plan import Plan
 
 PROJECTIONS = ("w13", "w2")
-
-
 LISTED = 20  # of the costliest matrices, in report.json
 
 

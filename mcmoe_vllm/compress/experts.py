@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mcmoe_kernels.formats import packing
-from mcmoe_vllm.model.streaming import Routing, experts_output
+from mcmoe_vllm.model.experts import Expert, Routing, count_tokens, experts_output
+from mcmoe_vllm.model.moe_model import DecoderLayer
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import Quantized
 from mcmoe_vllm.quantize.hessians import (
-    count_tokens,
     expert_chunks,
     inner_hessians,
     input_hessians,
@@ -23,9 +23,7 @@ from mcmoe_vllm.quantize.hessians import (
     starved_experts,
 )
 from mcmoe_vllm.quantize.refine import answer_inputs
-
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
+from mcmoe_vllm.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,104 +34,122 @@ class QuantizedExpert:
     w2: Quantized
 
 
+@dataclass
+class _Losses:
+    """What quantizing lost, summed over matrices."""
+
+    error: float = 0.0
+    signal: float = 0.0
+    rounding_kept: int = 0
+    matrices: int = 0
+    damping: float = field(default=0.0)
+
+    def add(self, weight: torch.Tensor, hessian: torch.Tensor, q: Quantized) -> None:
+        self.error += float(q.error.sum())
+        self.signal += float(((weight.float() @ hessian) * weight).sum())
+        self.rounding_kept += int((~q.gptq_kept).sum())
+        self.matrices += q.gptq_kept.numel()
+        self.damping = max(self.damping, float(q.damping.max()))
+
+    def to_dict(self) -> dict[str, Any]:
+        share = math.sqrt(max(self.error, 0.0) / self.signal) if self.signal else 0.0
+        return {
+            "error": share,
+            "rounding_kept": self.rounding_kept,
+            "matrices": self.matrices,
+            "damping": self.damping,
+        }
+
+
 def quantize_experts(
-    job: Job,
-    index: int,
+    layer: DecoderLayer,
     routing: Routing,
-    bits: Sequence[tuple[int, int]],
+    widths: Sequence[tuple[int, int]],
+    group_size: int,
+    recipe: Recipe,
     exact: torch.Tensor | None,
 ) -> tuple[dict[str, Any], dict[int, QuantizedExpert]]:
-    """All routed experts of a layer at their widths (w13, w2), dropped ones left out. exact: what
-    the 16-bit model gives them, [T, H], where that is what their outputs are fitted to."""
-    options, activation = job.options, job.model.activation()
-    traits = options.traits
+    """All routed experts of a layer at their widths (w13, w2), dropped ones left out; and what
+    report.json says of them.
+
+    routing: of the calibration tokens; exact: what the 16-bit model gives the experts, [T, H],
+    where that is what their outputs are fitted to.
+    """
     found: dict[int, QuantizedExpert] = {}
-    error = signal = 0.0
-    rounding_kept = matrices = 0
-    damping = 0.0
+    losses = _Losses()
     quantize = partial(
-        quantizer.quantize, group_size=options.group_size, method=traits.method, recipe=traits
+        quantizer.quantize, group_size=group_size, method=recipe.method, recipe=recipe
     )
-    kept = [e for e in range(job.num_experts) if bits[e][0]]
-    share = partial(shared_gram, routing, traits.shared_tokens, job.model.device)
+    weighting, activation = recipe.hessian_weighting, layer.activation
+    kept = [e for e in range(layer.num_experts) if widths[e][0]]
+    share = partial(shared_gram, routing, recipe.shared_tokens, layer.device)
     shared, shared_cross = share(), None if exact is None else share(exact)
-    for chunk in expert_chunks(len(kept), job.hidden_size, job.expert_width):
+    for chunk in expert_chunks(len(kept), *_shape(layer)):
         experts = [kept[i] for i in chunk]
-        pairs = [job.read_expert(index, e) for e in experts]
-        w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-        del pairs
-        weighting = traits.hessian_weighting
+        batch = [layer.experts.present(e).to(layer.device, torch.float32) for e in experts]
+        w13, w2 = torch.stack([e.w13 for e in batch]), torch.stack([e.w2 for e in batch])
+        del batch
         hessian13 = input_hessians(routing, experts, weighting, shared)
-        widths = torch.tensor([bits[e] for e in experts], device=w13.device).unbind(1)
+        width13, width2 = torch.tensor([widths[e] for e in experts], device=w13.device).unbind(1)
         wanted13 = w13
         if shared_cross is not None:
             cross13 = input_hessians(routing, experts, weighting, shared_cross, exact)
             w13 = answer_inputs(w13, hessian13, cross13)
             del cross13
-        q13 = quantize(w13, hessian13, widths[0], splits=2)
-        given = q13.dequantize() if traits.answers else wanted13
+        q13 = quantize(w13, hessian13, width13, splits=2)
+        given = q13.dequantize() if recipe.answers else wanted13
         hessian2, cross = inner_hessians(
             routing, experts, given, wanted13, activation, weighting, exact
         )
-        if traits.answers:
+        if recipe.answers:
             w2 = answer_inputs(w2, hessian2, cross)
-        q2 = quantize(w2, hessian2, widths[1], splits=1)
-        for weight, hessian, q in ((w13, hessian13, q13), (w2, hessian2, q2)):
-            error += float(q.error.sum())
-            signal += float(((weight.float() @ hessian) * weight).sum())
-            rounding_kept += int((~q.gptq_kept).sum())
-            matrices += q.gptq_kept.numel()
-            damping = max(damping, float(q.damping.max()))
+        q2 = quantize(w2, hessian2, width2, splits=1)
+        losses.add(w13, hessian13, q13)
+        losses.add(w2, hessian2, q2)
         del hessian13, hessian2, cross, given, wanted13, w13, w2
         for position, expert in enumerate(experts):
             found[expert] = QuantizedExpert(q13.matrix(position), q2.matrix(position))
-    tokens = count_tokens(routing, job.num_experts)
+    tokens = count_tokens(routing, layer.num_experts)
     return {
-        "bits": [list(pair) for pair in bits],
-        "error": math.sqrt(max(error, 0.0) / signal) if signal else 0.0,
-        "rounding_kept": rounding_kept,
-        "matrices": matrices,
-        "damping": damping,
+        "bits": [list(pair) for pair in widths],
+        **losses.to_dict(),
         "tokens": tokens,
         "starved": starved_experts(tokens),
     }, found
 
 
-def store_experts(
-    job: Job,
-    index: int,
-    experts: Mapping[int, QuantizedExpert],
-    bits: Sequence[tuple[int, int]],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """The experts' packed codes, scales and zeros into `tensors`."""
-    for expert, matrices in experts.items():
-        half = matrices.w13.codes.shape[1] // 2
-        parts = (
-            matrices.w13.select(slice(0, half)),
-            matrices.w13.select(slice(half, None)),
-            matrices.w2,
-        )
-        names = job.architecture.expert_weights(index, expert)
-        w13, w2 = bits[expert]
-        for name, part, width in zip(names, parts, (w13, w13, w2), strict=True):
-            prefix = name.removesuffix("weight")
-            tensors[prefix + "weight_packed"] = packing.pack(part.codes[0], width).cpu()
-            tensors[prefix + "weight_scale"] = packing.pack_scale(
-                part.scale[0], part.zero[0], width
-            ).cpu()
-
-
 def routed_output(
-    job: Job, routing: Routing, experts: Mapping[int, QuantizedExpert]
+    layer: DecoderLayer, routing: Routing, experts: Mapping[int, QuantizedExpert]
 ) -> torch.Tensor:
-    """What the quantized experts put out, [T, H]."""
+    """What the quantized experts put out, float32 [T, H]."""
 
-    def dequantize(expert: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def dequantize(expert: int) -> Expert | None:
         if expert not in experts:
             return None
         pair = (experts[expert].w13, experts[expert].w2)
-        w13, w2 = (q.dequantize()[0].to(job.model.dtype) for q in pair)
-        return w13, w2
+        return Expert(*(q.dequantize()[0].to(layer.dtype) for q in pair))
 
-    return experts_output(routing, dequantize, job.num_experts, job.model.activation())
+    return experts_output(routing, dequantize, layer.num_experts, layer.activation)
+
+
+def pack_expert(
+    names: Sequence[str], expert: QuantizedExpert, widths: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """An expert's packed codes, scales and zeros by checkpoint name. names: of the gate, up and
+    down weight; widths: of w13 and w2."""
+    half = expert.w13.codes.shape[1] // 2
+    parts = (expert.w13.select(slice(0, half)), expert.w13.select(slice(half, None)), expert.w2)
+    tensors = {}
+    for name, part, width in zip(names, parts, (widths[0], *widths), strict=True):
+        prefix = name.removesuffix("weight")
+        tensors[prefix + "weight_packed"] = packing.pack(part.codes[0], width).cpu()
+        tensors[prefix + "weight_scale"] = packing.pack_scale(
+            part.scale[0], part.zero[0], width
+        ).cpu()
+    return tensors
+
+
+def _shape(layer: DecoderLayer) -> tuple[int, int]:
+    """Hidden size and width of the layer's experts."""
+    hidden, width = layer.experts.present(0).w2.shape
+    return hidden, width

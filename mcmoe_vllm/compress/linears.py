@@ -1,115 +1,108 @@
-"""Attention, shared experts and router of one layer, quantized."""
+"""Attention, shared experts and router of one layer, quantized in the layer itself.
+
+Each function returns what report.json says, and the tensors that replace the 16-bit weights, by
+their name in the layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH
-from mcmoe_vllm.model.architectures import ROUTER, dense_weight
-from mcmoe_vllm.model.states import ExactLayer, Seen, observing
+from mcmoe_vllm.model.moe_model import DecoderLayer
+from mcmoe_vllm.model.runner import watch_inputs
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import relative_error
 from mcmoe_vllm.quantize.hessians import gram
 from mcmoe_vllm.quantize.refine import DENSE_DAMPING, answer_inputs
+from mcmoe_vllm.recipes import Recipe
 
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
+Tensors = dict[str, torch.Tensor]
+Inputs = dict[str, list[torch.Tensor]]
 
 
-def dense_groups(job: Job, layer: torch.nn.Module) -> list[list[str]]:
-    """The linears of a layer that become int4, grouped by the input that they share."""
-    groups = (
-        [name for name in group if _has_module(layer, name)]
-        for group in job.architecture.dense_linears
-    )
+def dense_groups(layer: DecoderLayer, linears: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The linears that the layer has, grouped by the input that they share."""
+    present = {name for name, _ in layer.module.named_modules()}
+    groups = ([name for name in group if name in present] for group in linears)
     return [group for group in groups if group]
 
 
 def quantize_dense(
-    job: Job,
-    layer: torch.nn.Module,
-    index: int,
-    blocks: list[torch.Tensor],
-    tensors: dict[str, torch.Tensor],
-    groups: list[list[str]],
-    wanted: ExactLayer | None,
-) -> dict[str, Any]:
-    """Attention and shared experts to symmetric int4, in the layer and in `tensors`. wanted: whose
-    outputs they are fitted to, each group after those before it are quantized."""
-    traits = job.options.traits
-    result: dict[str, Any] = {}
+    layer: DecoderLayer,
+    groups: Sequence[Sequence[str]],
+    blocks: Sequence[torch.Tensor],
+    wanted: Inputs | None,
+    group_size: int,
+    recipe: Recipe,
+) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    """Linears to symmetric int4; linear -> {"qweight", "scales"}.
+
+    blocks: what the layer is given; wanted: what the 16-bit model gives the first linear of each
+    group, where that is what their outputs are fitted to: each group after those before it are
+    quantized.
+    """
+    report: dict[str, Any] = {}
+    stored: dict[str, Tensors] = {}
     for together in [groups] if wanted is None else [[group] for group in groups]:
-        names = [group[0] for group in together]
-        hessians = _input_grams(job, layer, index, blocks, names, wanted)
+        hessians = _input_grams(layer, blocks, [group[0] for group in together], wanted)
         for group in together:
             hessian, cross = hessians[group[0]]
             for name in group:
-                linear: Any = layer.get_submodule(name)
+                linear: Any = layer.module.get_submodule(name)
                 weight = linear.weight.detach().float().unsqueeze(0)
                 if cross is not None:
-                    damping = DENSE_DAMPING
-                    weight = answer_inputs(weight, hessian, cross, damping)
+                    weight = answer_inputs(weight, hessian, cross, DENSE_DAMPING)
                 q = quantizer.quantize(
-                    weight,
-                    hessian,
-                    DENSE_WIDTH,
-                    job.options.group_size,
-                    method=traits.method,
-                    symmetric=True,
-                    recipe=traits,
-                )
+                    weight, hessian, DENSE_WIDTH, group_size,
+                    method=recipe.method, symmetric=True, recipe=recipe,
+                )  # fmt: skip
                 linear.weight.data = q.dequantize()[0].to(linear.weight.dtype)
-                stored = dense_weight(job, index, name)
-                del tensors[stored]
-                prefix = stored.removesuffix("weight")
-                tensors[prefix + "qweight"] = packing.pack_int4_linear(q.codes[0].cpu())
-                tensors[prefix + "scales"] = q.scale[0].t().to(torch.float16).cpu().contiguous()
-                result[name] = {
+                stored[name] = {
+                    "qweight": packing.pack_int4_linear(q.codes[0].cpu()),
+                    "scales": q.scale[0].t().to(torch.float16).cpu().contiguous(),
+                }
+                report[name] = {
                     "error": relative_error(weight, hessian, q.error),
                     "rounding_kept": int((~q.gptq_kept).sum()),
                 }
-    return result
+    return report, stored
 
 
 def quantize_router(
-    job: Job,
-    layer: torch.nn.Module,
-    index: int,
-    blocks: list[torch.Tensor],
-    tensors: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """The router to the recipe's bits, in the layer and in `tensors`: dequantized in the
-    checkpoint's own dtype, which the format wants of a router."""
-    traits = job.options.traits
-    router: Any = layer.get_submodule(ROUTER)
-    stored = dense_weight(job, index, ROUTER)
+    layer: DecoderLayer,
+    blocks: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    group_size: int,
+    recipe: Recipe,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """The router to the recipe's width, dequantized in the checkpoint's own dtype, which the format
+    wants of a router."""
+    router, name = layer.router, layer.router_name
     weight = router.weight.detach().float().unsqueeze(0)
-    hessian, _ = _input_grams(job, layer, index, blocks, [ROUTER], None)[ROUTER]
+    hessian, _ = _input_grams(layer, blocks, [name], None)[name]
     q = quantizer.quantize(
-        weight,
-        hessian,
-        traits.router_bits,
-        job.options.group_size,
-        method=traits.method,
-        recipe=traits,
+        weight, hessian, recipe.router_bits, group_size, method=recipe.method, recipe=recipe
     )
-    tensors[stored] = q.dequantize()[0].to(tensors[stored].dtype).cpu()
-    router.weight.data = tensors[stored].to(router.weight)
-    return {"bits": traits.router_bits, "error": relative_error(weight, hessian, q.error)}
+    stored = q.dequantize()[0].to(dtype).cpu()
+    router.weight.data = stored.to(router.weight)
+    return {"bits": recipe.router_bits, "error": relative_error(weight, hessian, q.error)}, stored
+
+
+class _Seen(Exception):
+    """All that was looked for in a layer has been seen."""
 
 
 def _input_grams(
-    job: Job,
-    layer: torch.nn.Module,
-    index: int,
-    blocks: list[torch.Tensor],
+    layer: DecoderLayer,
+    blocks: Sequence[torch.Tensor],
     names: Sequence[str],
-    wanted: ExactLayer | None,
+    wanted: Inputs | None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """X^T X and Y^T X [1, K, K] of what each of the layer's linears is given, X, and what the
     16-bit model gives it, Y; None without `wanted`."""
@@ -119,28 +112,20 @@ def _input_grams(
     def see(name: str, rows: torch.Tensor) -> None:
         products = [gram(rows)]
         if wanted is not None:
-            exact = wanted.inputs[name][seen.count(name)].to(rows.device)
+            exact = wanted[name][seen.count(name)].to(rows.device)
             products.append(gram(rows, exact))
         if name in found:
             products = [a + b for a, b in zip(found[name], products, strict=True)]
         found[name] = products
         seen.append(name)
         if len(seen) % len(names) == 0:
-            raise Seen
+            raise _Seen
 
-    with observing(layer, names, see):
+    with watch_inputs(layer, names, see):
         for block in blocks:
-            with suppress(Seen):
-                job.model.run_layer(layer, index, block.to(job.model.device))
+            with suppress(_Seen):
+                layer.run(block.to(layer.device))
     return {
-        name: (products[0].unsqueeze(0), products[1].unsqueeze(0) if wanted else None)
+        name: (products[0].unsqueeze(0), None if wanted is None else products[1].unsqueeze(0))
         for name, products in found.items()
     }
-
-
-def _has_module(layer: torch.nn.Module, name: str) -> bool:
-    try:
-        layer.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

@@ -3,103 +3,137 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
-from mcmoe_vllm.compress.significance import LayerSignificance, measure_layer
+from mcmoe_vllm.compress.significance import LayerSignificance, Probe, measure_layer
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
-from mcmoe_vllm.model.architectures import ROUTER
 from mcmoe_vllm.model.divergence import mean_divergences
-from mcmoe_vllm.model.loaded import LoadedModel
-from mcmoe_vllm.model.states import add_rows, run_blocks, run_exact, to_main_memory
-from mcmoe_vllm.model.streaming import Routing
+from mcmoe_vllm.model.experts import Routing
+from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
+from mcmoe_vllm.model.runner import States, add_rows, run_layer, to_main_memory, walk_layers
 from mcmoe_vllm.quantize.hessians import ROWS
-from mcmoe_vllm.report.tables import describe_measurement
-
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
-
+from mcmoe_vllm.recipes import Recipe
+from mcmoe_vllm.report.progress import Progress
 
 PROBE_TOKENS = 16384  # that tell what widths change and what a change costs the model
+PROBE_BITS = 2  # the candidate next to it is what the model's predictions are asked about
 
 
 def measure_layers(
-    job: Job, work: WorkDirectory, candidates: Sequence[int], *, resumable: bool = True
+    model: MoeModel,
+    windows: torch.Tensor,
+    candidates: Sequence[int],
+    group_size: int,
+    recipe: Recipe,
+    work: WorkDirectory,
+    progress: Progress,
+    *,
+    resumable: bool = True,
 ) -> list[LayerSignificance]:
-    """The significance of every layer, on the unquantized model."""
-    options, model = job.options, job.model
-    traits = options.traits
-    blocks = [b.cpu() for b in model.embed(job.windows)]
-    probing = traits.allocation == "sensitivity" and len(candidates) > 0
-    probe = min(range(len(candidates)), key=lambda c: abs(candidates[c] - 2)) if probing else None
-    per_block = blocks[0].shape[0] * blocks[0].shape[1]
-    probe_blocks = min(len(blocks), -(-PROBE_TOKENS // per_block)) if probing else 0
-    probe_tokens = sum(b.shape[0] * b.shape[1] for b in blocks[:probe_blocks])
-    start, kept = work.load_hidden("measure") or (0, blocks)
-    # Behind the blocks: for every layer so far the first of them as they are after a change of
-    # its experts' output.
-    blocks, probes = kept[: len(blocks)], kept[len(blocks) :]
-    job.progress.start("measuring", model.num_layers, start)
-    for index in range(start, model.num_layers):
-        layer = model.load_layer(index)
-        probes = run_exact(job, layer, index, probes).outputs if probes else []
-        outputs, routing = run_blocks(model, layer, index, blocks)
-        if routing is not None:
-            scores = _softmax_scores(layer, routing) if traits.routing_score == "softmax" else None
-            measured, experts_output, change = measure_layer(
-                index,
-                routing,
-                lambda expert, i=index: job.read_expert(i, expert),  # type: ignore[misc]
-                job.num_experts,
-                candidates,
-                options.group_size,
-                model.activation(),
-                traits,
-                scores=scores,
-                window=job.windows.shape[1],
-                probe=probe,
-                probe_tokens=probe_tokens if probing else None,
-            )
-            outputs = add_rows(outputs, experts_output)
-            if probing:
-                probes += to_main_memory(add_rows(outputs[:probe_blocks], change))
-            saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
-            work.save_layer("significance", index, saved)
-            job.progress.layer_done(index, describe_measurement(measured))
-        else:
-            job.progress.layer_done(index, "dense layer, nothing to measure")
-        blocks = to_main_memory(outputs)
-        del outputs, routing
-        model.release_layer(index)
-        if resumable:
-            work.save_hidden("measure", index + 1, [*blocks, *probes])
-    found = [work.load_layer("significance", i) for i in job.moe_layers]
-    changes = [layer.pop("probe_change") for layer in found]
+    """windows: tokens [S, L]; candidates: widths in ascending order, none of them to count tokens
+    alone. What is measured is kept in `work`; with `resumable` the states between layers too."""
+    blocks = [b.cpu() for b in model.embed(windows)]
+    probing = recipe.allocation == "sensitivity" and len(candidates) > 0
+    probe, probe_blocks = Probe(window=windows.shape[1]), 0
     if probing:
-        loaded = LoadedModel(model, job.architecture, None, job.num_experts)
-        others = [probes[i : i + probe_blocks] for i in range(0, len(probes), probe_blocks)]
-        divergences = mean_divergences(loaded, blocks[:probe_blocks], others)
-        for layer_, kl, change_ in zip(found, divergences, changes, strict=True):
-            layer_["sensitivity"] = kl / max(change_, 1e-30)
-    return [LayerSignificance(**layer) for layer in found]
+        nearest = min(range(len(candidates)), key=lambda c: abs(candidates[c] - PROBE_BITS))
+        per_block = blocks[0].shape[0] * blocks[0].shape[1]
+        probe_blocks = min(len(blocks), -(-PROBE_TOKENS // per_block))
+        tokens = sum(b.shape[0] * b.shape[1] for b in blocks[:probe_blocks])
+        probe = replace(probe, candidate=nearest, tokens=tokens)
+
+    def step(layer: DecoderLayer, states: States) -> tuple[States, str]:
+        exact = layer.experts.on(layer.device, layer.dtype)
+        blocks, probes = states["exact"], _without(states, "exact")
+        # All of them at once: every expert is fetched once.
+        changed = run_layer(layer, _flat(probes), exact).outputs
+        probes = _like(probes, to_main_memory(changed))
+        run = run_layer(layer, blocks, None)
+        if run.routing is None:
+            exact_states = to_main_memory(run.outputs)
+            return {"exact": exact_states, **probes}, "dense layer, nothing to measure"
+        scores = _softmax_scores(layer, run.routing) if recipe.routing_score == "softmax" else None
+        measured, routed, change = measure_layer(
+            layer.index,
+            run.routing,
+            lambda e: layer.experts.present(e).to(layer.device, torch.float32),
+            layer.num_experts,
+            candidates,
+            group_size,
+            layer.activation,
+            recipe,
+            replace(probe, scores=scores),
+        )
+        outputs = add_rows(run.outputs, routed)
+        if probing:
+            begun = add_rows(outputs[:probe_blocks], change)
+            probes[_changed_in(layer.index)] = to_main_memory(begun)
+        saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
+        work.save_layer("significance", layer.index, saved)
+        return {"exact": to_main_memory(outputs), **probes}, measured.describe()
+
+    states = walk_layers(
+        model,
+        {"exact": blocks},
+        step,
+        phase="measuring",
+        store=work if resumable else None,
+        progress=progress,
+    )
+    found = [work.load_layer("significance", i) for i in model.moe_layers]
+    sensitivities = _sensitivities(model, states, found) if probing else [None] * len(found)
+    return [
+        LayerSignificance(**_without(layer, "probe_change"), sensitivity=sensitivity)
+        for layer, sensitivity in zip(
+            (_without(layer, "sensitivity") for layer in found), sensitivities, strict=True
+        )
+    ]
 
 
-def _softmax_scores(layer: torch.nn.Module, routing: Routing) -> torch.Tensor:
+def _sensitivities(
+    model: MoeModel, states: States, measured: Sequence[dict[str, Any]]
+) -> list[float]:
+    """Nats a token that a unit of squared change of each measured layer's output causes."""
+    probes = [states[_changed_in(layer["layer"])] for layer in measured]
+    probed = len(probes[0]) if probes else 0
+    divergences = mean_divergences(model, states["exact"][:probed], probes)
+    return [
+        kl / max(layer["probe_change"], 1e-30)
+        for layer, kl in zip(measured, divergences, strict=True)
+    ]
+
+
+def _changed_in(layer: int) -> str:
+    """The name of the states that follow from a change of one layer's experts."""
+    return f"changed in layer {layer:05d}"
+
+
+def _without(table: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key != name}
+
+
+def _flat(states: States) -> list[torch.Tensor]:
+    return [block for blocks in states.values() for block in blocks]
+
+
+def _like(states: States, blocks: Sequence[torch.Tensor]) -> States:
+    """The inverse of `_flat`."""
+    rest = iter(blocks)
+    return {name: [next(rest) for _ in kept] for name, kept in states.items()}
+
+
+def _softmax_scores(layer: DecoderLayer, routing: Routing) -> torch.Tensor:
     """The routed experts' shares of the softmax over all experts, float32 [T, k]."""
-    router: Any = layer.get_submodule(ROUTER)
-    weight = router.weight.float()
+    weight = layer.router.weight.float()
     parts = [
         hidden.to(weight)
         .matmul(weight.t())
         .softmax(-1)
         .gather(1, ids.to(weight.device))
         .to(ids.device)
-        for hidden, ids in zip(
-            routing.hidden.split(ROWS),
-            routing.ids.split(ROWS),
-            strict=True,
-        )
+        for hidden, ids in zip(routing.hidden.split(ROWS), routing.ids.split(ROWS), strict=True)
     ]
     return torch.cat(parts)

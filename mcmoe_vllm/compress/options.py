@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS, DENSE_BITS, GROUP_SIZES
-from mcmoe_vllm.compress.recipes import RECIPES, Recipe
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.text import DEFAULT_DATASET
 from mcmoe_vllm.plan import Plan, check_candidate_bits
 from mcmoe_vllm.pruning.table import MAX_DROP
+from mcmoe_vllm.recipes import RECIPES, Recipe
 
 RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
     "bits", "group_size", "dense_bits", "calibration", "samples",

@@ -1,4 +1,4 @@
-"""The order of the steps: measure -> allocate -> quantize -> publish.
+"""The order of the steps: measure -> choose -> quantize -> finetune -> publish.
 
     plan(options)      model + text  -> significance of every layer -> widths       -> plan.json
     quantize(options)  the same, or a given plan -> GPTQ, packing   -> mcmoe checkpoint
@@ -15,18 +15,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mcmoe_vllm.allocate.budget import parse_pins
 from mcmoe_vllm.checkpoint.files import open_checkpoint
-from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_allocate
+from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_choose, require_budget
 from mcmoe_vllm.compress.finetune import finetune
-from mcmoe_vllm.compress.job import open_work, prepare, require_plan_fits
+from mcmoe_vllm.compress.job import open_source, open_work, read_plan, read_windows
 from mcmoe_vllm.compress.measure import measure_layers
 from mcmoe_vllm.compress.options import QuantizeOptions, recipe_of
-from mcmoe_vllm.compress.publish import move_into_place, publish, require_free_space, size_table
-from mcmoe_vllm.compress.quantize_layers import quantize_layers
+from mcmoe_vllm.compress.publish import (
+    Summary,
+    count_sizes,
+    move_into_place,
+    require_free_space,
+    seal,
+    write_output,
+)
+from mcmoe_vllm.compress.quantize_layers import final_states, quantize_layers
 from mcmoe_vllm.compress.significance import LayerSignificance
+from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.disk import explain_os_errors, read_json, require_parent, write_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.loaded import load_streamed
+from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.pruning.calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
 from mcmoe_vllm.report.progress import Progress
@@ -43,13 +54,13 @@ def plan(options: QuantizeOptions) -> Plan:
         raise UserError(f"output {output} is a folder; name a file such as plan.json")
     require_parent(output)
     with Progress() as progress:
-        job = prepare(options, progress)
-        work = open_work(job, Path(options.work_dir or f"{options.output}.work"), "plan")
-        result = measure_and_allocate(job, work)
+        model, windows = _open(options, progress)
+        work = _open_work(options, model, windows, "plan", progress)
+        result = measure_and_choose(options, model, windows, work, progress)
     with explain_os_errors(f"writing {output}"):
         write_json(output, result.to_dict())
     work.remove()
-    print_plan(result, size_table(job, result))
+    print_plan(result, count_sizes(model, result))
     return result
 
 
@@ -59,14 +70,18 @@ def measure(options: QuantizeOptions) -> list[LayerSignificance]:
     Raises UserError for anything that the user can mend.
     """
     with Progress() as progress, tempfile.TemporaryDirectory() as folder:
-        job = prepare(options, progress, allocates=False)
-        work = open_work(job, Path(folder), "measure")
-        return measure_layers(job, work, sorted(options.traits.candidate_bits), resumable=False)
+        model, windows = _open(options, progress, allocates=False)
+        work = open_work(options, model, windows, Path(folder), "measure")
+        traits = options.traits
+        candidates = sorted(traits.candidate_bits)
+        return measure_layers(
+            model, windows, candidates, options.group_size, traits, work, progress, resumable=False
+        )
 
 
 def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[float, float]]:
     """Average bits and the KL to the 16-bit model in nats that they are expected to cost before
-    tuning, from one measurement.
+    finetuning, from one measurement.
 
     Raises UserError for budgets out of range, and for a recipe that measures no KL.
     """
@@ -97,39 +112,85 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not empty; choose another folder")
     require_parent(output)
+    options = _with_plan(options)
     with Progress() as progress:
-        given = None
-        if options.plan is not None:
-            given = Plan.from_dict(read_json(options.plan), options.plan)
-            options = replace(
-                options,
-                bits=given.nominal_bits,
-                candidate_bits=given.candidate_bits,
-                group_size=given.group_size,
-                dense_bits=given.dense_bits,
-                recipe=options.recipe or recipe_of(given),
-            )
-        job = prepare(options, progress)
-        if given is not None:
-            require_plan_fits(given, job)
-        work = open_work(job, Path(options.work_dir or f"{options.output}.work"), "quantize")
-        chosen = given or measure_and_allocate(job, work)
-        sizes = size_table(job, chosen)
+        model, windows = _open(options, progress)
+        given = None if options.plan is None else read_plan(options.plan, model)
+        work = _open_work(options, model, windows, "quantize", progress)
+        chosen = given or measure_and_choose(options, model, windows, work, progress)
+        sizes = count_sizes(model, chosen)
         require_free_space(work, sizes.total_bytes)
-        layers = quantize_layers(job, work, chosen)
-        result = publish(job, work, chosen, sizes, layers, started)
-        if options.traits.tuning_passes:
-            result["tuning"] = finetune(job, work)
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            write_json(work.checkpoint / "report.json", result)
-        if options.target_drop is not None:
-            progress.say("calibrating online pruning on the compressed model")
-            compressed = open_checkpoint(work.checkpoint)
-            loaded = load_streamed(compressed, options.device)
-            windows = job.windows[:PRUNING_WINDOWS]
-            store_table(compressed, calibrate_pruning(loaded, windows, options.target_drop))
+        layers = quantize_layers(model, windows, chosen, options.traits, work, progress)
+        summary = Summary(options, model, windows.shape, chosen, sizes, layers)
+        result = _finish(summary, windows, work, progress, started)
     move_into_place(work.checkpoint, output)
     work.remove()
     print_plan(chosen, sizes)
     print_result(result, output)
     return result
+
+
+def _finish(
+    summary: Summary,
+    windows: torch.Tensor,
+    work: WorkDirectory,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
+    """From quantized shards to a whole checkpoint: finetuned, calibrated, hashed."""
+    options, folder = summary.options, work.checkpoint
+    result = write_output(folder, summary)
+    if options.traits.tuning_passes:
+        states = final_states(work)
+        result["tuning"] = finetune(summary.model, windows, states, options.traits, options.seed,
+                                    work, progress.say)  # fmt: skip
+    if options.target_drop is not None:
+        progress.say("calibrating online pruning on the compressed model")
+        compressed = open_checkpoint(folder)
+        pruned = open_model(compressed, options.device)
+        part = windows[:PRUNING_WINDOWS]
+        table = calibrate_pruning(pruned, part, options.target_drop, progress=progress)
+        store_table(compressed, table)
+    progress.say("hashing")
+    return seal(folder, result, time.perf_counter() - started)
+
+
+def _open(
+    options: QuantizeOptions, progress: Progress, allocates: bool = True
+) -> tuple[MoeModel, torch.Tensor]:
+    """The model and its calibration windows. allocates: whether the budget has to be possible."""
+    model = open_source(options)
+    candidates = sorted(options.traits.candidate_bits)
+    parse_pins(options.pins, model.moe_layers, model.num_experts, candidates)
+    if allocates and options.plan is None:
+        require_budget(options, model.moe_layers, model.num_experts)
+    progress.say(f"reading calibration text {options.calibration}")
+    return model, read_windows(options, model)
+
+
+def _open_work(
+    options: QuantizeOptions,
+    model: MoeModel,
+    windows: torch.Tensor,
+    command: str,
+    progress: Progress,
+) -> WorkDirectory:
+    path = Path(options.work_dir or f"{options.output}.work")
+    work = open_work(options, model, windows, path, command)
+    progress.say(f"work directory {path}")
+    return work
+
+
+def _with_plan(options: QuantizeOptions) -> QuantizeOptions:
+    """The options with what a given plan has decided."""
+    if options.plan is None:
+        return options
+    given = Plan.from_dict(read_json(options.plan), options.plan)
+    return replace(
+        options,
+        bits=given.nominal_bits,
+        candidate_bits=given.candidate_bits,
+        group_size=given.group_size,
+        dense_bits=given.dense_bits,
+        recipe=options.recipe or recipe_of(given),
+    )

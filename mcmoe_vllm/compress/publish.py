@@ -4,84 +4,123 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, QuantizationConfig
+from mcmoe_vllm.checkpoint.manifest import write_manifest
 from mcmoe_vllm.checkpoint.sizes import Sizes, size
-from mcmoe_vllm.checkpoint.writing import copy_side_files, shard_name, side_files, write_index
+from mcmoe_vllm.checkpoint.writing import copy_side_files, side_files, write_index
 from mcmoe_vllm.compress.expected_loss import matrix_costs, summarize_costs
-from mcmoe_vllm.compress.options import PLAN_TRAITS, named_traits
+from mcmoe_vllm.compress.options import PLAN_TRAITS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.architectures import dense_weight
 from mcmoe_vllm.model.memory import peak_rss_bytes
+from mcmoe_vllm.model.moe_model import MoeModel
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.report.card import write_model_card
 from mcmoe_vllm.report.plots import write_heatmap
 
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished job is described by. windows: [samples, length] of the calibration; layers:
+    what was lost in each."""
+
+    options: QuantizeOptions
+    model: MoeModel
+    windows: tuple[int, ...]
+    plan: Plan
+    sizes: Sizes
+    layers: list[dict[str, Any]]
+
+    @property
+    def average_bits(self) -> dict[str, float]:
+        return {
+            "nominal": self.plan.nominal_bits,
+            "codes": self.plan.average_bits(),
+            "experts": self.sizes.expert_bits,
+            "model": self.sizes.model_bits,
+        }
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the checkpoint was made: the traits, and what a given plan had decided of them."""
+        known = (*PLAN_TRAITS, "solver", "pins", "calibration", "samples", "sequence_length",
+                 "seed")  # fmt: skip
+        options = self.plan.options
+        decided = {n: options[n] for n in known if options.get(n) is not None}
+        return {**named_traits(self.options.traits), **decided, "mcmoe_version": __version__}
 
 
-def publish(
-    job: Job,
-    work: WorkDirectory,
-    chosen: Plan,
-    sizes: Sizes,
-    layers: list[dict[str, Any]],
-    started: float,
-) -> dict[str, Any]:
-    """Everything of the output folder besides the layers' shards."""
-    folder, options = work.checkpoint, job.options
-    shards = [shard_name(i + 1, job.model.num_layers + 1) for i in range(job.model.num_layers + 1)]
-    job.progress.say("hashing and writing the index")
-    write_index(folder, shards)
-    average = {
-        "nominal": chosen.nominal_bits,
-        "codes": chosen.average_bits(),
-        "experts": sizes.expert_bits,
-        "model": sizes.model_bits,
-    }
-    group = chosen.group_size
-    known = (*PLAN_TRAITS, "solver", "pins", "calibration", "samples", "sequence_length", "seed")
-    decided = {n: chosen.options[n] for n in known if chosen.options.get(n) is not None}
-    recipe = {**named_traits(options.traits), **decided, "mcmoe_version": __version__}
-    quantization = QuantizationConfig(
+def write_output(folder: Path, summary: Summary) -> dict[str, Any]:
+    """Everything of the output folder but the layers' shards and what `seal` adds; returns what
+    report.json will hold."""
+    source, plan = summary.model.checkpoint, summary.plan
+    report = _report(folder, summary)
+    with explain_os_errors(f"writing {folder}"):
+        write_index(folder, _shards(folder))
+        copy_side_files(source.path, folder, summary.options.trust_remote_code)
+        quantization = _quantization_config(summary).to_dict()
+        write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
+        write_json(folder / "plan.json", plan.to_dict())
+        write_heatmap(plan, folder / "allocation.png")
+        licences = [f.name for f in side_files(source.path) if "LICEN" in f.name.upper()]
+        write_model_card(folder, report, plan, summary.sizes, bool(licences))
+    return report
+
+
+def seal(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Hash the shards, which do not change any more, and write report.json."""
+    write_manifest(folder, _shards(folder))
+    report = {**report, "seconds": round(seconds, 1), "peak_rss_bytes": peak_rss_bytes()}
+    with explain_os_errors(f"writing {folder}"):
+        write_json(folder / "report.json", report)
+    return report
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.safetensors"))
+
+
+def _quantization_config(summary: Summary) -> QuantizationConfig:
+    plan, group = summary.plan, summary.plan.group_size
+    rows = zip(plan.layers, plan.bits, plan.w2_bits or plan.bits, strict=True)
+    return QuantizationConfig(
         group_size={"w13": group, "w2": group, "dense": group},
         expert_bits={
-            layer: ("".join(map(str, w13)), "".join(map(str, w2)))
-            for layer, w13, w2 in zip(
-                chosen.layers, chosen.bits, chosen.w2_bits or chosen.bits, strict=True
-            )
+            layer: ("".join(map(str, w13)), "".join(map(str, w2))) for layer, w13, w2 in rows
         },
-        dense_bits=chosen.dense_bits,
-        dense_modules=job.architecture.dense if chosen.dense_bits == DENSE_WIDTH else (),
-        average_bits={name: round(value, 4) for name, value in average.items()},
-        recipe=recipe,
+        dense_bits=plan.dense_bits,
+        dense_modules=summary.model.architecture.dense if plan.dense_bits == DENSE_WIDTH else (),
+        average_bits={name: round(value, 4) for name, value in summary.average_bits.items()},
+        recipe=summary.recipe,
     )
-    result = {
+
+
+def _report(folder: Path, summary: Summary) -> dict[str, Any]:
+    """report.json, but for what is known last."""
+    options, model, layers = summary.options, summary.model, summary.layers
+    return {
         "schema_version": 1,
         "mcmoe_version": __version__,
         "model": options.model,
-        "architecture": job.architecture.name,
-        "average_bits": average,
+        "architecture": model.architecture.name,
+        "average_bits": summary.average_bits,
         "bytes": {
-            "original": job.checkpoint.nbytes,
-            "compressed": sum((folder / s).stat().st_size for s in shards),
-            "experts": sizes.expert_bytes,
+            "original": model.checkpoint.nbytes,
+            "compressed": sum((folder / s).stat().st_size for s in _shards(folder)),
+            "experts": summary.sizes.expert_bytes,
         },
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "device": str(job.model.device),
+        "device": str(model.device),
         "calibration": {
             "source": options.calibration,
-            "samples": job.windows.shape[0],
-            "sequence_length": job.windows.shape[1],
+            "samples": summary.windows[0],
+            "sequence_length": summary.windows[1],
             "seed": options.seed,
         },
         "layers": layers,
@@ -90,53 +129,38 @@ def publish(
             for entry in layers
             if entry.get("experts", {}).get("starved")
         },
-        "sensitivity": summarize_costs(matrix_costs(chosen)),
-        "recipe": recipe,
-        "plan": chosen.to_dict(),
+        "sensitivity": summarize_costs(matrix_costs(summary.plan)),
+        "recipe": summary.recipe,
+        "plan": summary.plan.to_dict(),
     }
-    with explain_os_errors(f"writing {folder}"):
-        copy_side_files(job.checkpoint.path, folder, options.trust_remote_code)
-        write_json(
-            folder / "config.json",
-            {**job.checkpoint.config, "quantization_config": quantization.to_dict()},
-        )
-        write_json(folder / "plan.json", chosen.to_dict())
-        write_json(folder / "report.json", result)
-        write_heatmap(chosen, folder / "allocation.png")
-        licences = [f.name for f in side_files(job.checkpoint.path) if "LICEN" in f.name.upper()]
-        write_model_card(folder, result, chosen, sizes, bool(licences))
-    return result
 
 
-def size_table(job: Job, chosen: Plan) -> Sizes:
-    hidden, width, group = job.hidden_size, job.expert_width, chosen.group_size
+def count_sizes(model: MoeModel, plan: Plan) -> Sizes:
+    """Bytes of the checkpoint that a plan leads to."""
+    hidden, width, group = model.hidden_size, model.expert_width, plan.group_size
     expert_bytes = sum(
         2 * packing.packed_bytes(width, hidden, w13, group)
         + packing.packed_bytes(hidden, width, w2, group)
-        for row in chosen.pairs()
+        for row in plan.pairs()
         for w13, w2 in row
     )
-    expert_parameters = len(chosen.layers) * job.num_experts * 3 * hidden * width
+    dense: set[str] = set()
+    if plan.dense_bits == DENSE_WIDTH:
+        for layer in range(model.num_layers):
+            dense |= set(model.architecture.dense_weights(layer))
     other_bytes = 0
-    dense = {
-        dense_weight(job, layer, name)
-        for layer in range(job.model.num_layers)
-        for group_ in job.architecture.dense_linears
-        for name in group_
-        if chosen.dense_bits == DENSE_WIDTH
-    }
-    for name, info in job.checkpoint.tensors.items():
+    for name, info in model.checkpoint.tensors.items():
         if name in dense:
             rows, columns = info.shape
             other_bytes += rows * columns // 2 + rows * (columns // group) * 2
-        elif not job.architecture.is_routed_expert(name):
+        elif not model.architecture.is_routed_expert(name):
             other_bytes += info.nbytes
     return Sizes(
-        original_bytes=job.checkpoint.nbytes,
+        original_bytes=model.checkpoint.nbytes,
         expert_bytes=expert_bytes,
         other_bytes=other_bytes,
-        expert_parameters=expert_parameters,
-        parameters=job.checkpoint.num_parameters,
+        expert_parameters=len(plan.layers) * model.num_experts * 3 * hidden * width,
+        parameters=model.checkpoint.num_parameters,
     )
 
 

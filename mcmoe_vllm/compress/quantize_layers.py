@@ -1,70 +1,128 @@
-"""Layer after layer, quantized and written."""
+"""Layer after layer, quantized and written, each calibrated on what the quantized layers before it
+put out."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH
 from mcmoe_vllm.checkpoint.writing import shard_name, write_shard
-from mcmoe_vllm.compress.experts import quantize_experts, routed_output, store_experts
+from mcmoe_vllm.compress.experts import pack_expert, quantize_experts, routed_output
 from mcmoe_vllm.compress.linears import dense_groups, quantize_dense, quantize_router
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.model.memory import peak_rss_bytes
-from mcmoe_vllm.model.states import add_rows, run_blocks, run_exact, to_main_memory
+from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
+from mcmoe_vllm.model.runner import (
+    LayerRun,
+    States,
+    add_rows,
+    run_layer,
+    to_main_memory,
+    walk_layers,
+)
 from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.recipes import Recipe
+from mcmoe_vllm.report.progress import Progress
 from mcmoe_vllm.report.tables import describe_layer
 
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
 
-
-def quantize_layers(job: Job, work: WorkDirectory, chosen: Plan) -> list[dict[str, Any]]:
-    """Quantize and write layer after layer, each calibrated on what the quantized layers before
-    it put out."""
-    model, traits = job.model, job.options.traits
+def quantize_layers(
+    model: MoeModel,
+    windows: torch.Tensor,
+    plan: Plan,
+    recipe: Recipe,
+    work: WorkDirectory,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What report.json says of every layer; the shards are in the work directory then, and the
+    16-bit model's final states among its states, if the recipe follows them."""
     shards = model.num_layers + 1
-    outside = [n for n in job.checkpoint.tensors if not n.startswith("model.layers.")]
     first = work.checkpoint / shard_name(1, shards)
     if not first.exists():
-        write_shard(first, job.checkpoint.read_weights(outside))
-    blocks = [b.cpu() for b in model.embed(job.windows)]
-    exact_targets = traits.exact_targets and traits.sequential
-    follows_exact = not traits.sequential or exact_targets or traits.tuning_passes > 0
-    start, kept = work.load_hidden("quantize") or (0, blocks)
-    # Behind the blocks, where they differ: what the 16-bit model gives the layer.
-    blocks, exact = kept[: len(blocks)], kept[len(blocks) :] or kept
-    job.progress.start("quantizing", model.num_layers, start)
-    for index in range(start, model.num_layers):
+        outside = [n for n in model.checkpoint.tensors if not model.architecture.is_of_layers(n)]
+        write_shard(first, model.checkpoint.read_weights(outside))
+
+    def step(layer: DecoderLayer, states: States) -> tuple[States, str]:
         began = time.perf_counter()
-        layer = model.load_layer(index)
-        tensors = job.checkpoint.read_weights(model.parameter_names(index))
-        lost: dict[str, Any] = {}
-        groups = dense_groups(job, layer) if chosen.dense_bits == DENSE_WIDTH else []
-        observed = [group[0] for group in groups] if exact_targets else None
-        given = run_exact(job, layer, index, exact, observed) if follows_exact else None
-        exact, wanted = given.outputs if given else [], given if exact_targets else None
-        if chosen.dense_bits == DENSE_WIDTH:
-            lost["dense"] = quantize_dense(job, layer, index, blocks, tensors, groups, wanted)
-        if traits.router_bits != 16 and index in job.moe_layers:
-            lost["router"] = quantize_router(job, layer, index, blocks, tensors)
-        routed = wanted.routed if wanted else None
-        del given, wanted  # what the linears are given is as large as the states themselves
-        outputs, routing = run_blocks(model, layer, index, blocks)
-        if routing is not None:
-            bits = chosen.pairs()[job.moe_layers.index(index)]
-            lost["experts"], experts = quantize_experts(job, index, routing, bits, routed)
-            store_experts(job, index, experts, bits, tensors)
-            outputs = add_rows(outputs, routed_output(job, routing, experts))
-        blocks = to_main_memory(outputs) if traits.sequential else exact
-        del outputs, routing, routed
-        model.release_layer(index)
-        write_shard(work.checkpoint / shard_name(index + 2, shards), tensors)
-        del tensors
-        summary = {"layer": index, "seconds": round(time.perf_counter() - began, 3), **lost}
+        states, tensors, lost = _quantize_layer(model, layer, states, plan, recipe)
+        write_shard(work.checkpoint / shard_name(layer.index + 2, shards), tensors)
+        summary = {"layer": layer.index, "seconds": round(time.perf_counter() - began, 3), **lost}
         summary["peak_rss_bytes"] = peak_rss_bytes()
-        work.save_layer("layers", index, summary)
-        both = [*blocks, *exact] if traits.sequential else blocks
-        work.save_hidden("quantize", index + 1, both)
-        job.progress.layer_done(index, describe_layer(summary))
+        work.save_layer("layers", layer.index, summary)
+        return states, describe_layer(summary)
+
+    blocks = [b.cpu() for b in model.embed(windows)]
+    begin = dict.fromkeys(_states_of(recipe), blocks)
+    walk_layers(model, begin, step, phase="quantizing", store=work, progress=progress)
     return [work.load_layer("layers", i) for i in range(model.num_layers)]
+
+
+def final_states(work: WorkDirectory) -> list[torch.Tensor]:
+    """The 16-bit model's final states of the calibration windows, blocks [B, L, H]."""
+    found = work.load_states("quantizing")
+    assert found is not None and "exact" in found[1], "the recipe does not follow them"
+    return found[1]["exact"]
+
+
+def _states_of(recipe: Recipe) -> list[str]:
+    """Whose states go from layer to layer: those that the quantized layers before leave, and those
+    of the 16-bit model. A recipe that is not sequential calibrates on the latter."""
+    follows_exact = recipe.exact_targets or recipe.tuning_passes > 0
+    return (["compressed"] if recipe.sequential else []) + (
+        ["exact"] if follows_exact or not recipe.sequential else []
+    )
+
+
+def _quantize_layer(
+    model: MoeModel, layer: DecoderLayer, states: States, plan: Plan, recipe: Recipe
+) -> tuple[States, dict[str, torch.Tensor], dict[str, Any]]:
+    """The next layer's states, the layer's tensors by checkpoint name, and what was lost."""
+    architecture, index = model.architecture, layer.index
+    tensors = model.checkpoint.read_weights(model.parameter_names(index))
+    lost: dict[str, Any] = {}
+    linears = architecture.dense_linears if plan.dense_bits == DENSE_WIDTH else ()
+    groups = dense_groups(layer, linears)
+    fits_exact = recipe.exact_targets and recipe.sequential
+    exact: LayerRun | None = None
+    following: States = {}
+    given = states.pop("exact", [])
+    blocks = states["compressed"] if recipe.sequential else given
+    if given:
+        observed = [group[0] for group in groups] if fits_exact else []
+        read = layer.experts.on(layer.device, layer.dtype)
+        exact = run_layer(layer, given, read, observe=observed)
+        following["exact"] = to_main_memory(exact.outputs)
+    del given
+    wanted = exact if fits_exact else None
+    if linears:
+        lost["dense"], stored = quantize_dense(
+            layer, groups, blocks, wanted.inputs if wanted else None, plan.group_size, recipe
+        )
+        for name, parts in stored.items():
+            del tensors[architecture.stored_name(index, f"{name}.weight")]
+            for part, tensor in parts.items():
+                tensors[architecture.stored_name(index, f"{name}.{part}")] = tensor
+    if recipe.router_bits != 16 and layer.is_moe:
+        router = architecture.stored_name(index, f"{architecture.router_module}.weight")
+        lost["router"], tensors[router] = quantize_router(
+            layer, blocks, tensors[router].dtype, plan.group_size, recipe
+        )
+    routed = wanted.routing.hidden if wanted and wanted.routing else None
+    del exact, wanted  # what the linears are given is as large as the states themselves
+    run = run_layer(layer, blocks, None)
+    outputs = run.outputs
+    if run.routing is not None:
+        widths = plan.pairs()[plan.layers.index(index)]
+        lost["experts"], experts = quantize_experts(
+            layer, run.routing, widths, plan.group_size, recipe, routed
+        )
+        for expert, matrices in experts.items():
+            names = architecture.expert_weights(index, expert)
+            tensors |= pack_expert(names, matrices, widths[expert])
+        outputs = add_rows(outputs, routed_output(layer, run.routing, experts))
+    if recipe.sequential:
+        following["compressed"] = to_main_memory(outputs)
+    return following, tensors, lost

@@ -4,26 +4,28 @@ Paper, section 3.2: activation frequency phi_i, mean routing weight w_i, and eps
 Frobenius norm of the change of the MoE block's output when expert i alone goes to j bits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mcmoe_vllm.compress.recipes import BEST, Recipe
-from mcmoe_vllm.model.streaming import Routing, run_expert
+from mcmoe_vllm.model.experts import Activation, Expert, Routing, count_tokens, run_expert
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.gptq import factor_hessian
 from mcmoe_vllm.quantize.hessians import (
     ROWS,
-    Activation,
-    count_tokens,
     expert_chunks,
     inner_hessians,
     input_hessians,
     shared_gram,
     starved_experts,
 )
+from mcmoe_vllm.recipes import BEST, Recipe
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # w13 and w2
 
 
 @dataclass(frozen=True)
@@ -56,110 +58,84 @@ class LayerSignificance:
     def starved(self) -> list[int]:
         return starved_experts(self.tokens)
 
+    def describe(self) -> str:
+        """One line for people."""
+        least = min(range(len(self.tokens)), key=self.tokens.__getitem__)
+        line = (
+            f"used {min(self.frequency):.3f}..{max(self.frequency):.3f}, "
+            f"least sampled expert {least}: {self.tokens[least]} tokens"
+        )
+        if self.starved:
+            line += f" | WARNING {len(self.starved)} experts hardly reached: {self.starved}"
+        return line
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What besides the factors is measured. scores [T, k]: what `routing_weight` sums, None for the
+    routing's weights; window: tokens of a window, for the error norm "windows"; tokens: errors are
+    of so many first tokens, None for all; candidate: whose change of the output is summed up over
+    all experts, None for no candidate's."""
+
+    scores: torch.Tensor | None = None
+    window: int | None = None
+    tokens: int | None = None
+    candidate: int | None = None
+
+
+OF_EVERYTHING = Probe()
+
 
 @torch.no_grad()
 def measure_layer(
     layer: int,
     routing: Routing,
-    read_expert: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    experts: Callable[[int], Expert],
     num_experts: int,
     candidate_bits: Sequence[int],
     group_size: int,
     activation: Activation,
     recipe: Recipe = BEST,
-    *,
-    scores: torch.Tensor | None = None,
-    window: int | None = None,
-    probe: int | None = None,
-    probe_tokens: int | None = None,
+    probe: Probe = OF_EVERYTHING,
 ) -> tuple[LayerSignificance, torch.Tensor, torch.Tensor]:
     """Measure one layer and compute its routed experts' output, float32 [T, H], and the change of
-    it if all experts are quantized at candidate number `probe` (none for None). Errors and change
-    are of the first `probe_tokens` tokens alone (default: of all).
+    it if all experts are quantized at the probed candidate, of the probed tokens.
 
-    routing: all calibration tokens; read_expert: expert -> (w13 [2I, H], w2 [H, I]);
-    recipe: its traits of significance; scores [T, k]: what `routing_weight` sums (default: the
-    routing's weights); window: tokens of a window, for the error norm "windows".
+    routing: all calibration tokens; experts: their weights, float32 on the device that computes;
+    recipe: its traits of significance.
     """
-    scored = routing if scores is None else replace(routing, weights=scores)
-    if recipe.error_norm == "total" or window is None:
-        window = routing.hidden.shape[0]
-    windows = -(-routing.hidden.shape[0] // window)
-    tokens = count_tokens(routing, num_experts)
     total = routing.hidden.shape[0]
-    output = torch.zeros_like(routing.hidden, dtype=torch.float32)
+    scored = routing if probe.scores is None else replace(routing, weights=probe.scores)
+    sums = _OutputSums.of(routing, len(candidate_bits), recipe, probe)
     errors: list[list[float]] = []
     projection_errors: list[list[list[float]]] = []
     trace_errors: list[list[float]] = []
-    limit = total if probe_tokens is None else probe_tokens
-    changes = torch.zeros_like(output[: 0 if probe is None else limit])
     weight_sums: list[float] = []
     rounding_kept = matrices = 0
-    how: dict[str, Any] = {
-        "method": recipe.error_method,
-        "recipe": replace(recipe, refinements=recipe.error_refinements),
-    }
-    first = read_expert(0)
-    shared = shared_gram(routing, recipe.shared_tokens, first[0].device)
-    for chunk in expert_chunks(num_experts, *_hidden_and_width(first)):
-        pairs = [read_expert(e) for e in chunk]
-        w13, w2 = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-        del pairs
+    first = experts(0)
+    shared = shared_gram(routing, recipe.shared_tokens, first.w13.device)
+    for chunk in expert_chunks(num_experts, *first.w2.shape):
+        batch = [experts(e) for e in chunk]
+        w13, w2 = torch.stack([e.w13 for e in batch]), torch.stack([e.w2 for e in batch])
         weighting = recipe.hessian_weighting
         hessian13 = input_hessians(routing, chunk, weighting, shared)
         hessian2, _ = inner_hessians(routing, chunk, w13, w13, activation, weighting)
         traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
-        factored13, factored2 = (
-            factor_hessian(h) if recipe.error_method == "gptq" else h for h in (hessian13, hessian2)
+        candidates, kept = _quantize_candidates(
+            (w13, w2), (hessian13, hessian2), candidate_bits, group_size, recipe
         )
-        candidates: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # None: dropped
-        for bits in candidate_bits:
-            if bits == 0:
-                candidates.append(None)
-                continue
-            q13 = quantizer.quantize(w13, factored13, bits, group_size, splits=2, **how)
-            q2 = quantizer.quantize(w2, factored2, bits, group_size, **how)
-            candidates.append((q13.dequantize(), q2.dequantize()))
-            rounding_kept += int((~q13.gptq_kept).sum() + (~q2.gptq_kept).sum())
-            matrices += q13.gptq_kept.numel() + q2.gptq_kept.numel()
-        del hessian13, hessian2, factored13, factored2
+        del hessian13, hessian2
+        rounding_kept += sum(int((~k).sum()) for k in kept)
+        matrices += sum(k.numel() for k in kept)
         for position, expert in enumerate(chunk):
-            rows, weights = routing.tokens_of(expert)
-            trace_errors.append(
-                [
-                    sum(
-                        float(trace[position] * (w[position] - d[position]).square().sum())
-                        if d is not None
-                        else float(trace[position] * w[position].square().sum())
-                        for trace, w, d in zip(traces, (w13, w2), pair or (None, None), strict=True)
-                    )
-                    for pair in candidates
-                ]
-            )
-            weight_sums.append(float(scored.tokens_of(expert)[1].float().sum()))
-            parts = 2 if recipe.allocation == "sensitivity" else 1
-            squares = torch.zeros(len(candidates), parts, windows, dtype=torch.float64)
             exact = (w13[position], w2[position])
-            for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
-                x = routing.hidden[rows[part]].to(w13.device)
-                scale = weights[part].float().to(w13.device).unsqueeze(1)
-                y = _weighted_output(x, scale, *exact, activation)
-                output.index_add_(0, rows[part], y.to(output.device))
-                probed = rows[part][: int((rows[part] < limit).sum())]  # rows ascend
-                x, scale, y = (t[: len(probed)] for t in (x, scale, y))
-                for column, pair in enumerate(candidates):
-                    for number, weight in enumerate(_changed(exact, pair, position, parts)):
-                        if weight is None:
-                            change = -y
-                        else:
-                            change = _weighted_output(x, scale, *weight, activation) - y
-                        of_rows = change.double().square().sum(1).cpu()
-                        squares[column, number].index_add_(0, probed.cpu() // window, of_rows)
-                        if column == probe:
-                            changes.index_add_(0, probed, change.to(changes.device))
-            norms = squares.sqrt().sum(2)
+            quantized = [p and (p[0][position], p[1][position]) for p in candidates]
+            trace_errors.append(_trace_errors([t[position] for t in traces], exact, quantized))
+            weight_sums.append(float(scored.tokens_of(expert)[1].float().sum()))
+            norms = sums.add(expert, exact, quantized, activation)
             errors.append(norms.square().sum(1).sqrt().tolist())
-            projection_errors.append(norms.tolist() if parts == 2 else [])
+            projection_errors.append(norms.tolist() if norms.shape[1] == 2 else [])
+    tokens = count_tokens(routing, num_experts)
     significance = LayerSignificance(
         layer=layer,
         tokens=tokens,
@@ -171,28 +147,117 @@ def measure_layer(
         rounding_kept=rounding_kept,
         matrices=matrices,
     )
-    return significance, output, changes
+    return significance, sums.output, sums.changes
 
 
-def _changed(
-    exact: tuple[torch.Tensor, torch.Tensor],
-    quantized: tuple[torch.Tensor, torch.Tensor] | None,
-    position: int,
-    parts: int,
-) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+def _quantize_candidates(
+    weights: Pair,
+    hessians: Pair,
+    candidate_bits: Sequence[int],
+    group_size: int,
+    recipe: Recipe,
+) -> tuple[list[Pair | None], list[torch.Tensor]]:
+    """A batch of experts at every candidate, dequantized (None: dropped), and where GPTQ was kept.
+
+    weights: [C, 2I, H] and [C, H, I]; hessians: of their inputs.
+    """
+    how: dict[str, Any] = {
+        "method": recipe.error_method,
+        "recipe": replace(recipe, refinements=recipe.error_refinements),
+    }
+    factored13, factored2 = (
+        factor_hessian(h) if recipe.error_method == "gptq" else h for h in hessians
+    )
+    candidates: list[Pair | None] = []
+    kept = []
+    for bits in candidate_bits:
+        if bits == 0:
+            candidates.append(None)
+            continue
+        q13 = quantizer.quantize(weights[0], factored13, bits, group_size, splits=2, **how)
+        q2 = quantizer.quantize(weights[1], factored2, bits, group_size, **how)
+        candidates.append((q13.dequantize(), q2.dequantize()))
+        kept += [q13.gptq_kept, q2.gptq_kept]
+    return candidates, kept
+
+
+def _trace_errors(
+    traces: Sequence[torch.Tensor], exact: Pair, candidates: Sequence[Pair | None]
+) -> list[float]:
+    """`LayerSignificance.trace_error` of one expert. traces: the mean diagonals, of w13 and w2."""
+    return [
+        sum(
+            float(trace * (w if d is None else w - d).square().sum())
+            for trace, w, d in zip(traces, exact, pair or (None, None), strict=True)
+        )
+        for pair in candidates
+    ]
+
+
+@dataclass(frozen=True)
+class _OutputSums:
+    """What the experts of a layer add up to: output [T, H], and the probed candidate's changes of
+    it [probed tokens, H]. parts: 2 if w13 and w2 are measured apart; window: tokens whose squared
+    errors are summed before the norm is taken."""
+
+    routing: Routing
+    output: torch.Tensor
+    changes: torch.Tensor
+    candidates: int
+    parts: int
+    window: int
+    limit: int
+    probed: int | None
+
+    @classmethod
+    def of(cls, routing: Routing, candidates: int, recipe: Recipe, probe: Probe) -> _OutputSums:
+        total = routing.hidden.shape[0]
+        limit = total if probe.tokens is None else probe.tokens
+        output = torch.zeros_like(routing.hidden, dtype=torch.float32)
+        changes = torch.zeros_like(output[: 0 if probe.candidate is None else limit])
+        window = total if recipe.error_norm == "total" else probe.window or total
+        parts = 2 if recipe.allocation == "sensitivity" else 1
+        return cls(routing, output, changes, candidates, parts, window, limit, probe.candidate)
+
+    def add(
+        self, expert: int, exact: Pair, quantized: Sequence[Pair | None], activation: Activation
+    ) -> torch.Tensor:
+        """An expert's part of all sums; the norm of what each candidate changes, float64
+        [candidates, parts]."""
+        rows, weights = self.routing.tokens_of(expert)
+        windows = -(-self.routing.hidden.shape[0] // self.window)
+        squares = torch.zeros(self.candidates, self.parts, windows, dtype=torch.float64)
+        device = exact[0].device
+        for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
+            x = self.routing.hidden[rows[part]].to(device)
+            scale = weights[part].float().to(device).unsqueeze(1)
+            y = _weighted_output(x, scale, exact, activation)
+            self.output.index_add_(0, rows[part], y.to(self.output.device))
+            probed = rows[part][: int((rows[part] < self.limit).sum())]  # rows ascend
+            x, scale, y = (t[: len(probed)] for t in (x, scale, y))
+            for column, pair in enumerate(quantized):
+                for number, weight in enumerate(_changed(exact, pair, self.parts)):
+                    change = -y
+                    if weight is not None:
+                        change = _weighted_output(x, scale, weight, activation) - y
+                    of_rows = change.double().square().sum(1).cpu()
+                    squares[column, number].index_add_(0, probed.cpu() // self.window, of_rows)
+                    if column == self.probed:
+                        self.changes.index_add_(0, probed, change.to(self.changes.device))
+        return squares.sqrt().sum(2)
+
+
+def _changed(exact: Pair, quantized: Pair | None, parts: int) -> list[Pair | None]:
     """The expert's weights as a candidate leaves them: both changed, or each alone. None: dropped,
     which counts as the first's error."""
     if quantized is None:
         return [None, exact][:parts]
-    w13, w2 = quantized[0][position], quantized[1][position]
+    w13, w2 = quantized
     return [(w13, w2)] if parts == 1 else [(w13, exact[1]), (exact[0], w2)]
 
 
 def _weighted_output(
-    x: torch.Tensor, scale: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, act: Activation
+    x: torch.Tensor, scale: torch.Tensor, pair: Pair, activation: Activation
 ) -> torch.Tensor:
-    return run_expert(x, w13.to(x.dtype), w2.to(x.dtype), act).float() * scale
-
-
-def _hidden_and_width(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
-    return pair[1].shape[0], pair[1].shape[1]
+    expert = Expert(*(w.to(x.dtype) for w in pair))
+    return run_expert(x, expert, activation).float() * scale

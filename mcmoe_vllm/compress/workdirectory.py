@@ -4,7 +4,7 @@
     significance/layer-003.json  measured layers
     plan.json                    the allocation, once all layers are measured
     layers/layer-003.json        quantized layers
-    hidden/<phase>-004.safetensors   the input of the next layer of a phase
+    hidden/<phase>-004.safetensors   what the next layer of a phase is given, by name
     checkpoint/                  the output, renamed to its place at the end
 
 Every file is written beside and renamed, so a job that is killed at any moment finds only whole
@@ -25,6 +25,8 @@ from mcmoe_vllm.disk import explain_os_errors, read_json, write_json
 from mcmoe_vllm.errors import UserError
 
 JOB_FILE = "job.json"
+WORK_VERSION = 2  # of the files in the folder; a job of another version starts again
+SEPARATOR = "/"
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,32 @@ class WorkDirectory:
     def load_layer(self, kind: str, layer: int) -> dict[str, Any]:
         return read_json(self.layer_file(kind, layer))
 
-    def save_hidden(self, phase: str, layer: int, blocks: list[torch.Tensor]) -> None:
-        """Keep the input of `layer`; the states before it are then of no use."""
+    def save_states(self, phase: str, layer: int, states: Mapping[str, list[torch.Tensor]]) -> None:
+        """Keep what `layer` is given, blocks by name; the states before it are then of no use."""
         file = self._hidden(phase, layer)
-        write_shard(file, {f"{i:06d}": b for i, b in enumerate(blocks)})
+        write_shard(
+            file,
+            {
+                f"{name}{SEPARATOR}{position:06d}": block
+                for name, blocks in states.items()
+                for position, block in enumerate(blocks)
+            },
+        )
         for other in file.parent.glob(f"{phase}-*.safetensors"):
             if other != file:
                 other.unlink()
 
-    def load_hidden(self, phase: str) -> tuple[int, list[torch.Tensor]] | None:
-        """The furthest layer of a phase and its input blocks, or None before the first."""
+    def load_states(self, phase: str) -> tuple[int, dict[str, list[torch.Tensor]]] | None:
+        """The furthest layer of a phase and what it is given, or None before the first."""
         files = sorted((self.path / "hidden").glob(f"{phase}-*.safetensors"))
         if not files:
             return None
         blocks = load_file(files[-1])
         layer = int(files[-1].stem.rsplit("-", 1)[1])
-        return layer, [blocks[name].clone() for name in sorted(blocks)]
+        states: dict[str, list[torch.Tensor]] = {}
+        for name in sorted(blocks):
+            states.setdefault(name.rpartition(SEPARATOR)[0], []).append(blocks[name].clone())
+        return layer, states
 
     def _hidden(self, phase: str, layer: int) -> Path:
         return self.path / "hidden" / f"{phase}-{layer:05d}.safetensors"

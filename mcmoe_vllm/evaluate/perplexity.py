@@ -24,13 +24,12 @@ from mcmoe_vllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate.engine import score_with_vllm
 from mcmoe_vllm.model.divergence import divergence
-from mcmoe_vllm.model.loaded import LoadedModel, final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import MoeModel, open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
 from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table
 
 WINDOWS = 256
-
-
 ENGINES = ("transformers", "vllm")
 
 
@@ -117,7 +116,7 @@ def evaluate(
             else None
         )
     else:
-        scored = load_streamed(checkpoint, device)
+        scored = open_model(checkpoint, device)
         base_model = None
         if against:
             base_checkpoint = open_checkpoint(resolve_model(against))
@@ -127,7 +126,7 @@ def evaluate(
                     f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
                     "only models with the same tokens can be compared"
                 )
-            base_model = load_streamed(base_checkpoint, device)
+            base_model = open_model(base_checkpoint, device)
         scores, base_scores = _score_streamed(scored, base_model, tokens, active)
     return Evaluation(
         model=model,
@@ -155,9 +154,9 @@ def _figures(scores: _Scores, base: _Scores | None) -> dict[str, float]:
 
 
 def compare(
-    scored: LoadedModel,
+    scored: MoeModel,
     hidden: list[torch.Tensor],
-    base: LoadedModel,
+    base: MoeModel,
     base_hidden: list[torch.Tensor],
     tokens: torch.Tensor,
 ) -> dict[str, float]:
@@ -166,8 +165,8 @@ def compare(
 
 
 def _score_streamed(
-    scored: LoadedModel,
-    base: LoadedModel | None,
+    scored: MoeModel,
+    base: MoeModel | None,
     tokens: torch.Tensor,
     pruning: Pruning | None,
 ) -> tuple[_Scores, _Scores | None]:
@@ -176,16 +175,16 @@ def _score_streamed(
 
 
 def _score(
-    scored: LoadedModel,
+    scored: MoeModel,
     hidden: list[torch.Tensor],
-    base: LoadedModel | None,
+    base: MoeModel | None,
     base_hidden: list[torch.Tensor] | None,
     tokens: torch.Tensor,
 ) -> tuple[_Scores, _Scores | None]:
-    logits = scored.model.logits(hidden)
+    logits = scored.logits(hidden)
     base_logits: Iterator[torch.Tensor | None] = iter([None] * len(tokens))
     if base is not None and base_hidden is not None:
-        base_logits = base.model.logits(base_hidden)
+        base_logits = base.logits(base_hidden)
     losses, base_losses, divergences = [], [], []
     for window, row, base_row in zip(tokens, logits, base_logits, strict=True):
         target = window[1:].to(row.device).unsqueeze(1)

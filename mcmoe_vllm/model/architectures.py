@@ -1,30 +1,27 @@
 """Where each supported architecture keeps its router, experts, shared experts and attention.
 
-A new architecture is a new row of `ARCHITECTURES`; nothing else in the compressor knows a model
-by name. Names are those of the checkpoint on disk, relative to `model.layers.<i>.`.
+A new architecture is a new row of `ARCHITECTURES`; nothing else in the compressor knows a model, or
+one of its modules, by name.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mcmoe_vllm.errors import UserError
-
-if TYPE_CHECKING:
-    from mcmoe_vllm.compress.job import Job
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: the layout of a decoder layer with routed experts.
+    """One row: where a model keeps what the compressor looks for.
 
-    block: name of the MoE block on disk; transformers calls the module `mlp` everywhere.
-    projections: gate, up and down projection of an expert (w1, w3, w2 in Mixtral's words).
+    block: name of the MoE block on disk, within a layer; module: the same in transformers.
+    projections: gate, up and down of an expert, as on disk.
     num_experts, expert_width, top_k: the attributes of the Hugging Face config.
     dense: the parents of the linears that become int4, attention and shared experts.
     dense_linears: those linears, grouped by the input that they share.
+    router, experts: names in the MoE block; activation: the config's attribute.
+    layers, embedding, norm, head: names in the whole model, the same on disk and in transformers.
     """
 
     name: str
@@ -37,10 +34,27 @@ class Architecture:
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
     )
+    module: str = "mlp"
+    router: str = "gate"
+    experts: str = "experts"
+    activation: str = "hidden_act"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def router_module(self) -> str:
+        """The router's name within a decoder layer of transformers."""
+        return f"{self.module}.{self.router}"
+
+    def layer_prefix(self, layer: int) -> str:
+        """`model.layers.3.`, of every tensor of a decoder layer."""
+        return f"{self.layers}.{layer}."
 
     def expert_prefix(self, layer: int, expert: int) -> str:
         """`model.layers.3.mlp.experts.5`, without a final dot."""
-        return f"model.layers.{layer}.{self.block}.experts.{expert}"
+        return f"{self.layer_prefix(layer)}{self.block}.{self.experts}.{expert}"
 
     def expert_weights(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Checkpoint names of the gate, up and down weight."""
@@ -50,21 +64,42 @@ class Architecture:
 
     def is_routed_expert(self, name: str) -> bool:
         """Whether a tensor belongs to a routed expert (and so is never copied as it is)."""
-        return f".{self.block}.experts." in name
+        return f".{self.block}.{self.experts}." in name
+
+    def is_of_layers(self, name: str) -> bool:
+        """Whether a tensor belongs to a decoder layer."""
+        return name.startswith(f"{self.layers}.")
 
     def moe_layers(self, names: Iterable[str]) -> list[int]:
         """The decoder layers that have routed experts, from a checkpoint's tensor names."""
-        marker = f".{self.block}.experts.0.{self.projections[0]}."
-        return sorted(int(name.split(".")[2]) for name in names if marker in name)
+        first = f".{self.block}.{self.experts}.0.{self.projections[0]}."
+        place = self.layers.count(".") + 1
+        return sorted(
+            int(name.split(".")[place])
+            for name in names
+            if first in name and self.is_of_layers(name)
+        )
 
     def module_name(self, tensor: str) -> str:
         """The transformers parameter that holds a (non-expert) checkpoint tensor."""
-        return tensor.replace(f".{self.block}.", ".mlp.")
+        return tensor.replace(f".{self.block}.", f".{self.module}.")
+
+    def stored_name(self, layer: int, parameter: str) -> str:
+        """Checkpoint name of a layer's parameter, given its name in transformers' layer."""
+        inside, dot, rest = parameter.partition(".")
+        on_disk = f"{self.block}{dot}{rest}" if inside == self.module else parameter
+        return self.layer_prefix(layer) + on_disk
+
+    def dense_weights(self, layer: int) -> list[str]:
+        """Checkpoint names of the weights of a layer that may become int4."""
+        return [
+            self.stored_name(layer, f"{linear}.weight")
+            for group in self.dense_linears
+            for linear in group
+        ]
 
 
 _QWEN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
 ARCHITECTURES = {
     row.name: row
     for row in (
@@ -141,17 +176,3 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
         f"{what} is not a Mixture-of-Experts model: its config.json names no experts. "
         f"Supported are {supported}."
     )
-
-
-ROUTER = "mlp.gate"
-
-
-def dense_weight(job: Job, layer: int, linear: str) -> str:
-    """Checkpoint name of a dense linear's weight; `linear` is transformers' name in the layer."""
-    return _stored_name(job, layer, f"{linear}.weight")
-
-
-def _stored_name(job: Job, layer: int, parameter: str) -> str:
-    """Checkpoint name of a layer's parameter; `parameter` is transformers' name in the layer."""
-    on_disk = parameter.replace("mlp.", f"{job.architecture.block}.", 1)
-    return f"model.layers.{layer}.{on_disk}"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mcmoe_vllm.model.loaded import LoadedModel
+from mcmoe_vllm.model.moe_model import MoeModel
 
 
 @torch.no_grad()
 def mean_divergences(
-    loaded: LoadedModel, base: list[torch.Tensor], others: Sequence[list[torch.Tensor]]
+    model: MoeModel, base: list[torch.Tensor], others: Sequence[list[torch.Tensor]]
 ) -> list[float]:
     """Mean KL(base || other) per token of one model's hidden states, blocks [B, L, H], in nats."""
     if not others:
@@ -24,7 +24,7 @@ def mean_divergences(
         for states in (base, *others)
     ]
     found: list[list[torch.Tensor]] = [[] for _ in others]
-    for i, row in enumerate(loaded.model.logits(windows)):
+    for i, row in enumerate(model.logits(windows)):
         other = i % (1 + len(others)) - 1
         if other < 0:
             log_q = row.log_softmax(-1)

@@ -23,22 +23,15 @@ from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.divergence import mean_divergences
-from mcmoe_vllm.model.loaded import LoadedModel, load_streamed, open_layer
+from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel, open_model
+from mcmoe_vllm.model.runner import LayerProgress, Prune, States, run_layer, walk_layers
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
 from mcmoe_vllm.pruning.table import MAX_DROP, Pruning, PruningTable
 
 PROBE_DROP = 0.35  # more than targets ask for: little drops hide what many of them do together
-
-
 PROBE_TOKENS = 8192
-
-
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-
-
 PRUNING_WINDOWS = 64  # of the calibration text
-
-
 STEPS = 64  # of the pairs that may be dropped, in which shares are bought
 
 
@@ -101,10 +94,14 @@ def choose_shares(layers: Sequence[LayerRouting], target: float) -> list[float]:
 
 
 def calibrate_pruning(
-    loaded: LoadedModel, tokens: torch.Tensor, target_drop: float, rule: str = "sensitivity"
+    model: MoeModel,
+    tokens: torch.Tensor,
+    target_drop: float,
+    rule: str = "sensitivity",
+    progress: LayerProgress | None = None,
 ) -> PruningTable:
     """Measure a model on token windows [S, L]. Raises UserError for a target out of range."""
-    layers = measure_routing(loaded, tokens, probe=rule == "sensitivity")
+    layers = measure_routing(model, tokens, probe=rule == "sensitivity", progress=progress)
     indices = tuple(layers)
     measured = list(layers.values())
     if rule == "median":
@@ -124,31 +121,55 @@ def calibrate_pruning(
 
 
 def measure_routing(
-    loaded: LoadedModel, tokens: torch.Tensor, *, probe: bool, measure: Measure = beside_largest
+    model: MoeModel,
+    tokens: torch.Tensor,
+    *,
+    probe: bool,
+    measure: Measure = beside_largest,
+    progress: LayerProgress | None = None,
 ) -> dict[int, LayerRouting]:
     """MoE layer -> its routing of the windows [S, L]; with `probe` also what pruning it costs."""
-    blocks = [block.cpu() for block in loaded.model.embed(tokens)]
+    blocks = [block.cpu() for block in model.embed(tokens)]
     probe_blocks = _leading_blocks(blocks, PROBE_TOKENS) if probe else 0
-    probes: dict[int, list[torch.Tensor]] = {}
     found: dict[int, LayerRouting] = {}
-    for index in range(loaded.model.num_layers):
-        with open_layer(loaded, index) as run:
-            before = blocks[:probe_blocks]
-            weights = []
-            for position, block in enumerate(blocks):
-                blocks[position], routing = run(block, None)
-                if routing is not None:
-                    weights.append(routing.weights.cpu())
-            for states in probes.values():
-                states[:] = [run(state, None)[0] for state in states]
-            if weights:
-                found[index] = summarize_routing(torch.cat(weights), measure)
-                if probe:
-                    ratio = found[index].ratio_for(PROBE_DROP)
-                    pruning = Pruning({index: ratio}, measure=measure)
-                    probes[index] = [run(block, pruning)[0] for block in before]
-    costs = mean_divergences(loaded, blocks[:probe_blocks], list(probes.values()))
-    return found | {i: replace(found[i], kl=kl) for i, kl in zip(probes, costs, strict=True)}
+
+    def step(layer: DecoderLayer, states: States) -> tuple[States, str]:
+        unpruned = states["unpruned"]
+        before = unpruned[:probe_blocks]
+        for name, blocks in states.items():
+            if name != "unpruned":
+                blocks[:] = (_run_block(layer, block)[0] for block in blocks)
+        weights = []
+        for position, block in enumerate(unpruned):
+            unpruned[position], routed = _run_block(layer, block)
+            weights += [] if routed is None else [routed]
+        if not weights:
+            return states, "dense layer, nothing to prune"
+        summary = summarize_routing(torch.cat(weights), measure)
+        found[layer.index] = summary
+        if probe:
+            pruning = Pruning({layer.index: summary.ratio_for(PROBE_DROP)}, measure=measure)
+            name = f"pruned in layer {layer.index}"
+            states[name] = [_run_block(layer, block, pruning)[0] for block in before]
+        return states, f"{summary.activations} expert activations"
+
+    states = walk_layers(
+        model, {"unpruned": blocks}, step, phase="calibrating pruning", progress=progress
+    )
+    unpruned = states.pop("unpruned")
+    costs = mean_divergences(model, unpruned[:probe_blocks], list(states.values()))
+    return {
+        index: replace(summary, kl=kl)
+        for (index, summary), kl in zip(found.items(), costs or [0.0] * len(found), strict=True)
+    }
+
+
+def _run_block(
+    layer: DecoderLayer, block: torch.Tensor, prune: Prune | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A block through the layer, and its routing weights [T, k], both in main memory."""
+    run = run_layer(layer, [block], layer.experts, prune=prune)
+    return run.outputs[0].cpu(), None if run.routing is None else run.routing.weights.cpu()
 
 
 def _leading_blocks(blocks: Sequence[torch.Tensor], tokens: int) -> int:
@@ -184,7 +205,7 @@ def calibrate_checkpoint(
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
     length = window_length(checkpoint, sequence_length)
     tokens = sample_windows(text, tokenizer, samples, length, seed)
-    table = calibrate_pruning(load_streamed(checkpoint, device), tokens, target_drop, rule)
+    table = calibrate_pruning(open_model(checkpoint, device), tokens, target_drop, rule)
     store_table(checkpoint, table)
     return table
 

@@ -28,14 +28,8 @@ OPTION, SWITCH = "mcmoe", "pruning"
 
 
 RULES = ("sensitivity", "median")
-
-
 DECODE_ONLY = "decode-only"
-
-
 MODES = ("off", "on", DECODE_ONLY)
-
-
 MAX_DROP = 0.5
 
 

@@ -10,8 +10,6 @@ from mcmoe_vllm.quantize.precision import fast_products
 from mcmoe_vllm.quantize.ranges import GroupFit
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323, section 3)
-
-
 BLOCK = 128  # columns between two updates of the whole rest of the matrix
 
 

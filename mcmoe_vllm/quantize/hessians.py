@@ -1,33 +1,22 @@
 """Second moments of what experts are given: X^T X of their calibration tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from mcmoe_vllm.model.streaming import Routing, expert_hidden
+from mcmoe_vllm.model.experts import Activation, Routing, expert_hidden
 from mcmoe_vllm.quantize.precision import fast_products
 
 # Fewer rows than this leave a Hessian that says little; the expert is completed with tokens of
 # others and reported.
 MIN_TOKENS = 256
-
-
 ROWS = 8192  # tokens that go through an expert, or into X^T X, at once
-
-
 CHUNK_BYTES = 4 << 30  # scratch memory of a batch of experts
-
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def starved_experts(tokens: Sequence[int]) -> list[int]:
     """Experts that calibration hardly reached."""
     return [e for e, n in enumerate(tokens) if n < MIN_TOKENS]
-
-
-def count_tokens(routing: Routing, num_experts: int) -> list[int]:
-    return torch.bincount(routing.ids.flatten(), minlength=num_experts).tolist()
 
 
 def calibration_rows(routing: Routing, expert: int) -> torch.Tensor:

@@ -9,8 +9,6 @@ from typing import ParamSpec, TypeVar
 import torch
 
 P = ParamSpec("P")
-
-
 T = TypeVar("T")
 
 

@@ -8,11 +8,11 @@ z = 0.5 at 1 bit, where that is sign(w) * s/2.
 
 import torch
 
-from mcmoe_vllm.compress.recipes import BEST, Recipe
 from mcmoe_vllm.quantize.codes import Quantized, split_errors
 from mcmoe_vllm.quantize.gptq import FactoredHessian, factor_hessian, gptq
 from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
 from mcmoe_vllm.quantize.refine import DENSE_DAMPING, REFINE_DAMPING, damp, refine
+from mcmoe_vllm.recipes import BEST, Recipe
 
 METHODS = ("gptq", "rtn", "minmax")
 

@@ -7,14 +7,8 @@ import torch
 from mcmoe_vllm.quantize.codes import Codes, round_scale
 
 SHRINK_GRID = 24  # candidates for how far a group's range is clipped
-
-
 SHRINK_MIN = {2: 0.40, 3: 0.55, 4: 0.70}  # the smallest range worth trying, by width
-
-
 NORM_GRID = tuple(0.9 + 0.2 * i / 100 for i in range(101))  # shares of the range, range_search norm
-
-
 NORM_POWER = 2.4
 
 

@@ -9,8 +9,6 @@ from mcmoe_vllm.quantize.precision import fast_products
 from mcmoe_vllm.quantize.ranges import GroupFit
 
 REFINE_DAMPING = 0.2  # of the mean diagonal, in experts, which see few tokens each
-
-
 DENSE_DAMPING = 0.02  # the same in linears that see all tokens
 
 

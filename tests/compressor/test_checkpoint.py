@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mcmoe_vllm.checkpoint import writing
 from mcmoe_vllm.checkpoint.files import open_checkpoint, read_header, resolve_model
 from mcmoe_vllm.checkpoint.format import INDEX_FILE, MANIFEST_FILE
-from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256
+from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256, write_manifest
 from mcmoe_vllm.checkpoint.writing import copy_side_files, shard_name, write_index, write_shard
 from mcmoe_vllm.errors import UserError
 
@@ -35,6 +35,7 @@ def folder(tmp_path):
     for shard, tensors in TENSORS.items():
         write_shard(path / shard, tensors)
     write_index(path, TENSORS)
+    write_manifest(path, TENSORS)
     return path
 
 

@@ -15,6 +15,7 @@ from mcmoe_vllm.checkpoint.format import (
     MANIFEST_FILE,
     QuantizationConfig,
 )
+from mcmoe_vllm.checkpoint.manifest import write_manifest
 from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
 from mcmoe_vllm.cli import main
 from mcmoe_vllm.disk import read_json, write_json
@@ -103,6 +104,7 @@ def make_checkpoint(path: Path, dense_bits: int = 4, version: int = FORMAT_VERSI
         },
     )
     write_index(path, SHARDS)
+    write_manifest(path, SHARDS)
     return path
 
 
@@ -131,6 +133,7 @@ def edit_shard(folder, layer, edit, hashes=True):
     write_shard(folder / shard, tensors)
     if hashes:
         write_index(folder, SHARDS)
+        write_manifest(folder, SHARDS)
 
 
 def edit_config(folder, edit):

@@ -18,7 +18,7 @@ import json, sys
 from dataclasses import replace
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
-from mcmoe_vllm.compress.recipes import BEST
+from mcmoe_vllm.recipes import BEST
 model, output, text = sys.argv[1:]
 result = quantize(QuantizeOptions(model=model, output=output, calibration=text, bits=2.0,
                                   candidate_bits=(2,), tuning_passes=0, samples=4,

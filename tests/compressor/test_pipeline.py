@@ -17,13 +17,14 @@ from mcmoe_vllm.checkpoint.format import MANIFEST_FILE, QuantizationConfig
 from mcmoe_vllm.compress import quantize_layers
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import measure, plan, quantize, sweep
-from mcmoe_vllm.compress.recipes import PAPER, RECIPES
 from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import find_architecture
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows
 from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.recipes import PAPER, RECIPES
 
 SMALL = {"samples": 8, "sequence_length": 128}
 
@@ -88,27 +89,28 @@ def test_four_bits_everywhere_is_almost_the_original(
     recipe = replace(RECIPES["best"], answers=False, exact_targets=False)
     settings = {"bits": 4, "candidate_bits": (4,), "group_size": 32, "recipe": recipe}
     quantize(options(source, output, calibration_text, **settings))
-    before = load_streamed(open_checkpoint(source), "cpu")
-    after = load_streamed(open_checkpoint(output), "cpu")
+    before = open_model(open_checkpoint(source), "cpu")
+    after = open_model(open_checkpoint(output), "cpu")
 
     def close(original, restored, share):
         return float((original - restored).detach().norm()) <= share * float(original.norm())
 
     for layer in (0, 1):
         for expert in range(before.num_experts):
-            pairs = zip(before.expert(layer, expert), after.expert(layer, expert), strict=True)
+            original, restored = (m.experts.read(layer, expert) for m in (before, after))
             # Rounding to 4 bits loses 0.1; a swapped or transposed matrix would lose 1.4.
-            assert all(close(*pair, 0.2) for pair in pairs)
-        restored = dict(after.model.load_layer(layer).named_parameters())
-        for name, weight in before.model.load_layer(layer).named_parameters():
+            assert close(original.w13, restored.w13, 0.2)
+            assert close(original.w2, restored.w2, 0.2)
+        restored = dict(after.load_layer(layer).module.named_parameters())
+        for name, weight in before.load_layer(layer).module.named_parameters():
             quantized = name.endswith("proj.weight")  # the others are tuned
             assert close(weight.detach(), restored[name], 0.2 if quantized else 0.02)
 
 
 def final_logits(path):
     tokens = torch.randint(0, 8192, (2, 64), generator=torch.Generator().manual_seed(1))
-    loaded = load_streamed(open_checkpoint(path), "cpu")
-    return torch.stack(list(loaded.model.logits(final_hidden(loaded, tokens))))
+    loaded = open_model(open_checkpoint(path), "cpu")
+    return torch.stack(list(loaded.logits(final_hidden(loaded, tokens))))
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +149,12 @@ def stop_at(process, file, kill):
 
 MOMENTS = (  # in the order in which they come
     "significance/layer-000.json",  # measured, the next hidden states not yet kept
-    "hidden/measure-00001.safetensors",
+    "hidden/measuring-00001.safetensors",
     "plan.json",
     "checkpoint/model-00002-of-00003.safetensors",
-    "hidden/quantize-00001.safetensors",
+    "hidden/quantizing-00001.safetensors",
     "layers/layer-001.json",
-    "tuned.json",  # its shards not yet rewritten
+    "finetuned.json",  # its shards not yet rewritten
 )
 
 
@@ -289,7 +291,7 @@ def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calib
 
 
 def last_states(folder, windows):
-    loaded = load_streamed(open_checkpoint(folder))
+    loaded = open_model(open_checkpoint(folder))
     return torch.cat([h.flatten(0, -2).float() for h in final_hidden(loaded, windows)])
 
 
@@ -362,7 +364,7 @@ def test_pins_global_scope_and_dropped_experts(tiny_models, tmp_path, calibratio
     )
     checkpoint = open_checkpoint(output)
     assert not checkpoint.names("model.layers.0.mlp.experts.2.")
-    loaded = load_streamed(checkpoint, "cpu")
+    loaded = open_model(checkpoint, "cpu")
     hidden = final_hidden(loaded, torch.arange(32).unsqueeze(0))
     assert hidden[0].isfinite().all()
 

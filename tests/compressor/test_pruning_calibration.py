@@ -14,7 +14,8 @@ from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate.perplexity import evaluate
 from mcmoe_vllm.model.divergence import mean_divergences
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 from mcmoe_vllm.pruning.calibration import (
     PROBE_DROP,
@@ -64,7 +65,7 @@ def test_shares_are_bought_where_they_cost_least():
 
 @pytest.fixture(scope="module")
 def measured(compressed_example, evaluation_text):
-    loaded = load_streamed(open_checkpoint(compressed_example))
+    loaded = open_model(open_checkpoint(compressed_example))
     tokenizer = load_tokenizer(compressed_example)
     tokens = strided_windows(str(evaluation_text), tokenizer, 12, 128)
     return loaded, tokens, measure_routing(loaded, tokens, probe=True)

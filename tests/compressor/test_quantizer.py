@@ -7,12 +7,12 @@ import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_kernels.quantize.columns import encode
-from mcmoe_vllm.compress.recipes import BEST, PAPER
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import relative_error, round_scale, row_errors
 from mcmoe_vllm.quantize.gptq import DAMPING
 from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
 from mcmoe_vllm.quantize.refine import _descend, _refit_scales, damp, refine
+from mcmoe_vllm.recipes import BEST, PAPER
 
 GPTQ_ALONE = replace(BEST, refinements=0)
 

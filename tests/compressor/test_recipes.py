@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mcmoe_vllm.compress.options import QuantizeOptions
-from mcmoe_vllm.compress.recipes import ALLOWED, BEST, PAPER, RECIPES
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.recipes import ALLOWED, BEST, PAPER, RECIPES
 
 
 def test_the_papers_traits():

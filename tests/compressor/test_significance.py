@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mcmoe_vllm.compress.recipes import BEST, PAPER
-from mcmoe_vllm.compress.significance import measure_layer
-from mcmoe_vllm.model.streaming import Routing, experts_output
+from mcmoe_vllm.compress.significance import Probe, measure_layer
+from mcmoe_vllm.model.experts import Expert, Routing, experts_output
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.hessians import (
     MIN_TOKENS,
@@ -22,6 +21,7 @@ from mcmoe_vllm.quantize.hessians import (
     shared_gram,
 )
 from mcmoe_vllm.quantize.refine import answer_inputs
+from mcmoe_vllm.recipes import BEST, PAPER
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
 
@@ -56,10 +56,14 @@ def expert_hessians(routing, experts, w13, activation, weighting="equal", shared
     return first, inner_hessians(routing, experts, w13, w13, activation, weighting)[0]
 
 
+def reader(experts):
+    return lambda expert: Expert(*experts[expert])
+
+
 def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
     experts, routing = layer
     return measure_layer(
-        7, routing, experts.__getitem__, EXPERTS, candidates, 32, silu, recipe, **more
+        7, routing, reader(experts), EXPERTS, candidates, 32, silu, recipe, Probe(**more)
     )[:2]
 
 
@@ -95,7 +99,7 @@ def test_output_and_counts_follow_the_definition(layer):
     assert measured.frequency == [1.0, 595 / 600, 5 / 600, 0.0]
     by_hand = [float(routing.weights[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
     assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
-    streamed = experts_output(routing, experts.__getitem__, EXPERTS, silu)
+    streamed = experts_output(routing, reader(experts), EXPERTS, silu)
     torch.testing.assert_close(streamed, output, rtol=1e-4, atol=1e-5)
 
 
@@ -191,7 +195,7 @@ def test_trace_error_by_hand(layer):
 def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     experts, routing = layer
     measured, exact, change = measure_layer(
-        7, routing, experts.__getitem__, EXPERTS, (1, 2), 32, silu, ALONE, probe=1
+        7, routing, reader(experts), EXPERTS, (1, 2), 32, silu, ALONE, Probe(candidate=1)
     )
     h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
     q13 = quantizer.quantize(
@@ -207,8 +211,8 @@ def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     others = routing.ids[rows]
     assert set(others.flatten().tolist()) == {0, 2}
     third = measure_layer(
-        7, Routing(routing.hidden[rows], others, routing.weights[rows]), experts.__getitem__,
-        EXPERTS, (1, 2), 32, silu, BEST, probe=None,
+        7, Routing(routing.hidden[rows], others, routing.weights[rows]), reader(experts),
+        EXPERTS, (1, 2), 32, silu, BEST,
     )[2]  # fmt: skip
     assert not third.any() and change.any()
     total = sum(float(torch.tensor(e[1]).square().sum()) for e in measured.projection_errors)
@@ -220,9 +224,9 @@ def test_errors_can_be_of_the_first_tokens_alone(layer):
     experts, routing = layer
     first = Routing(routing.hidden[:200], routing.ids[:200], routing.weights[:200])
     recipe = replace(BEST, error_method="minmax")  # needs no Hessian, which all tokens make
-    arguments = (experts.__getitem__, EXPERTS, (2,), 32, silu, recipe)
-    alone = measure_layer(7, first, *arguments, probe=0)
-    among = measure_layer(7, routing, *arguments, probe=0, probe_tokens=200)
+    arguments = (reader(experts), EXPERTS, (2,), 32, silu, recipe)
+    alone = measure_layer(7, first, *arguments, Probe(candidate=0))
+    among = measure_layer(7, routing, *arguments, Probe(candidate=0, tokens=200))
     for a, b in zip(alone[0].projection_errors, among[0].projection_errors, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4)
     torch.testing.assert_close(among[2][:200], alone[2], rtol=1e-4, atol=1e-5)

@@ -11,18 +11,19 @@ JOB = {"model": "m", "bits": 2.5}
 
 def test_layers_and_hidden_states_come_back(tmp_path):
     work = open_work_directory(tmp_path / "work", JOB, resume=False)
-    assert work.load_hidden("measure") is None
+    assert work.load_states("measure") is None
     work.save_layer("significance", 3, {"tokens": [1, 2]})
     assert work.load_layer("significance", 3) == {"tokens": [1, 2]}
     blocks = [torch.full((1, 4), float(i)) for i in range(12)]  # more than nine: order matters
-    work.save_hidden("measure", 1, [b + 100 for b in blocks])
-    work.save_hidden("measure", 2, blocks)
-    work.save_hidden("quantize", 1, blocks[:1])
+    work.save_states("measure", 1, {"exact": [b + 100 for b in blocks]})
+    work.save_states("measure", 2, {"exact": blocks, "changed": [b + 1 for b in blocks[:2]]})
+    work.save_states("quantize", 1, {"compressed": blocks[:1]})
     again = open_work_directory(tmp_path / "work", JOB, resume=True)
-    layer, found = again.load_hidden("measure")
-    assert layer == 2 and len(found) == 12
-    assert all(torch.equal(a, b) for a, b in zip(found, blocks, strict=True))
-    assert again.load_hidden("quantize")[0] == 1
+    layer, found = again.load_states("measure")
+    assert layer == 2 and sorted(found) == ["changed", "exact"]
+    assert all(torch.equal(a, b) for a, b in zip(found["exact"], blocks, strict=True))
+    assert len(found["changed"]) == 2
+    assert again.load_states("quantize")[0] == 1
     left = sorted(f.name for f in (tmp_path / "work" / "hidden").iterdir())
     assert left == ["measure-00002.safetensors", "quantize-00001.safetensors"]
 
@@ -31,7 +32,7 @@ def test_half_written_files_are_not_seen(tmp_path):
     work = open_work_directory(tmp_path / "work", JOB, resume=False)
     (work.path / "hidden" / ".measure-00001.safetensors.partial").write_bytes(b"half")
     (work.path / "significance" / ".layer-000.json.partial").write_text("{")
-    assert work.load_hidden("measure") is None
+    assert work.load_states("measure") is None
     assert progress_of(work.path) == "0 layers measured"
 
 
@@ -63,7 +64,7 @@ def test_job_killed_while_it_made_its_folders_can_be_resumed(tmp_path):
     (work.path / "hidden").rmdir()
     (work.path / "layers").rmdir()
     again = open_work_directory(tmp_path / "work", JOB, resume=True)
-    again.save_hidden("measure", 1, [torch.zeros(1)])
+    again.save_states("measure", 1, {"exact": [torch.zeros(1)]})
     again.save_layer("layers", 0, {})
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mcmoe_vllm.checkpoint.files import open_checkpoint
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.pruning.table import Pruning, PruningTable
 from tests.logprobs import assert_equal_numbers, difference
 
@@ -30,12 +31,12 @@ class PruningFrom(Pruning):
 def streamed(calibrated):
     """streamed(sequences of one length, ratios, first) -> float32 log-probabilities of all tokens
     but each sequence's first, pruned from token `first` on."""
-    loaded = load_streamed(open_checkpoint(calibrated))
+    loaded = open_model(open_checkpoint(calibrated))
 
     def get(sequences, ratios, first=0):
         tokens = torch.tensor(sequences)
         pruning = PruningFrom(ratios, length=tokens.shape[1], first=first)
-        logits = loaded.model.logits(final_hidden(loaded, tokens, pruning))
+        logits = loaded.logits(final_hidden(loaded, tokens, pruning))
         log_p = torch.stack([row[:-1].log_softmax(-1) for row in logits])
         return log_p.gather(2, tokens[:, 1:, None]).squeeze(2)
 

@@ -11,7 +11,8 @@ import torch
 from mcmoe_kernels.pruning import pair_counts
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.pruning.table import Pruning, read_table
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -45,7 +46,7 @@ def assert_counts_of(server, folder, prompt, slack):
             return weights, ids
 
     ratios = read_table(quantization).layer_ratios()
-    final_hidden(load_streamed(checkpoint), torch.tensor([prompt]), Watch(ratios))
+    final_hidden(open_model(checkpoint), torch.tensor([prompt]), Watch(ratios))
     for layer, (routed, pruned) in found.items():
         assert counts[ROUTED, layer] == routed == 2 * len(prompt)
         assert abs(counts[PRUNED, layer] - pruned) <= slack

@@ -15,6 +15,7 @@ import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.manifest import write_manifest
 from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
 from mcmoe_vllm.disk import write_json
 
@@ -110,6 +111,7 @@ def make_golden(folder: Path) -> None:
     write_json(folder / "config.json", make_config())
     write_shard(folder / shard_name(1, 1), make_tensors())
     write_index(folder, [shard_name(1, 1)])
+    write_manifest(folder, [shard_name(1, 1)])
 
 
 if __name__ == "__main__":

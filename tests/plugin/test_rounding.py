@@ -13,8 +13,8 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
-from mcmoe_vllm.model.loaded import load_streamed
-from mcmoe_vllm.model.streaming import experts_output
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import run_layer
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 from tests.conftest import EXAMPLE_MODEL
 
@@ -44,17 +44,14 @@ def checkpoint(tmp_path_factory, calibration_text):
 @pytest.fixture(scope="module")
 def routings(checkpoint, evaluation_text):
     """What the routers of all layers decide for 512 tokens, hidden states in bfloat16."""
-    loaded = load_streamed(checkpoint, "cpu")
+    loaded = open_model(checkpoint, "cpu")
     tokens = strided_windows(str(evaluation_text), load_tokenizer(EXAMPLE_MODEL), 4, 128)
-    (block,) = loaded.model.embed(tokens)
+    (block,) = loaded.embed(tokens)
     recorded = []
-    for index in range(loaded.model.num_layers):
-        layer = loaded.model.load_layer(index)
-        output, routing = loaded.model.run_layer(layer, index, block)
-        routed = experts_output(
-            routing, lambda e, i=index: loaded.expert(i, e), 8, loaded.model.activation()
-        )
-        block = output + routed.view_as(output)
+    for index in range(loaded.num_layers):
+        with loaded.open_layer(index) as layer:
+            run = run_layer(layer, [block], layer.experts)
+        (block,), routing = run.outputs, run.routing
         recorded.append((routing.hidden.bfloat16(), routing.weights, routing.ids))
     return recorded
 

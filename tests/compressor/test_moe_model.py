@@ -6,7 +6,8 @@ import torch
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import ARCHITECTURES, REFUSED, find_architecture
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
@@ -16,8 +17,8 @@ def test_streamed_logits_equal_transformers(tiny_models, model_type):
     path = tiny_models(model_type)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 8192, (3, 40), generator=generator)
-    loaded = load_streamed(open_checkpoint(path), "cpu")
-    logits = torch.stack(list(loaded.model.logits(final_hidden(loaded, tokens))))
+    loaded = open_model(open_checkpoint(path), "cpu")
+    logits = torch.stack(list(loaded.logits(final_hidden(loaded, tokens))))
     whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = whole(tokens).logits
@@ -27,10 +28,10 @@ def test_streamed_logits_equal_transformers(tiny_models, model_type):
 
 
 def test_layers_leave_no_memory_behind(tiny_models):
-    loaded = load_streamed(open_checkpoint(tiny_models("mixtral")), "cpu")
+    loaded = open_model(open_checkpoint(tiny_models("mixtral")), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.long)
     final_hidden(loaded, tokens)
-    layers = loaded.model.skeleton.model.layers
+    layers = loaded.skeleton.model.layers
     assert all(parameter.is_meta for parameter in layers.parameters())
 
 

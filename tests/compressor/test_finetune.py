@@ -1,23 +1,24 @@
-"""Tuning on a tiny model: what it may change, where it must win, and when it stands back."""
+"""Finetuning on a tiny model: what it may change, where it must win, and when it stands back."""
 
 import pytest
 import torch
 
 from mcmoe_kernels.formats.packing import unpack_scale
 from mcmoe_vllm.checkpoint.files import open_checkpoint
-from mcmoe_vllm.compress.finetune import HELD_OUT, shorten, tune_model
+from mcmoe_vllm.compress.finetune import HELD_OUT, finetune_model, shorten
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.model.divergence import mean_divergences
-from mcmoe_vllm.model.loaded import final_hidden, load_streamed
+from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.runner import final_hidden
 
 PASSES, RATE = 2, 1e-2
 
 
 @pytest.fixture(scope="module")
-def untuned(tiny_models, tmp_path_factory, calibration_text):
+def quantized(tiny_models, tmp_path_factory, calibration_text):
     """A 16-bit model, its 2-bit checkpoint, windows, and the 16-bit model's states of them."""
-    source, output = tiny_models("mixtral"), tmp_path_factory.mktemp("untuned") / "out"
+    source, output = tiny_models("mixtral"), tmp_path_factory.mktemp("quantized") / "out"
     quantize(
         QuantizeOptions(
             str(source), str(output), bits=2, calibration=str(calibration_text), samples=8,
@@ -25,22 +26,22 @@ def untuned(tiny_models, tmp_path_factory, calibration_text):
         )
     )  # fmt: skip
     windows = torch.randint(0, 8192, (24, 64), generator=torch.Generator().manual_seed(0))
-    base = load_streamed(open_checkpoint(source), "cpu")
+    base = open_model(open_checkpoint(source), "cpu")
     return open_checkpoint(output), windows, final_hidden(base, windows)
 
 
-def tune(untuned, rate=RATE, teacher=None):
-    checkpoint, windows, states = untuned
-    loaded = load_streamed(checkpoint, "cpu")
-    return tune_model(loaded, windows, teacher or states, passes=PASSES, rate=rate, seed=0)
+def finetune(quantized, rate=RATE, teacher=None):
+    checkpoint, windows, states = quantized
+    loaded = open_model(checkpoint, "cpu")
+    return finetune_model(loaded, windows, teacher or states, passes=PASSES, rate=rate, seed=0)
 
 
-def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
-    tuned = tune(untuned)
-    assert tuned.after < 0.97 * tuned.before
-    checkpoint = untuned[0]
-    stored = checkpoint.read(list(tuned.tensors))
-    for name, tensor in tuned.tensors.items():
+def test_finetuning_brings_held_out_windows_closer_to_the_16_bit_model(quantized):
+    found = finetune(quantized)
+    assert found.after < 0.97 * found.before
+    checkpoint = quantized[0]
+    stored = checkpoint.read(list(found.tensors))
+    for name, tensor in found.tensors.items():
         assert tensor.shape == stored[name].shape
         if name.endswith("weight_scale"):
             (scale, zero), before = (unpack_scale(t, 2) for t in (tensor, stored[name]))
@@ -50,66 +51,66 @@ def test_tuning_brings_held_out_windows_closer_to_the_16_bit_model(untuned):
             assert stored[name].dtype == torch.float16
             assert not torch.equal(tensor.to(torch.float16), stored[name])
             assert torch.equal(tensor, tensor.bfloat16().float())
-    kinds = {name.split(".")[-2] for name in tuned.tensors}
+    kinds = {name.split(".")[-2] for name in found.tensors}
     linears = {"q_proj", "k_proj", "v_proj", "o_proj"}
     others = {"w1", "w2", "w3", "gate", "input_layernorm", "post_attention_layernorm"}
     assert kinds == others | linears
 
 
-def test_its_divergence_is_that_of_the_evaluation(untuned):
-    checkpoint, windows, states = untuned
-    loaded = load_streamed(checkpoint, "cpu")
+def test_its_divergence_is_that_of_the_evaluation(quantized):
+    checkpoint, windows, states = quantized
+    loaded = open_model(checkpoint, "cpu")
     held = [i for i in range(len(windows)) if i % HELD_OUT == HELD_OUT - 1]
     hidden = torch.cat(final_hidden(loaded, windows))[held]
     teacher = torch.cat(states)[held]
     expected = mean_divergences(loaded, [teacher], [[hidden]])[0]
-    assert tune(untuned, rate=1e-9).before == pytest.approx(expected, rel=1e-4)
+    assert finetune(quantized, rate=1e-9).before == pytest.approx(expected, rel=1e-4)
 
 
-def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(untuned):
+def test_gradients_through_recomputed_layers_are_those_of_the_whole_model(quantized):
     """One step of descent changes the loss as the recomputed gradient promises."""
     # Few tokens, short steps: none may move one of them to another expert, where the loss jumps.
-    untuned = first_windows(untuned, 8)
-    checkpoint, windows, states = untuned
+    quantized = first_windows(quantized, 8)
+    checkpoint, windows, states = quantized
     losses = []
     for rate in (1e-6, 3e-6):
         seen = []
-        loaded = load_streamed(checkpoint, "cpu", torch.float64)
-        tune_model(
+        loaded = open_model(checkpoint, "cpu", torch.float64)
+        finetune_model(
             loaded, windows, states, passes=PASSES, rate=rate, seed=0,
             report=lambda step, steps, loss, seen=seen: seen.append(loss),
         )  # fmt: skip
         losses.append(sum(seen[len(seen) // 2 :]))
     # Adam's first steps follow the gradient's sign: three times the rate falls three times as far.
-    still = sum_of_second_pass(untuned)
+    still = sum_of_second_pass(quantized)
     assert (still - losses[1]) / (still - losses[0]) == pytest.approx(3, rel=0.2)
 
 
-def first_windows(untuned, count):
-    checkpoint, windows, states = untuned
+def first_windows(quantized, count):
+    checkpoint, windows, states = quantized
     return checkpoint, windows[:count], list(torch.cat(states)[:count].split(1))
 
 
-def sum_of_second_pass(untuned):
-    checkpoint, windows, states = untuned
+def sum_of_second_pass(quantized):
+    checkpoint, windows, states = quantized
     seen = []
-    tune_model(
-        load_streamed(checkpoint, "cpu", torch.float64), windows, states, passes=PASSES,
+    finetune_model(
+        open_model(checkpoint, "cpu", torch.float64), windows, states, passes=PASSES,
         rate=0.0, seed=0, report=lambda step, steps, loss: seen.append(loss),
     )  # fmt: skip
     return sum(seen[len(seen) // 2 :])
 
 
-def test_nothing_changes_where_there_is_nothing_to_gain(untuned):
-    checkpoint, windows, _ = untuned
-    own = final_hidden(load_streamed(checkpoint, "cpu"), windows)
-    tuned = tune(untuned, teacher=own)
-    assert tuned.tensors == {} and tuned.after == tuned.before
+def test_nothing_changes_where_there_is_nothing_to_gain(quantized):
+    checkpoint, windows, _ = quantized
+    own = final_hidden(open_model(checkpoint, "cpu"), windows)
+    found = finetune(quantized, teacher=own)
+    assert found.tensors == {} and found.after == found.before
 
 
-def test_steps_that_lead_astray_are_taken_back(untuned):
-    tuned = tune(untuned, rate=3.0)
-    assert tuned.tensors == {} and tuned.after == tuned.before
+def test_steps_that_lead_astray_are_taken_back(quantized):
+    found = finetune(quantized, rate=3.0)
+    assert found.tensors == {} and found.after == found.before
 
 
 @pytest.mark.parametrize(

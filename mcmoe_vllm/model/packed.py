@@ -1,0 +1,79 @@
+"""A compressed checkpoint, read by the names and shapes of the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mcmoe_kernels.formats import packing
+from mcmoe_vllm.checkpoint.files import Checkpoint
+from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
+from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.architectures import Architecture
+from mcmoe_vllm.model.experts import Expert
+
+
+class PackedExperts:
+    """Experts of an mcmoe checkpoint, dequantized to float32."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, quantization: QuantizationConfig
+    ) -> None:
+        self._checkpoint, self._architecture = checkpoint, architecture
+        self._quantization = quantization
+
+    def read(self, layer: int, expert: int) -> Expert | None:
+        w13, w2 = (self._quantization.bits(layer, group)[expert] for group in ("w13", "w2"))
+        if w13 == 0:
+            return None
+        names = self._architecture.expert_weights(layer, expert)
+        gate, up, down = (
+            read_expert_matrix(self._checkpoint, name, width)
+            for name, width in zip(names, (w13, w13, w2), strict=True)
+        )
+        return Expert(torch.cat([gate, up]), down)
+
+
+def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Tensor:
+    """A packed expert matrix, dequantized to float32 [N, K].
+
+    Raises UserError if the tensors' shapes contradict the width in config.json.
+    """
+    prefix = name.removesuffix("weight")
+    found = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"])
+    packed, scale = found[prefix + "weight_packed"], found[prefix + "weight_scale"]
+    scale = stored_scale(scale, bits, prefix + "weight_scale")
+    if packed.shape[1] % bits or (packed.shape[1] * 8 // bits) % scale.shape[1]:
+        raise UserError(
+            f"{prefix}weight_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
+            f"config.json says {bits} bits, which does not fit"
+        )
+    return packing.dequantize(packed, scale, bits)
+
+
+class DequantizedLinears:
+    """Reads tensors by their original names, dequantizing int4 linears on the way."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, names: list[str]) -> Mapping[str, torch.Tensor]:
+        plain = [name for name in names if name in self._checkpoint]
+        found = self._checkpoint.read_weights(plain)
+        for name in names:
+            if name not in found:
+                prefix = name.removesuffix("weight")
+                pair = self._checkpoint.read([prefix + "qweight", prefix + "scales"])
+                found[name] = packing.dequantize_int4_linear(*pair.values())
+        return found
+
+
+def with_original_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's table of tensors with int4 linears under their original names."""
+    tensors = dict(checkpoint.tensors)
+    for name in checkpoint.tensors:
+        if name.endswith(".qweight"):
+            tensors[name.removesuffix("qweight") + "weight"] = tensors.pop(name)
+            tensors.pop(name.removesuffix("qweight") + "scales", None)
+    return Checkpoint(checkpoint.path, checkpoint.config, tensors)
