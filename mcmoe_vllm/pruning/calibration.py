@@ -27,6 +27,7 @@ from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel, open_model
 from mcmoe_vllm.model.runner import LayerProgress, Prune, States, run_layer, walk_layers
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
 from mcmoe_vllm.pruning.table import MAX_DROP, Pruning, PruningTable
+from mcmoe_vllm.report.progress import Progress
 
 PROBE_DROP = 0.35  # more than targets ask for: little drops hide what many of them do together
 PROBE_TOKENS = 8192
@@ -205,7 +206,9 @@ def calibrate_checkpoint(
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
     length = window_length(checkpoint, sequence_length)
     tokens = sample_windows(text, tokenizer, samples, length, seed)
-    table = calibrate_pruning(open_model(checkpoint, device), tokens, target_drop, rule)
+    model = open_model(checkpoint, device)
+    with Progress() as progress:
+        table = calibrate_pruning(model, tokens, target_drop, rule, progress)
     store_table(checkpoint, table)
     return table
 
