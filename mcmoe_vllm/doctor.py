@@ -232,27 +232,27 @@ def _check_solver() -> Iterator[Finding]:
 def _check_packing() -> Iterator[Finding]:
     import torch
 
-    from mcmoe_kernels.formats import packing
+    from mcmoe_kernels.formats import FORMATS, WIDTHS, packing
 
     generator = torch.Generator().manual_seed(0)
     wrong = []
-    for bits in packing.BIT_WIDTHS:
-        codes = torch.randint(0, 1 << bits, (3, 40), generator=generator)
+    for bits in WIDTHS:
+        codes = torch.randint(0, FORMATS[bits].levels, (3, 40), generator=generator)
         if not torch.equal(packing.unpack(packing.pack(codes, bits), bits).long(), codes):
             wrong.append(bits)
     if wrong:
         yield Finding("packing", "error", f"codes do not survive packing at {wrong} bits")
     else:
-        yield Finding("packing", "ok", f"{len(packing.BIT_WIDTHS)} widths round-trip")
+        yield Finding("packing", "ok", f"{len(WIDTHS)} widths round-trip")
 
 
 def _check_quantizer() -> Iterator[Finding]:
     import torch
 
+    from mcmoe_kernels.formats import WIDTHS as widths
     from mcmoe_kernels.formats import packing
     from mcmoe_vllm.quantize import quantizer
 
-    widths = packing.BIT_WIDTHS
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(len(widths), 16, 64, generator=generator)
     # Correlated columns: what the error compensation lives on.

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from mcmoe_kernels.formats.format import find
 from mcmoe_kernels.formats.packing import pack_scale
-from mcmoe_kernels.formats.scalar import TILE_ROWS, matrix_bytes, meta_bytes, record_bytes
-from mcmoe_kernels.gpu.tiled import TiledLayer, TiledMatrices, look_up
+from mcmoe_kernels.formats.records import TILE_ROWS, meta_bytes
+from mcmoe_kernels.gpu.tiled import (
+    KernelFormats,
+    TiledLayer,
+    TiledMatrices,
+    kernel_formats,
+    look_up,
+    matrix_bytes,
+)
 
 # experts, top_k, hidden size, intermediate size
 SHAPES = {
@@ -25,8 +33,8 @@ class MixedMatrices(TiledMatrices):
     """Compiled for 1, 2 and 3 bits, whatever it holds: what mixing costs a uniform model."""
 
     @property
-    def widths(self) -> int:
-        return 0b1110
+    def formats(self) -> KernelFormats:
+        return kernel_formats((find(1), find(2), find(3)))
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def random_matrices(rows: int, columns: int, widths: tuple[int, ...], kind: type
         starts.append(starts[-1] + matrix_bytes(rows, columns, b, GROUP_SIZE))
     records = torch.randint(-128, 128, (starts[-1],), dtype=torch.int8, device="cuda")
     for i, b in enumerate(widths):
-        record = records[starts[i] : starts[i + 1]].view(-1, record_bytes(b, GROUP_SIZE))
+        record = records[starts[i] : starts[i + 1]].view(-1, find(b).record_bytes(GROUP_SIZE))
         # Scales of about 0.01, zeros of 1, of two tiles a row.
         scale = torch.rand(len(record), 2 * TILE_ROWS, device="cuda").mul(0.01).add(0.001)
         zero = torch.full_like(scale, 0.5 if b == 1 else 1)

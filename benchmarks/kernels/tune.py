@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure which configuration is fastest for each shape and number of tokens: `python tune.py`.
 
-Writes kernels/mcmoe_kernels/configs/<device>.json, or --output. Needs a GPU; a few minutes.
+Writes kernels/mcmoe_kernels/gpu/configs/<device>.json, or --output. Needs a GPU; a few minutes.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(SWEEP_TOKENS))
     parser.add_argument("--routes", type=int, default=8)
     parser.add_argument(
-        "--output", type=Path, default=ROOT / f"kernels/mcmoe_kernels/configs/{name}.json"
+        "--output", type=Path, default=ROOT / f"kernels/mcmoe_kernels/gpu/configs/{name}.json"
     )
     arguments = parser.parse_args()
     shapes = tune(arguments.shapes, arguments.tokens, arguments.routes)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from mcmoe_kernels.formats.packing import dequantize
+from mcmoe_kernels.formats.format import find
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -29,12 +29,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ExpertMatrices:
     """One matrix [N, K] per local expert, each with a width of its own.
 
-    bits: 1 to 4, or 0 for an expert that was dropped.
-    packed: uint8 [N, K*bits/8] each, views of one flat buffer (no columns where bits is 0).
-    scale: int16 [N, K/G] each, scale and zero as `packing` stores them (no columns where bits is
-    0).
-    model_bits: widths that other layers of the model have: layers that share them share compiled
-    kernels.
+    bits: numbers of formats, 1 to 4 for codes of as many bits, 0 for an expert that was dropped.
+    packed: uint8 [N, K*width/8] each, views of one flat buffer (no columns where bits is 0).
+    scale: int16 [N, K/G] each, scale and zero as `scales` stores them (no columns where bits is 0).
+    model_bits: what other layers of the model have: layers that share them share compiled kernels.
     """
 
     bits: tuple[int, ...]
@@ -52,7 +50,7 @@ class ExpertMatrices:
 
     def dequantize(self, expert: int) -> torch.Tensor:
         """The float32 [N, K] matrix of a local expert that was not dropped: exact."""
-        return dequantize(self.packed[expert], self.scale[expert], self.bits[expert])
+        return find(self.bits[expert]).dequantize(self.packed[expert], self.scale[expert])
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,8 @@ def split_flat(
     offsets = packed_offsets(bits, rows, columns)
     packed, scales, slot = [], [], 0
     for b, start in zip(bits, offsets[:-1], strict=True):
-        packed.append(flat[start : start + rows * columns * b // 8].view(rows, columns * b // 8))
+        row_bytes = _row_bytes(b, columns)
+        packed.append(flat[start : start + rows * row_bytes].view(rows, row_bytes))
         scales.append(scale[slot] if b else scale.new_empty(rows, 0))
         slot += b > 0
     return ExpertMatrices(tuple(bits), tuple(packed), tuple(scales))
@@ -114,8 +113,12 @@ def packed_offsets(bits: Sequence[int], rows: int, columns: int) -> tuple[int, .
     """
     offsets = [0]
     for b in bits:
-        offsets.append(offsets[-1] + -(-(rows * columns * b // 8) // 256) * 256)
+        offsets.append(offsets[-1] + -(-(rows * _row_bytes(b, columns)) // 256) * 256)
     return tuple(offsets)
+
+
+def _row_bytes(bits: int, columns: int) -> int:
+    return columns * find(bits).width // 8 if bits else 0
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:

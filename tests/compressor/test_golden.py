@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcmoe_kernels.formats import packing
+from mcmoe_kernels.formats import WIDTHS, packing
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
 from mcmoe_vllm.checkpoint.manifest import tensor_sha256
@@ -155,7 +155,7 @@ def test_expert_weights_by_the_written_format(version, matrix):
     assert float32_sha256(decode_expert(version, matrix, bits)) == WEIGHT_SHA256[matrix]
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_literal_numbers_of_one_row(version, bits):
     matrix = f"{BLOCK}.{bits}.w1"
     (_, row_bytes), packed = read_raw(version, f"{matrix}.weight_packed")
@@ -236,7 +236,7 @@ def test_the_examples_in_the_written_format_are_true():
     example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     QuantizationConfig.from_dict(json.loads("{" + example + "}")["quantization_config"])
     rows = re.findall(r"^\| (\d) \| ([\d ]+) \| [`01 ]+ \| `([0-9a-f ]+)` \|$", text, re.MULTILINE)
-    assert [int(bits) for bits, _, _ in rows] == list(packing.BIT_WIDTHS)
+    assert [int(bits) for bits, _, _ in rows] == list(WIDTHS)
     for bits, codes, expected in rows:
         packed = packing.pack(torch.tensor([int(c) for c in codes.split()]), int(bits))
         assert bytes(packed.tolist()) == bytes.fromhex(expected)

@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not here and print what ptxas says of them, as JSON lines.
 
 `python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [KIND ...] [--all]`: of a table
-(`tuning`) one configuration of each KIND, else of each kind and the quantizer's kernels or, with
+(`choice`) one configuration of each KIND, else of each kind and the quantizer's kernels or, with
 --all, every one. A process of its own: kernels that the interpreter has taken over cannot be
 compiled.
 """
@@ -21,7 +21,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mcmoe_kernels.gpu.block import down_kernel, gate_up_kernel, prepare_kernel
+from mcmoe_kernels.formats.format import find
+from mcmoe_kernels.gpu import block, prefill, routing, single, warp, warpgroup
 from mcmoe_kernels.gpu.choice import (
     KERNELS,
     LayerShape,
@@ -31,16 +32,11 @@ from mcmoe_kernels.gpu.choice import (
     WarpgroupConfig,
     read_table,
 )
-from mcmoe_kernels.gpu.common import combine_kernel
-from mcmoe_kernels.gpu.prefill import down_prefill_kernel, gate_up_prefill_kernel
-from mcmoe_kernels.gpu.routing import FEW_PAIRS, few_options
-from mcmoe_kernels.gpu.single import GPU_KERNELS
-from mcmoe_kernels.gpu.warp import down_warp_kernel, gate_up_warp_kernel
-from mcmoe_kernels.gpu.warpgroup import down_warpgroup_kernel, gate_up_warpgroup_kernel
+from mcmoe_kernels.gpu.common import combine_kernel, launch_options
+from mcmoe_kernels.gpu.tiled import kernel_formats
 from mcmoe_kernels.quantize import columns_triton
-from mcmoe_kernels.quantize.columns_triton import COLUMNS, ROWS
 
-WIDTHS = (1 << 1) | (1 << 2) | (1 << 3)
+FORMATS = kernel_formats((find(1), find(2), find(3)))
 TYPES = {
     "digits": "*i8", "h_digits": "*i8", "records": "*i8", "x_meta": "*fp32", "h_meta": "*fp32",
     "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
@@ -58,76 +54,58 @@ TYPES = {
 
 def variants(shape: LayerShape, config, capability: int):
     """(name, kernel, constants, options) of each launch of a configuration."""
-    hidden, inter = shape.hidden_size, shape.intermediate_size
-    sizes = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": config.block_m, "INLINE": True}
-    quantized = {"GROUP_SIZE": 128, "WIDTHS": WIDTHS}
-    first = {"ACTIVATION": "silu", "BLOCK_N": config.block_n13}
-    second = {"BLOCK_N": config.block_n2}
+    hidden, inter, pdl = shape.hidden_size, shape.intermediate_size, capability >= 90
+    sizes = (hidden, inter, (128, 128))
+    common = {"FORMATS": FORMATS, "PDL": pdl}
+    first = {**common, "ACTIVATION": "silu"}
     if isinstance(config, PrefillConfig | WarpgroupConfig):
-        common = {
-            **sizes,
-            **quantized,
-            "GROUP_N": config.group_n,
-            "STAGES": config.stages,
-            "WIDE": False,
-            "PDL": capability >= 90,
-        }
         options = {"num_warps": config.warps}
         if config.registers:
             options["maxnreg"] = config.registers
         if isinstance(config, PrefillConfig):
-            common["FEW_M"] = config.few_m or config.block_m
-            gate_up, down = (
-                gate_up_prefill_kernel,
-                down_prefill_kernel,
-            )
+            gate_up, down = prefill.gate_up_prefill_kernel, prefill.down_prefill_kernel
+            cut13, cut2 = prefill.cuts(config, *sizes, wide=False)
+            own = {"FEW_M": config.few_m or config.block_m}
         else:
-            first["PART"], second["PART"] = config.part13, config.part2
-            gate_up, down = (
-                gate_up_warpgroup_kernel,
-                down_warpgroup_kernel,
-            )
-        yield gate_up.__name__.removesuffix("_kernel"), gate_up, common | first, options
-        yield down.__name__.removesuffix("_kernel"), down, common | second, options
+            gate_up, down = warpgroup.gate_up_warpgroup_kernel, warpgroup.down_warpgroup_kernel
+            cut13, cut2 = warpgroup.cuts(config, *sizes, wide=False)
+            own = {}
+        yield name_of(gate_up), gate_up, {**first, **own, "CUT": cut13}, options
+        yield name_of(down), down, {**common, **own, "CUT": cut2}, options
         return
-    pdl = {"PDL": capability >= 90}
-    limit13, limit2 = (
-        {"maxnreg": limit} if limit else {} for limit in (config.registers13, config.registers2)
-    )
-    h_block = min(128, config.block_n13 // 2)
-    own13 = {"X_BLOCK": 128, "DTYPE": tl.bfloat16, "H_BLOCK": h_block, "STAGES": config.stages13}
-    own2 = {"X_BLOCK": h_block, "SPLITS": config.splits, "STAGES": config.stages2}
-    options13 = {"num_warps": config.warps13, **limit13}
-    options2 = {"num_warps": config.warps2, **limit2}
-    kernels = {"gate_up": gate_up_kernel, "down": down_kernel}
-    if isinstance(config, WarpConfig):
-        own13 |= {"WARPS": config.warps13, "TILES": config.tiles13, "PARTS": config.parts13}
-        own2 |= {"WARPS": config.warps2, "TILES": config.tiles2, "PARTS": config.parts2}
-        kernels = {
-            "gate_up_warp": gate_up_warp_kernel,
-            "down_warp": down_warp_kernel,
-        }
+    options13, options2 = launch_options(config)
     if isinstance(config, SingleConfig):
-        token = {**sizes, **quantized, "DTYPE": tl.bfloat16, **pdl, "counts": None}
-        token |= {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k}
-        first |= {"ENDED": hidden // config.block_n2, "EXPERTS": shape.num_experts}
-        kernel13, kernel2 = GPU_KERNELS
-        yield "gate_up_single", kernel13, {**token, **first, **own13}, options13
-        yield "down_single", kernel2, {**token, **second, **own2}, options2
+        cut13, cut2 = single.cuts(config, *sizes, tl.bfloat16, pdl)
+        token = {"TOP_K": shape.top_k, "PRUNED_TOP_K": shape.top_k}
+        first |= {"ENDED": hidden // config.block_n2, "EXPERTS": shape.num_experts, "counts": None}
+        gate_up, down = single.GPU_KERNELS
+        yield name_of(gate_up), gate_up, {**first, **token, "CUT": cut13}, options13
+        yield name_of(down), down, {**common, **token, "CUT": cut2}, options2
         return
-    (name13, kernel13), (name2, kernel2) = kernels.items()
-    yield name13, kernel13, {**sizes, **quantized, **first, **own13, **pdl}, options13
-    yield name2, kernel2, {**sizes, **quantized, **second, **own2, **pdl}, options2
-    for pairs in (1, FEW_PAIRS + 1):
-        few = few_options(pairs)
-        yield "prepare", prepare_kernel, {
+    h_block = min(128, config.block_n13 // 2)
+    if isinstance(config, WarpConfig):
+        gate_up, down = warp.GPU_KERNELS
+        cut13, cut2 = warp.cuts(config, *sizes, h_block, pdl)
+    else:
+        gate_up, down = block.gate_up_kernel, block.down_kernel
+        cut13, cut2 = block.cuts(config, *sizes, h_block)
+    first |= {"DTYPE": tl.bfloat16, "H_BLOCK": h_block, "CUT": cut13}
+    yield name_of(gate_up), gate_up, first, options13
+    yield name_of(down), down, {**common, "CUT": cut2}, options2
+    for pairs in (1, routing.FEW_PAIRS + 1):
+        few = routing.few_options(pairs)
+        yield "prepare", block.prepare_kernel, {
             "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
             "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
-            "EXPERTS": shape.num_experts, "FEW": few.pop("FEW"), "INLINE": True, **pdl,
+            "EXPERTS": shape.num_experts, "FEW": few.pop("FEW"), "INLINE": True, "PDL": pdl,
         }, few  # fmt: skip
     yield "combine", combine_kernel, {
-        "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, **pdl,
+        "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, "PDL": pdl,
     }, {"num_warps": 2}  # fmt: skip
+
+
+def name_of(kernel) -> str:
+    return kernel.__name__.removesuffix("_kernel")
 
 
 def quantizer_variants():
@@ -137,7 +115,7 @@ def quantizer_variants():
         "WEIGHTED_BINARY": True,
     }  # fmt: skip
     paper = fit | {"POWER": 2.4, "WEIGHTED": False, "WEIGHTED_BINARY": False}
-    by_column = {"COUNT": COLUMNS}, {"num_warps": 1, "num_stages": 1}
+    by_column = {"COUNT": columns_triton.COLUMNS}, {"num_warps": 1, "num_stages": 1}
     for name, more, options in (
         ("fit_group", fit, {"num_warps": 4}),
         ("fit_group", paper, {"num_warps": 4}),
@@ -145,7 +123,7 @@ def quantizer_variants():
         ("descend", *by_column),
     ):
         kernel = getattr(columns_triton, f"{name}_kernel")
-        yield name, kernel, {"BLOCK_N": ROWS, **more}, options
+        yield name, kernel, {"BLOCK_N": columns_triton.ROWS, **more}, options
 
 
 def build(name, kernel, constants, options, capability):
@@ -170,11 +148,17 @@ def build(name, kernel, constants, options, capability):
     return {
         "kernel": name,
         "capability": capability,
-        "config": {k: v for k, v in constants.items() if isinstance(v, int | str)},
+        "config": {k: v for k, v in flat(constants).items() if isinstance(v, int | str)},
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spilled_bytes": sum(spills),
         "shared_bytes": compiled.metadata.shared,
     }
+
+
+def flat(constants):
+    """Constants, those of the cut among them."""
+    cut = constants.get("CUT")
+    return constants | (cut._asdict() if cut else {})
 
 
 def build_all(capability, shape=None, config=None):

@@ -1,4 +1,4 @@
-"""Inline PTX and plain shifts say the same of every 16-bit word, and both what `tiles` defines."""
+"""Inline PTX and plain shifts say the same of every 16-bit word, and both what `scalar` defines."""
 
 import pytest
 import torch
@@ -7,20 +7,12 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from mcmoe_kernels.formats.packing import (  # noqa: E402
-    pack_scale,
-    unpack_scale,
-)
-from mcmoe_kernels.formats.scalar import HIGH_BITS  # noqa: E402
-from mcmoe_kernels.formats.scalar8 import (  # noqa: E402
-    blocks_bytes,
-    merge_planes,
-)
-from mcmoe_kernels.formats.scalar16 import weights_of  # noqa: E402
-from mcmoe_kernels.formats.words import (  # noqa: E402
-    merge_words,
-    split_meta,
-)
+from mcmoe_kernels.formats.device.scalar8 import codes8  # noqa: E402
+from mcmoe_kernels.formats.device.scalar16 import weights_of  # noqa: E402
+from mcmoe_kernels.formats.device.words import merge_words, split_meta  # noqa: E402
+from mcmoe_kernels.formats.format import find  # noqa: E402
+from mcmoe_kernels.formats.packing import pack_scale, unpack_scale  # noqa: E402
+from mcmoe_kernels.formats.scalar import HIGH  # noqa: E402
 
 EVERY_WORD = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(-1, 16)
 BITS = [1, 2, 3, 4]
@@ -44,11 +36,11 @@ def bytes_kernel(first, second, out, size, BITS: tl.constexpr, TILE: tl.constexp
                  INLINE: tl.constexpr):  # fmt: skip
     at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
     low, high = tl.load(first + at), tl.load(second + at)
-    b0, b1, b2, b3 = blocks_bytes(low, high, high, TILE, BITS, INLINE)
-    tl.store(out + at, b0)
-    tl.store(out + size + at, b1)
-    tl.store(out + 2 * size + at, b2)
-    tl.store(out + 3 * size + at, b3)
+    # 3 bits: the shared plane comes first; 4 bits: both are the tile's own.
+    planes = ((high,), (low,)) if BITS == 3 else ((low,), (high,))
+    blocks = codes8(planes, TILE, BITS, INLINE)
+    for block in tl.static_range(4):
+        tl.store(out + block * size + at, blocks[block][0])
 
 
 @triton.jit
@@ -59,15 +51,13 @@ def merge_kernel(low, high, as_bytes, as_words, LOW: tl.constexpr, HIGH: tl.cons
     tl.store(as_words + at, words)
     at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
     low8, high8 = low.to(tl.pointer_type(tl.int8)), high.to(tl.pointer_type(tl.int8))
-    tl.store(
-        as_bytes + at, merge_planes(tl.load(low8 + at), tl.load(high8 + at), LOW, HIGH, INLINE)
-    )
+    tl.store(as_bytes + at, merge_words(tl.load(low8 + at), tl.load(high8 + at), LOW, HIGH, INLINE))
 
 
 @triton.jit
-def meta_kernel(words, scale, zero, TILE: tl.constexpr, BITS: tl.constexpr):
+def meta_kernel(words, scale, zero, TILE: tl.constexpr, ZERO_STEPS: tl.constexpr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    s, z = split_meta(tl.load(words + at), TILE, BITS, scale.dtype.element_ty)
+    s, z = split_meta(tl.load(words + at), TILE, ZERO_STEPS, scale.dtype.element_ty)
     tl.store(scale + at, s)
     tl.store(zero + at, z)
 
@@ -122,7 +112,8 @@ def test_scale_and_zero_of_every_word(bits, tile, device):
     expected = unpack_scale(stored, bits)
     for dtype in (torch.float32, torch.float16):
         found = [torch.full(stored.shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
-        meta_kernel[(len(stored) // 1024,)](words, *found, TILE=tile, BITS=bits)
+        steps = find(bits).zero_steps
+        meta_kernel[(len(stored) // 1024,)](words, *found, TILE=tile, ZERO_STEPS=steps)
         for f, e in zip(found, expected, strict=True):
             assert torch.equal(f, e.to(dtype))
 
@@ -136,7 +127,7 @@ def test_bytes_of_every_word(bits, tile, device):
     for block in range(4):
         if bits == 3:
             two = (low.int() >> 2 * block) & 3
-            expected.append(two | (((high.int() >> HIGH_BITS[tile][block]) & 1) << 2))
+            expected.append(two | (((high.int() >> HIGH[3][tile][block]) & 1) << 2))
         elif bits == 4:
             expected.append(((high if block % 2 else low).int() >> 4 * (block // 2)) & 15)
         else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mcmoe_kernels.formats.scalar import column_permutation
+from mcmoe_kernels.formats.records import column_permutation
 from mcmoe_kernels.gpu.digits import HEADROOM, MAX_FIXED, split_digits_torch
 
 

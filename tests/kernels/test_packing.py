@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mcmoe_kernels.formats import packing
+from mcmoe_kernels.formats import WIDTHS, packing
 
 
 def test_bytes_of_every_width_are_the_little_endian_stream():
@@ -18,7 +18,7 @@ def test_bytes_of_every_width_are_the_little_endian_stream():
     assert packing.pack(codes, 4).tolist() == [[0x1F, 0x80, 0x32, 0x94]]
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shape", [(8,), (5, 24), (3, 7, 1408)])  # odd rows, odd group count
 def test_unpack_inverts_pack(bits, shape):
     codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(bits))
@@ -27,7 +27,7 @@ def test_unpack_inverts_pack(bits, shape):
     assert torch.equal(packing.unpack(packed, bits), codes.to(torch.uint8))
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_a_slice_of_groups_is_a_slice_of_bytes(bits):
     codes = torch.randint(0, 1 << bits, (4, 256), generator=torch.Generator().manual_seed(0))
     packed = packing.pack(codes, bits)
@@ -35,7 +35,7 @@ def test_a_slice_of_groups_is_a_slice_of_bytes(bits):
     assert torch.equal(packing.unpack(part, bits), codes[:, 128:].to(torch.uint8))
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_dequantize_is_exact(bits):
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 1 << bits, (6, 96), generator=generator)
@@ -60,7 +60,7 @@ def test_the_word_of_a_scale_and_zero():
     assert word.item() == (15 << 12 | 17 << 7 | 118) - 65536  # as an unsigned number
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_every_word_means_a_scale_and_zero_of_its_own(bits):
     words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
     scale, zero = packing.unpack_scale(words, bits)
@@ -70,7 +70,7 @@ def test_every_word_means_a_scale_and_zero_of_its_own(bits):
     assert zero.max() == (7.5 if bits <= 2 else 15)
 
 
-@pytest.mark.parametrize("bits", packing.BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_scales_of_version_1_become_the_same_weights(bits):
     scale = torch.tensor([[0.0150146484375, 2.0**-24, 255.0]]).half()
     zero = torch.full((1, 3), 0.5 if bits == 1 else (1 << bits) - 1.0).half()

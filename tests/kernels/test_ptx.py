@@ -13,11 +13,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from mcmoe_kernels.formats.packing import (  # noqa: E402
-    pack_scale,
-    unpack_scale,
-)
-from mcmoe_kernels.formats.scalar16 import (  # noqa: E402
+from mcmoe_kernels.formats.device.scalar16 import (  # noqa: E402
     _magic,
     _place,
     _scale_lost,
@@ -25,7 +21,8 @@ from mcmoe_kernels.formats.scalar16 import (  # noqa: E402
     _zero_base,
     split_bfloat16,
 )
-from mcmoe_kernels.formats.words import split_meta  # noqa: E402
+from mcmoe_kernels.formats.device.words import split_meta  # noqa: E402
+from mcmoe_kernels.formats.packing import pack_scale, unpack_scale  # noqa: E402
 from tests.kernels.test_dequantization import offset_of  # noqa: E402
 
 WORD = (1 << 32) - 1
@@ -89,7 +86,7 @@ def operands_kernel(metas, scale, zero, TILE: tl.constexpr, BITS: tl.constexpr,
     if BFLOAT16:
         s, z = split_bfloat16(meta, TILE, BITS, SCALED)
     else:
-        s, z = split_meta(meta, TILE, BITS, tl.float16)
+        s, z = split_meta(meta, TILE, 2 if BITS <= 2 else 1, tl.float16)
     tl.store(scale + at, s.to(tl.int16, bitcast=True))
     tl.store(zero + at, z.to(tl.int16, bitcast=True))
 

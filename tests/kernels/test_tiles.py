@@ -5,15 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mcmoe_kernels.formats.packing import BIT_WIDTHS, unpack_scale
-from mcmoe_kernels.formats.scalar import column_permutation, matrix_bytes, tile_codes, untile_codes
+from mcmoe_kernels.formats import FORMATS, WIDTHS
+from mcmoe_kernels.formats.packing import pack
+from mcmoe_kernels.formats.records import column_permutation
 from mcmoe_kernels.gpu import tiled
-from mcmoe_kernels.gpu.tiled import dequantize_slot, gate_up_rows, tile_layer, tile_matrices
+from mcmoe_kernels.gpu.tiled import (
+    dequantize_slot,
+    gate_up_rows,
+    matrix_bytes,
+    tile_layer,
+    tile_matrices,
+)
 from mcmoe_kernels.layer import ExpertMatrices
 from tests.expert_layers import random_layer, random_matrices
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize(
     ("columns", "group_size"),
     [
@@ -27,19 +34,19 @@ from tests.expert_layers import random_layer, random_matrices
 def test_tiling_loses_nothing(bits, columns, group_size):
     codes = torch.randint(0, 1 << bits, (128, columns), dtype=torch.uint8)
     words = torch.randint(-(1 << 15), 1 << 15, (128, columns // group_size), dtype=torch.int16)
-    records = tile_codes(codes, words, bits)
+    packed = pack(codes, bits)
+    records = FORMATS[bits].tile(packed, words)
     assert records.numel() == matrix_bytes(128, columns, bits, group_size)
-    back, s, z = untile_codes(records, bits, columns, group_size)
-    assert torch.equal(back, codes)
-    scale, zero = unpack_scale(words, bits)
-    assert torch.equal(s, scale) and torch.equal(z, zero)
+    assert records.shape[-1] == FORMATS[bits].record_bytes(group_size)
+    back = FORMATS[bits].untile(records, columns, group_size)
+    assert torch.equal(back[0], packed) and torch.equal(back[1], words)
 
 
 def test_a_code_lies_where_the_layout_says():
     """Column 37 of 256: tile 0, block 1, its sixth column: byte 10, bits 2 and 3 (2-bit codes)."""
     codes = torch.zeros(64, 256, dtype=torch.uint8)
     codes[3, 37] = 2
-    record = tile_codes(codes, torch.zeros(64, 2, dtype=torch.int16), 2).flatten()
+    record = FORMATS[2].tile(pack(codes, 2), torch.zeros(64, 2, dtype=torch.int16)).flatten()
     assert record.nonzero().flatten().tolist() == [256 + 3 * 32 + 10]
     assert int(record[256 + 3 * 32 + 10]) == 2 << 2
     assert column_permutation(32).tolist()[10] == 5
@@ -49,7 +56,7 @@ def test_a_scale_lies_where_the_layout_says():
     """Columns 192 to 223, row 3: tile 1, its third group of 32: the upper half of a word."""
     words = torch.zeros(64, 8, dtype=torch.int16)
     words[3, 6] = 0x1234
-    record = tile_codes(torch.zeros(64, 256, dtype=torch.uint8), words, 3).flatten()
+    record = FORMATS[3].tile(torch.zeros(64, 96, dtype=torch.uint8), words).flatten()
     assert record.nonzero().flatten().tolist() == [(2 * 64 + 3) * 4 + 2, (2 * 64 + 3) * 4 + 3]
     assert record[(2 * 64 + 3) * 4 + 2 :][:2].tolist() == [0x34, 0x12]
 
@@ -68,7 +75,7 @@ def test_a_layer_is_the_same_in_slots(monkeypatch, at_once):
         assert torch.equal(dequantize_slot(layout.w2, slot), layer.w2.dequantize(expert))
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_a_slice_of_columns_is_a_slice_of_the_matrix(bits):
     """As tensor parallelism cuts w2: whole groups, here 3 of 6."""
     whole = random_matrices((bits,), 64, 768, 128, seed=bits)
@@ -78,11 +85,11 @@ def test_a_slice_of_columns_is_a_slice_of_the_matrix(bits):
     assert torch.equal(dequantize_slot(tiled, 0), whole.dequantize(0)[:, 384:])
 
 
-def test_layers_of_one_model_are_compiled_for_the_same_widths():
+def test_layers_of_one_model_are_compiled_for_the_same_formats():
     layer = random_layer((2, 3, 0))
-    assert tile_layer(layer).w13.widths == 0b1100
+    assert [f.number for f in tile_layer(layer).w13.formats] == [2, 3]
     w13 = replace(layer.w13, model_bits=(0, 1, 3))
-    assert tile_layer(replace(layer, w13=w13)).w13.widths == 0b1110
+    assert [f.number for f in tile_layer(replace(layer, w13=w13)).w13.formats] == [1, 2, 3]
 
 
 def test_remote_experts_have_no_slot():

@@ -5,10 +5,11 @@
     "int4"    packed + the int4 form of torch's CPU op     bfloat16; at least 4.25 bits/weight more
     "packed"  packed alone                                 any dtype; smallest, slowest
 
-The int4 form holds signed codes q - z in -8..7 with the scale as it is, so the op's
-(code - 8) * scale + 0 is the stored weight exactly: 2 and 3 bits fit as they are, 1 bit becomes
--1 and +1 with half the scale, and 4 bits, whose q - z spans -15..15, become twice its half plus
-the remainder, laid side by side along K and multiplied by [x, x].
+The int4 form is for codes that are their own values. It holds signed codes q - z in -8..7 with the
+scale as it is, so the op's (code - 8) * scale + 0 is the stored weight exactly: 3 bits fit as they
+are, 1 and 2 bits in steps of their zeros, with half the scale, and 4 bits, whose q - z spans
+-15..15, become twice its half plus the remainder, laid side by side along K and multiplied by
+[x, x].
 
 Rounding against `fused_experts_torch`: both products are rounded to x.dtype; "dense" and
 "packed" round each weight to x.dtype, "int4" does not.
@@ -20,11 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from mcmoe_kernels.formats.packing import unpack, unpack_scale
+from mcmoe_kernels.formats.format import find
 from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, gated_activation
 
 MODES = ("dense", "int4", "packed")
-
 
 # Rows of one expert (twice its tokens at 4 bits) up to which the int4 op beats dequantizing the
 # expert for one matmul. 96: the two meet between 64 and 128 rows on one Zen 4 core (AVX-512, torch
@@ -32,6 +32,7 @@ MODES = ("dense", "int4", "packed")
 # 2.9 ms) and at 2048 x 2048 (T = 64: 20 against 25 to 34 ms, T = 128: 39 against 32 to 41 ms).
 INT4_MAX_ROWS = 96
 
+INT4_RANGE = 16  # of codes in steps of their zeros: from -15 to 15, they are two of the op's
 
 # (x [T, H], topk_weights float32 [T, k], slots int32 [T, k], all valid) -> [T, H]
 DenseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -82,9 +83,11 @@ def dense_bytes(layer: ExpertLayer, dtype: torch.dtype) -> int:
 
 
 def int4_supported(layer: ExpertLayer, dtype: torch.dtype) -> bool:
-    """Whether the int4 op is fast (bfloat16 has vector code) and takes these shapes."""
+    """Whether the int4 op is fast (bfloat16 has vector code) and takes these shapes and codes."""
+    formats = [find(b) for b in {*layer.w13.bits, *layer.w2.bits} if b]
     return (
         dtype == torch.bfloat16
+        and all(f.values is None and f.levels * f.zero_steps <= INT4_RANGE for f in formats)
         and layer.hidden_size % 32 == 0
         and layer.intermediate_size % 32 == 0
     )
@@ -150,41 +153,26 @@ def dequantize_to(matrices: ExpertMatrices, expert: int, dtype: torch.dtype) -> 
     In bfloat16 q - z is exact and so is the stored scale, so the product is the only rounding;
     it is computed in bfloat16 because half the memory traffic is nearly twice the speed.
     """
-    bits = matrices.bits[expert]
-    scale, zero = unpack_scale(matrices.scale[expert], bits)
+    format_ = find(matrices.bits[expert])
+    if not format_.exact16:
+        return matrices.dequantize(expert).to(dtype)
+    scale, zero = format_.unpack_scale(matrices.scale[expert])
     groups = scale.shape[-1]
     work = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    codes = unpack_fast(matrices.packed[expert], bits).unflatten(-1, (groups, -1)).to(work)
+    codes = format_.unpack(matrices.packed[expert]).unflatten(-1, (groups, -1)).to(work)
     codes.sub_(zero.to(work).unsqueeze(-1)).mul_(scale.to(work).unsqueeze(-1))
     return codes.flatten(-2).to(dtype)
 
 
-def unpack_fast(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """`packing.unpack` without its 32-bit intermediates: uint8 [N, K*bits/8] -> uint8 [N, K]."""
-    codes = torch.empty(
-        packed.shape[0], packed.shape[1] // bits, 8, dtype=torch.uint8, device=packed.device
-    )
-    chunks = packed.unflatten(-1, (-1, bits))
-    mask = (1 << bits) - 1
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        code = chunks[..., byte] >> shift
-        if shift + bits > 8:  # the code continues in the next byte; uint8 drops the overflow
-            code |= chunks[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(code, mask, out=codes[..., i])
-    return codes.flatten(-2)
-
-
 def encode_int4(matrices: ExpertMatrices, expert: int) -> Int4Matrix:
     """Re-encode one expert for the int4 op, exactly."""
-    bits = matrices.bits[expert]
-    scale, zero = unpack_scale(matrices.scale[expert], bits)
+    format_ = find(matrices.bits[expert])
+    scale, zero = format_.unpack_scale(matrices.scale[expert])
     groups = scale.shape[-1]
-    q = unpack(matrices.packed[expert], bits).unflatten(-1, (groups, -1)).float()
+    q = format_.unpack(matrices.packed[expert]).unflatten(-1, (groups, -1)).float()
     signed = (q - zero.unsqueeze(-1)).flatten(-2)  # [N, K]
     group_size = signed.shape[-1] // groups
-    if bits <= 2:  # zeros are multiples of 1/2
-        signed, scale = signed * 2, scale / 2
+    signed, scale = signed * format_.zero_steps, scale / format_.zero_steps
     signed = signed.to(torch.int32)
     fits = int(signed.min()) >= -8 and int(signed.max()) <= 7
     if not fits:

@@ -1,129 +1,114 @@
-"""A record of scalar codes: the planes of two tiles behind their scales and zeros."""
+"""The formats "scalar1" to "scalar4": codes of 1 to 4 bits that are their own values.
 
-from collections.abc import Callable
+In a file the codes of a row are one little-endian bit stream: code k occupies stream bits
+k*width .. k*width+width-1, stream bit i is bit i%8 of byte i//8. Zeros are in halves at 1 and 2
+bits, in ones at 3 and 4: 0.5 at 1 bit (sign times half the scale) and within the codes' range else.
+
+In a record (`records`)
+
+    1 bit    the shared plane holds both tiles
+    2 bits   a tile's plane holds it
+    3 bits   a tile's plane holds its low two bits, the shared plane the high ones of both
+    4 bits   the first of a tile's planes holds blocks 0 and 2, the second 1 and 3
+
+at the bits that `LOW` and `HIGH` say. 3 bits become 4-bit planes after one merge:
+(low & 0x33) | (high & 0x44).
+"""
+
+from functools import partial
 
 import torch
 
-from mcmoe_kernels.formats.packing import unpack_scale
+from mcmoe_kernels.formats import records
+from mcmoe_kernels.formats.format import CODES_PER_CHUNK, Device, Format, register
 
-TILE_ROWS = 64
-
-
-TILE_COLUMNS = 128
-
-
-BLOCK_COLUMNS = 32
-
-
-PLANE_BYTES = TILE_ROWS * BLOCK_COLUMNS
-
-
-# bits -> for each plane of a step of two tiles: ((tile, block, shift), ...). The high plane of 3
-# bits is separate.
-FIELDS: dict[int, tuple[tuple[tuple[int, int, int], ...], ...]] = {
-    1: (tuple((b // 4, b % 4, b) for b in range(8)),),
-    2: tuple(tuple((t, b, 2 * b) for b in range(4)) for t in range(2)),
-    4: tuple(tuple((t, p + 2 * f, 4 * f) for f in range(2)) for t in range(2) for p in range(2)),
+# Bits in a tile's own planes -> for each of the planes ((block, shift), ...).
+LOW: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
+    0: (),
+    2: (tuple((b, 2 * b) for b in range(4)),),
+    4: tuple(tuple((p + 2 * f, 4 * f) for f in range(2)) for p in range(2)),
 }
+# Width -> bit of the shared plane that holds the top bit of (tile, block). 3 bits: with the low
+# plane shifted right by 2 * (block % 2) and the shared one by block % 2 - 2 * tile, blocks b and
+# b + 2 are nibbles.
+HIGH = {1: ((0, 1, 2, 3), (4, 5, 6, 7)), 3: ((2, 3, 6, 7), (0, 1, 4, 5))}
 
 
-# 3 bits: bit of the high plane that holds the top bit of (tile, block). With the low plane shifted
-# right by 2 * (block % 2) and the high one by block % 2 - 2 * tile, blocks b and b + 2 are nibbles.
-HIGH_BITS = ((2, 3, 6, 7), (0, 1, 4, 5))
+def pack(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Codes uint8 [..., K] to the bit stream uint8 [..., K*width/8]."""
+    chunks = codes.to(torch.int32).unflatten(-1, (-1, CODES_PER_CHUNK))
+    shifts = torch.arange(CODES_PER_CHUNK, device=codes.device, dtype=torch.int32) * width
+    words = (chunks << shifts).sum(-1, dtype=torch.int64)  # 8 codes of <= 4 bits: <= 32 bits
+    bytes_ = torch.stack([(words >> (8 * i)) & 0xFF for i in range(width)], dim=-1)
+    return bytes_.to(torch.uint8).flatten(-2)
 
 
-def column_permutation(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """int64 [columns]: the column whose code each byte of a row holds, block by block."""
-    j = torch.arange(columns, device=device)
-    return j // 32 * 32 + 16 * (j % 2) + j % 32 // 2
+def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of `pack`, without 32-bit numbers: a CPU is bound by the memory they take."""
+    chunks = packed.unflatten(-1, (-1, width))
+    codes = packed.new_empty(*chunks.shape[:-1], CODES_PER_CHUNK)
+    mask = (1 << width) - 1
+    for i in range(CODES_PER_CHUNK):
+        byte, shift = divmod(i * width, 8)
+        code = chunks[..., byte] >> shift
+        if shift + width > 8:  # the code continues in the next byte; uint8 drops the overflow
+            code |= chunks[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(code, mask, out=codes[..., i])
+    return codes.flatten(-2)
 
 
-def num_steps(columns: int) -> int:
-    return -(-columns // (2 * TILE_COLUMNS))
+def tile(packed: torch.Tensor, weight_scale: torch.Tensor, width: int) -> torch.Tensor:
+    """`Format.tile`."""
+    codes = unpack(packed, width)
+    blocks = records.to_blocks(codes)
+    low, planes = width // 2 * 2, []
+    if width % 2:
+        places = [(t, b, HIGH[width][t][b]) for t in range(2) for b in range(4)]
+        high = blocks >> low
+        planes.append(sum(high[:, :, t, b] << at for t, b, at in places))
+    blocks = blocks & ((1 << low) - 1)
+    for t in range(2):
+        planes += [sum(blocks[:, :, t, b] << at for b, at in plane) for plane in LOW[low]]
+    return records.join(weight_scale, planes, codes.shape[1] // weight_scale.shape[1])
 
 
-def meta_bytes(group_size: int) -> int:
-    """Bytes at the head of a record: scales and zeros of both tiles."""
-    return TILE_COLUMNS // group_size * TILE_ROWS * 4
-
-
-def shared_bytes(bits: int) -> int:
-    """Bytes behind them: the plane that belongs to both tiles."""
-    return PLANE_BYTES * (bits % 2)
-
-
-def tile_bytes(bits: int) -> int:
-    """Bytes of a tile's own planes."""
-    return PLANE_BYTES * (bits // 2)
-
-
-def record_bytes(bits: int, group_size: int) -> int:
-    return meta_bytes(group_size) + shared_bytes(bits) + 2 * tile_bytes(bits)
-
-
-def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    return rows // TILE_ROWS * num_steps(columns) * record_bytes(bits, group_size)
-
-
-def tile_codes(codes: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [N, K] and their stored scales int16 [N, K/G] to records
-    uint8 [N/64, steps, bytes]."""
-    rows, columns = codes.shape
-    group_size = columns // weight_scale.shape[1]
-    padded = num_steps(columns) * 2 * TILE_COLUMNS
-    codes = torch.nn.functional.pad(codes, (0, padded - columns))
-    # [N/64, steps, 2 tiles, 4 blocks, 64 rows, 32 bytes]; byte j is column 16 * (j % 2) + j // 2
-    block = codes.view(rows // TILE_ROWS, TILE_ROWS, -1, 2, 4, 2, BLOCK_COLUMNS // 2)
-    block = block.permute(0, 2, 3, 4, 1, 6, 5).flatten(-2)
-
-    def plane(fields: tuple[tuple[int, int, int], ...], value: Callable) -> torch.Tensor:
-        parts = [value(block[:, :, tile, b]) << shift for tile, b, shift in fields]
-        return torch.stack(parts).sum(0, dtype=torch.uint8)
-
-    shared, planes = [], []
-    if bits == 3:
-        high = tuple((t, b, HIGH_BITS[t][b]) for t in range(2) for b in range(4))
-        shared = [plane(high, lambda q: q >> 2)]
-        planes = [plane(fields, lambda q: q & 3) for fields in FIELDS[2]]
-    elif bits == 1:
-        shared = [plane(fields, lambda q: q) for fields in FIELDS[1]]
-    else:
-        planes = [plane(fields, lambda q: q) for fields in FIELDS[bits]]
-    meta = tile_scale(weight_scale, padded // group_size, TILE_COLUMNS // group_size)
-    meta = meta.contiguous().view(torch.uint8).flatten(2)
-    return torch.cat([meta, *(p.flatten(2) for p in shared + planes)], dim=2)
-
-
-def untile_codes(
-    records: torch.Tensor, bits: int, columns: int, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse of `tile_codes`: codes uint8 [N, K], scale and zero float32 [N, K/G]."""
-    row_tiles, steps = records.shape[:2]
-    parts = (meta_bytes(group_size), shared_bytes(bits), 2 * tile_bytes(bits))
-    meta, shared, planes = records.split(parts, dim=2)
-    groups = TILE_COLUMNS // group_size
-    words = meta.contiguous().view(torch.int16).view(row_tiles, steps, groups, TILE_ROWS, 2)
-    words = words.permute(0, 3, 1, 4, 2).reshape(row_tiles * TILE_ROWS, -1)
-    scale, zero = unpack_scale(words[:, : columns // group_size], bits)
-    planes, shared = (p.unflatten(2, (-1, TILE_ROWS, BLOCK_COLUMNS)) for p in (planes, shared))
-    block = records.new_empty(row_tiles, steps, 2, 4, TILE_ROWS, BLOCK_COLUMNS)
-    low = FIELDS[2 if bits == 3 else bits]
-    source, mask = (shared if bits == 1 else planes), (1 << (2 if bits == 3 else bits)) - 1
-    for i, fields in enumerate(low):
-        for tile, b, shift in fields:
-            block[:, :, tile, b] = (source[:, :, i] >> shift) & mask
-    if bits == 3:
-        for tile in range(2):
+def untile(
+    record: torch.Tensor, columns: int, group_size: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Format.untile`."""
+    weight_scale, planes = records.split(record, columns, group_size)
+    low = width // 2 * 2
+    blocks = record.new_zeros(*record.shape[:2], 2, 4, records.TILE_ROWS, records.BLOCK_COLUMNS)
+    for t in range(2):
+        for p, plane in enumerate(LOW[low]):
+            for b, at in plane:
+                own = planes[:, :, width % 2 + t * len(LOW[low]) + p]
+                blocks[:, :, t, b] = (own >> at) & ((1 << low) - 1)
+        if width % 2:
             for b in range(4):
-                block[:, :, tile, b] |= ((shared[:, :, 0] >> HIGH_BITS[tile][b]) & 1) << 2
-    block = block.unflatten(-1, (BLOCK_COLUMNS // 2, 2)).permute(0, 4, 1, 2, 3, 6, 5)
-    codes = block.reshape(row_tiles * TILE_ROWS, -1)[:, :columns].contiguous()
-    return codes, scale, zero
+                blocks[:, :, t, b] |= ((planes[:, :, 0] >> HIGH[width][t][b]) & 1) << low
+    return pack(records.from_blocks(blocks, columns), width), weight_scale
 
 
-def tile_scale(weight_scale: torch.Tensor, groups: int, groups_per_tile: int) -> torch.Tensor:
-    """The stored int16 [N, K/G] to int16 [N/64, steps, groups per tile, 64, 2 tiles], zeros behind
-    the last group."""
-    words = torch.nn.functional.pad(weight_scale, (0, groups - weight_scale.shape[1]))
-    words = words.view(-1, TILE_ROWS, groups // (2 * groups_per_tile), 2, groups_per_tile)
-    return words.permute(0, 2, 4, 1, 3)
+def device() -> Device:
+    from mcmoe_kernels.formats.device.scalar8 import codes8
+    from mcmoe_kernels.formats.device.scalar16 import weights16
+
+    return Device(codes8, weights16)
+
+
+def scalar(width: int, zero_steps: int) -> Format:
+    return Format(
+        f"scalar{width}",
+        width,
+        width,
+        zero_steps,
+        partial(pack, width=width),
+        partial(unpack, width=width),
+        partial(tile, width=width),
+        partial(untile, width=width),
+        device,
+    )
+
+
+register(scalar(1, 2), scalar(2, 2), scalar(3, 1), scalar(4, 1))

@@ -10,30 +10,32 @@ zeros are applied to a group's sum, and one launch runs experts of all widths. F
     combine   parts and experts of a token, weighted, in a fixed order
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.formats.records import (
+from mcmoe_kernels.formats.device.records import (
     first_record,
     load_meta,
-    load_shared,
-    load_tile,
+    load_planes,
     plane_offsets,
     record_bytes_of,
+    shared_at,
+    tile_at,
 )
-from mcmoe_kernels.formats.scalar8 import blocks_bytes
-from mcmoe_kernels.formats.words import concatenate, split_meta
+from mcmoe_kernels.formats.device.words import concatenate, split_meta
 from mcmoe_kernels.gpu.choice import DecodeConfig, WarpConfig
 from mcmoe_kernels.gpu.common import (
     COMBINE_WIDE,
     activate,
+    by_format,
     combine_kernel,
+    digit_buffers,
     dtype_of,
     hidden_block,
-    register_limits,
+    launch_options,
 )
 from mcmoe_kernels.gpu.digits import absolute_bits, split_rows, to_fixed
 from mcmoe_kernels.gpu.routing import (
@@ -68,32 +70,80 @@ def multiply_part(acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, v
     return acc + (product * x_scale[None, :]) * scale[:, None]
 
 
+class Cut(NamedTuple):
+    """What a product is compiled for, but its formats. rows, columns: of the matrix. x_block:
+    columns of X that share a scale. block_n, block_m: rows and pairs of a program. splits: programs
+    that share the columns of a row."""
+
+    rows: int
+    columns: int
+    group_size: int
+    x_block: int
+    block_n: int
+    block_m: int
+    stages: int
+    splits: int
+    inline: bool
+
+
+def cuts(
+    config: DecodeConfig,
+    hidden_size: int,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+    h_block: int,
+    inline: bool = True,
+) -> tuple[Cut, Cut]:
+    """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
+    n13, n2, m = config.block_n13, config.block_n2, config.block_m
+    stages13, stages2, splits = config.stages13, config.stages2, config.splits
+    g13, g2 = group_sizes
+    return (
+        Cut(2 * intermediate_size, hidden_size, g13, g13, n13, m, stages13, 1, inline),
+        Cut(hidden_size, intermediate_size, g2, h_block, n2, m, stages2, splits, inline),
+    )
+
+
 @triton.jit
-def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexpr,
-               COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
-               BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-               STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+def each_alone(planes):
+    """Planes as `codes8` takes them: each of one element."""
+    parts = ()
+    for i in tl.static_range(len(planes)):
+        parts += ((planes[i],),)
+    return parts
+
+
+@triton.jit
+def dot_digits(x, x_meta, rows, records, entry, first_row, first_step, last_step,
+               CUT: tl.constexpr, FORMAT: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of W times BLOCK_M rows of X over some steps of K -> float32 [N, M].
 
-    rows: int [2 * M], twice each row of X, -1 for none. record: `first_record`.
+    rows: int [2 * M], twice each row of X, -1 for none. records, entry, first_row: of W.
     """
     # Pointers that move are scalars and tensors of offsets stand still: that takes the fewest
     # registers, and registers decide how many programs share a multiprocessor.
+    COLUMNS: tl.constexpr = CUT.columns
+    GROUP_SIZE: tl.constexpr = CUT.group_size
+    X_BLOCK: tl.constexpr = CUT.x_block
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_M: tl.constexpr = CUT.block_m
+    WIDTH: tl.constexpr = FORMAT.width
     tl.static_assert(X_BLOCK <= GROUP_SIZE)
-    STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    STRIDE: tl.constexpr = CUT.rows // 64 * record_bytes_of(WIDTH, GROUP_SIZE)
+    record = first_record(records, entry, first_row, GROUP_SIZE, WIDTH)
     valid = rows >= 0
     x_rows = tl.where(valid, rows * 2 + tl.arange(0, 2 * BLOCK_M) % 2, 0)
     x_offsets = x_rows[None, :] * COLUMNS + tl.arange(0, X_BLOCK)[:, None]
     meta_offsets = x_rows // 2 * (2 * (COLUMNS // X_BLOCK)) + x_rows % 2
-    offsets = plane_offsets(BLOCK_N, GROUP_SIZE, BITS, 1)
+    offsets = plane_offsets(BLOCK_N, GROUP_SIZE, WIDTH, 1)
     record += first_step.to(tl.int64) * STRIDE
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(first_step, last_step, num_stages=STAGES):
-        shared = load_shared(record, offsets, GROUP_SIZE, BITS, 1)
+    for step in tl.range(first_step, last_step, num_stages=CUT.stages):
+        shared = load_planes(record, offsets, shared_at(GROUP_SIZE), WIDTH % 2, 1)
         for tile in tl.static_range(2):
-            w0, w1 = load_tile(record, offsets, tile, GROUP_SIZE, BITS, 1)
-            w0 = shared if BITS == 1 else w0
-            b0, b1, b2, b3 = blocks_bytes(w0, w1, shared, tile, BITS, INLINE)
+            own = load_planes(record, offsets, tile_at(tile, WIDTH, GROUP_SIZE), WIDTH // 2, 1)
+            blocks = FORMAT.codes8(each_alone(shared + own), tile, WIDTH, CUT.inline)
+            b0, b1, b2, b3 = blocks[0][0], blocks[1][0], blocks[2][0], blocks[3][0]
             for part in tl.static_range(128 // X_BLOCK):
                 if X_BLOCK == 128:
                     codes = concatenate(concatenate(b0, b1), concatenate(b2, b3))
@@ -103,32 +153,14 @@ def dot_digits(x, x_meta, rows, record, first_step, last_step, ROWS: tl.constexp
                     codes = b0 if part == 0 else (b1 if part == 1 else (b2 if part == 2 else b3))
                 meta = load_meta(
                     record.to(tl.pointer_type(tl.int32)), BLOCK_N, tile * 128 + part * X_BLOCK,
-                    GROUP_SIZE, BITS,
+                    GROUP_SIZE, WIDTH,
                 )  # fmt: skip
-                scale, zero = split_meta(meta, tile, BITS, tl.float32)
+                scale, zero = split_meta(meta, tile, FORMAT.zero_steps, tl.float32)
                 acc = multiply_part(
                     acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, valid, step,
                     tile * 128 + part * X_BLOCK, COLUMNS, X_BLOCK,
                 )  # fmt: skip
         record += STRIDE
-    return acc
-
-
-@triton.jit
-def dot_any_width(x, x_meta, rows, records, entry, first_row, first_step, last_step,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-                  X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_M: tl.constexpr, STAGES: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """`dot_digits` by the width of the slot; only the widths in WIDTHS are compiled."""
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for bits in tl.static_range(1, 5):
-        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
-            if entry % 8 == bits:
-                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
-                acc = dot_digits(
-                    x, x_meta, rows, start, first_step, last_step,
-                    ROWS, COLUMNS, GROUP_SIZE, X_BLOCK, bits, BLOCK_N, BLOCK_M, STAGES, INLINE,
-                )  # fmt: skip
     return acc
 
 
@@ -158,11 +190,11 @@ def prepare_kernel(x, digits, x_meta, ids, lookup, topk_weights, ratio, kept_ids
 
 @triton.jit(do_not_specialize=["top_k"])
 def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
-                   HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                   GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                   ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-                   PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                   CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
+                   DTYPE: tl.constexpr, H_BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    INTERMEDIATE: tl.constexpr = CUT.rows // 2
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_M: tl.constexpr = CUT.block_m
     first_row = tl.program_id(0) * BLOCK_N
     block = tl.program_id(1)
     wait_for_previous(PDL)
@@ -171,11 +203,12 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
         return
     pairs = load_pairs(block_pair, block, BLOCK_M)
     rows = tl.where(pairs >= 0, pairs // top_k, -1)
-    acc = dot_any_width(
-        digits, x_meta, rows, records, entry, first_row,
-        tl.zeros((), tl.int32), (HIDDEN + 255) // 256,
-        2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
+    nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    STEPS: tl.constexpr = (CUT.columns + 255) // 256
+    tensors = (
+        digits, x_meta, rows, records, entry, first_row, tl.zeros((), tl.int32), STEPS
     )  # fmt: skip
+    acc = by_format(nothing, entry, dot_digits, tensors, CUT, FORMATS)
     pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
@@ -201,11 +234,11 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
 
 @triton.jit(do_not_specialize=["pairs_total"])
 def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
-                HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                STAGES: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    STEPS: tl.constexpr = (INTERMEDIATE + 255) // 256
+                CUT: tl.constexpr, FORMATS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    SPLITS: tl.constexpr = CUT.splits
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_M: tl.constexpr = CUT.block_m
+    STEPS: tl.constexpr = (CUT.columns + 255) // 256
     PER_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
@@ -216,13 +249,14 @@ def down_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_
     wait_for_previous(PDL)
     row = first_row + tl.arange(0, BLOCK_N)
     if entry != 0:
-        acc = dot_any_width(
+        nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        tensors = (
             h_digits, h_meta, pairs, records, entry, first_row,
             first_step, tl.minimum(first_step + PER_SPLIT, STEPS),
-            HIDDEN, INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, BLOCK_N, BLOCK_M, STAGES, INLINE,
         )  # fmt: skip
+        acc = by_format(nothing, entry, dot_digits, tensors, CUT, FORMATS)
         pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
-        at = (split * pairs_total + pair).to(tl.int64) * HIDDEN
+        at = (split * pairs_total + pair).to(tl.int64) * CUT.rows
         tl.store(
             parts + at[None, :] + row[:, None], acc,
             mask=(pair >= 0)[None, :] & (row >= 0)[:, None],
@@ -243,12 +277,14 @@ def fused_experts_decode(
     """x [T, H] bfloat16 or float16, topk_weights float32 [T, k], topk_ids int [T, k] -> [T, H].
 
     All contiguous, on one device. prune_ratio: experts whose weight is below so much of their
-    token's largest are skipped. counts: int64 [2], see `experts_gpu`. inline: use inline PTX. pdl:
+    token's largest are skipped. counts: int64 [2], see `experts`. inline: use inline PTX. pdl:
     let each launch begin before the previous ends.
     """
+    sizes = layer.hidden_size, layer.intermediate_size, layer.group_sizes
+    cut13, cut2 = cuts(config, *sizes, hidden_block(layer, config), inline)
     return launch_decode(
         x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
-        (gate_up_kernel, {}), (down_kernel, {}),
+        (gate_up_kernel, cut13), (down_kernel, cut2),
     )  # fmt: skip
 
 
@@ -262,58 +298,45 @@ def launch_decode(
     counts: torch.Tensor | None,
     inline: bool,
     pdl: bool,
-    gate_up: tuple[Any, dict[str, Any]],
-    down: tuple[Any, dict[str, Any]],
+    gate_up: tuple[Any, Any],
+    down: tuple[Any, Any],
 ) -> torch.Tensor:
-    """The four launches. gate_up, down: a kernel and constants of its own."""
+    """The four launches. gate_up, down: a kernel and its `Cut`."""
     tokens, hidden = x.shape
     top_k, inter, pairs = topk_ids.shape[1], layer.intermediate_size, topk_ids.numel()
     w13, w2, block_m = layer.w13, layer.w2, config.block_m
     x_block, h_block = w13.group_size, hidden_block(layer, config)
     blocks = max_blocks(pairs, layer.num_slots, block_m)
     slots = triton.next_power_of_2(layer.num_slots)
-    # Buffers of their own: pieces of one would differ in alignment, which is compiled in.
-    digits, x_meta, h_digits, h_meta, scratch, block_info, block_pair, parts = (
-        x.new_empty(shape, dtype=dtype)
-        for shape, dtype in (
-            ((tokens, 2, hidden), torch.int8),
-            ((tokens, hidden // x_block, 2), torch.float32),
-            ((pairs, 2, inter), torch.int8),
-            ((pairs, inter // h_block, 2), torch.float32),
-            (2 * slots + pairs, torch.int32),
-            ((blocks, 4), torch.int32),
-            ((blocks, block_m), torch.int32),
-            ((config.splits, pairs, hidden), torch.float32),
-        )
-    )
+    x_digits, x_meta = digit_buffers(x, tokens, hidden, x_block)
+    h_digits, h_meta = digit_buffers(x, pairs, inter, h_block)
+    scratch = x.new_empty(2 * slots + pairs, dtype=torch.int32)
+    block_info = x.new_empty((blocks, 4), dtype=torch.int32)
+    block_pair = x.new_empty((blocks, block_m), dtype=torch.int32)
+    parts = x.new_empty((config.splits, pairs, hidden), dtype=torch.float32)
     out = torch.empty_like(x)
     common = pdl_options(pdl)
     x_blocks = 1024 // x_block
     pruned = prune_ratio > 0 or counts is not None
     kept_ids = torch.empty_like(topk_ids) if pruned else topk_ids
     prepare_kernel[(1 + tokens * triton.cdiv(hidden // x_block, x_blocks),)](
-        x, digits, x_meta, topk_ids, layer.lookup, topk_weights, prune_ratio, kept_ids, counts,
+        x, x_digits, x_meta, topk_ids, layer.lookup, topk_weights, prune_ratio, kept_ids, counts,
         scratch, block_info, block_pair, pairs, blocks,
         COLUMNS=hidden, X_BLOCK=x_block, X_BLOCKS=x_blocks, PRUNED_TOP_K=top_k if pruned else 0,
         EXPERTS=len(layer.lookup), SLOTS=slots, BLOCK_M=block_m, INLINE=inline,
         **few_options(pairs), **common,
     )  # fmt: skip
-    shape = {"HIDDEN": hidden, "INTERMEDIATE": inter, "BLOCK_M": block_m, "INLINE": inline}
-    limit13, limit2 = register_limits(config)
-    kernel, own = gate_up
+    options13, options2 = launch_options(config)
+    kernel, cut = gate_up
     kernel[(2 * inter // config.block_n13, blocks)](
-        digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
-        GROUP_SIZE=w13.group_size, X_BLOCK=x_block, WIDTHS=w13.widths,
-        ACTIVATION=layer.activation, DTYPE=dtype_of(x), H_BLOCK=h_block,
-        BLOCK_N=config.block_n13, STAGES=config.stages13,
-        num_warps=config.warps13, **own, **limit13, **shape, **common,
+        x_digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
+        CUT=cut, FORMATS=w13.formats, ACTIVATION=layer.activation, DTYPE=dtype_of(x),
+        H_BLOCK=h_block, **options13, **common,
     )  # fmt: skip
-    kernel, own = down
+    kernel, cut = down
     kernel[(hidden // config.block_n2 * config.splits, blocks)](
         h_digits, h_meta, w2.records, block_info, block_pair, parts, pairs,
-        GROUP_SIZE=w2.group_size, X_BLOCK=h_block, WIDTHS=w2.widths, SPLITS=config.splits,
-        BLOCK_N=config.block_n2, STAGES=config.stages2,
-        num_warps=config.warps2, **own, **limit2, **shape, **common,
+        CUT=cut, FORMATS=w2.formats, **options2, **common,
     )  # fmt: skip
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](

@@ -21,30 +21,21 @@ from typing import Any
 import torch
 import triton
 
-from mcmoe_kernels.formats.scalar import TILE_ROWS
+from mcmoe_kernels.formats.records import TILE_ROWS
 
 logger = logging.getLogger("mcmoe_kernels")
 
-
 CONFIGS = Path(__file__).parent / "configs"
-
-
 DEFAULT = "default"
-
-
 # Files whose measurements serve every device of a compute capability.
 BY_CAPABILITY = {(9, 0): "NVIDIA_H100_80GB_HBM3"}
-
-
 BLOCKS_N = (256, 128, 64)
-
-
-WARPGROUP_COLUMNS = 64  # `experts_warpgroup` has no masks within as many columns
+WARPGROUP_COLUMNS = 64  # `warpgroup` has no masks within as many columns
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """`experts_decode`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
+    """`block`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
     splits: programs that share the columns of a row of w2. registers13, registers2: as
     `PrefillConfig.registers`."""
 
@@ -62,7 +53,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class WarpConfig:
-    """`experts_warp`. parts13, parts2: warps of a program that share the columns of a row; a warp
+    """`warp`. parts13, parts2: warps of a program that share the columns of a row; a warp
     has 16, 32 or 64 rows. stages13, stages2: steps of 256 columns that are loaded ahead. block_m:
     4. Others as in `DecodeConfig`."""
 
@@ -91,13 +82,13 @@ class WarpConfig:
 
 @dataclass(frozen=True)
 class SingleConfig(WarpConfig):
-    """`experts_single`, one token. block_n13, block_n2: multiples of 16, not powers of two alone;
+    """`single`, one token. block_n13, block_n2: multiples of 16, not powers of two alone;
     warps for whom no rows are left rest."""
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`experts_prefill`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
+    """`prefill`. block_m: pairs of a block. block_n13, block_n2: rows of a program.
     group_n: row blocks that follow each other for every block of pairs, so that both stay in the
     L2 cache. registers: the most a thread may take, 0 for no limit; fewer let more programs share
     a multiprocessor. few_m: a block of so many pairs or fewer is multiplied as one of that size, 0
@@ -115,7 +106,7 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class WarpgroupConfig:
-    """`experts_warpgroup`, compute capability 9.0. part13, part2: columns of a product, 32 or
+    """`warpgroup`, compute capability 9.0. part13, part2: columns of a product, 32 or
     64. stages: even, at least 4. Others as in `PrefillConfig`."""
 
     block_m: int = 128
@@ -130,8 +121,6 @@ class WarpgroupConfig:
 
 
 Config = DecodeConfig | WarpConfig | SingleConfig | PrefillConfig | WarpgroupConfig
-
-
 KERNELS: dict[str, type[Config]] = {
     "decode": DecodeConfig,
     "warp": WarpConfig,
@@ -234,11 +223,25 @@ def configs_for(name: str, shape: LayerShape) -> dict[int, Config]:
     return {tokens: fit(config, shape) for tokens, config in table[nearest].items()}
 
 
-def choose_config(device: torch.device, shape: LayerShape, tokens: int) -> Config:
-    """The configuration for a batch: that of the nearest listed number of tokens, by factor."""
+def choose_config(
+    device: torch.device, shape: LayerShape, tokens: int, codes8: bool = True
+) -> Config:
+    """The configuration for a batch: that of the nearest listed number of tokens, by factor.
+
+    codes8: whether all formats of the layer have it (`is_usable`)."""
     configs = configs_for(table_name(device), shape)
-    fitting = (n for n, c in configs.items() if tokens <= 1 or not isinstance(c, SingleConfig))
+    fitting = (
+        n
+        for n, c in configs.items()
+        if is_usable(c, codes8) and (tokens <= 1 or not isinstance(c, SingleConfig))
+    )
     return configs[min(fitting, key=lambda listed: abs(math.log2(listed / max(1, tokens))))]
+
+
+def is_usable(config: Config, codes8: bool) -> bool:
+    """Whether a configuration's kernel finds what it multiplies: 16-bit weights every format has,
+    8-bit codes (`codes8`) not."""
+    return codes8 or isinstance(config, PrefillConfig | WarpgroupConfig)
 
 
 def fit(config: Config, shape: LayerShape) -> Config:

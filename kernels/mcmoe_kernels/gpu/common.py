@@ -1,4 +1,4 @@
-"""What the schedules share: activation, the sum over experts, steps along K, launch options."""
+"""What the kernels of several schedules share."""
 
 import torch
 import triton
@@ -11,6 +11,20 @@ from mcmoe_kernels.gpu.tiled import TiledLayer
 COMBINE_WIDE = 32  # tokens from which `combine` takes 1024 columns a program
 
 
+@triton.constexpr_function
+def format_at(formats, i):
+    return formats[i]
+
+
+@triton.jit
+def by_format(acc, entry, dot, tensors, CUT: tl.constexpr, FORMATS: tl.constexpr):
+    """dot(*tensors, CUT, FORMAT) for the format that `entry` names, acc for none of FORMATS."""
+    for i in tl.static_range(len(FORMATS)):
+        if entry % 8 == FORMATS[i].number:
+            acc = dot(*tensors, CUT, format_at(FORMATS, i))
+    return acc
+
+
 @triton.jit
 def activate(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
@@ -21,6 +35,38 @@ def activate(gate, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "gelu_tanh")
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.constexpr_function
+def is_scaled(block_m, group_size):
+    """Whether each weight is scaled, rather than each result.
+
+    Few pairs: a scale for each result costs less. Many: registers are short, and results take more
+    of them before they are scaled.
+    """
+    return block_m > 32 or group_size < 128
+
+
+@triton.constexpr_function
+def steps_of(columns, shares):
+    """The steps of 256 columns of each of the programs, or warps, that share a row."""
+    return -(-columns // (256 * shares))
+
+
+@triton.constexpr_function
+def is_ragged(columns, splits, parts, ahead):
+    """Whether a warp may have fewer steps than others, or its last one fewer columns, where `parts`
+    warps in each of `splits` programs share a row and take `ahead` steps at a time."""
+    per_split = steps_of(columns, splits)
+    per_part = steps_of(256 * per_split, parts)
+    whole = per_part % ahead == 0 and per_split == parts * per_part
+    return not whole or columns % (256 * per_split) != 0
+
+
+@triton.jit
+def load_if(at, inside, MASKED: tl.constexpr):
+    """Zeros where not inside. No mask where the shape needs none: it would cost instructions."""
+    return tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
 
 
 @triton.jit(do_not_specialize=["pairs_total"])
@@ -62,44 +108,24 @@ def hidden_block(layer: TiledLayer, config: DecodeConfig | WarpConfig) -> int:
     return min(layer.w2.group_size, config.block_n13 // 2)
 
 
-def register_limits(config: DecodeConfig | WarpConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """The options of both products' launches that limit registers."""
-    limits = config.registers13, config.registers2
-    first, second = ({"maxnreg": limit} if limit else {} for limit in limits)
-    return first, second
+def launch_options(config: DecodeConfig | WarpConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """The options of both products' launches: warps, and limits of registers."""
+    options13, options2 = {"num_warps": config.warps13}, {"num_warps": config.warps2}
+    if config.registers13:
+        options13["maxnreg"] = config.registers13
+    if config.registers2:
+        options2["maxnreg"] = config.registers2
+    return options13, options2
+
+
+def digit_buffers(
+    like: torch.Tensor, rows: int, columns: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the digits of rows and for their meta (`digits`), on the device of `like`. Buffers
+    of their own: pieces of one would differ in alignment, which is compiled in."""
+    digits = like.new_empty((rows, 2, columns), dtype=torch.int8)
+    return digits, like.new_empty((rows, columns // block, 2), dtype=torch.float32)
 
 
 def dtype_of(x: torch.Tensor) -> tl.dtype:
     return getattr(tl, str(x.dtype).removeprefix("torch."))
-
-
-@triton.constexpr_function
-def steps_of(columns, shares):
-    """The steps of 256 columns of each of the programs, or warps, that share a row."""
-    return -(-columns // (256 * shares))
-
-
-@triton.constexpr_function
-def is_ragged(columns, splits, parts, ahead):
-    """Whether a warp may have fewer steps than others, or its last one fewer columns, where `parts`
-    warps in each of `splits` programs share a row and take `ahead` steps at a time."""
-    per_split = steps_of(columns, splits)
-    per_part = steps_of(256 * per_split, parts)
-    whole = per_part % ahead == 0 and per_split == parts * per_part
-    return not whole or columns % (256 * per_split) != 0
-
-
-@triton.jit
-def load_if(at, inside, MASKED: tl.constexpr):
-    """Zeros where not inside. No mask where the shape needs none: it would cost instructions."""
-    return tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
-
-
-@triton.constexpr_function
-def is_scaled(block_m, group_size):
-    """Whether each weight is scaled, rather than each result.
-
-    Few pairs: a scale for each result costs less. Many: registers are short, and results take more
-    of them before they are scaled.
-    """
-    return block_m > 32 or group_size < 128

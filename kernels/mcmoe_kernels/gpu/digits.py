@@ -7,7 +7,7 @@ bfloat16; smaller ones are off by 2^-15 of the largest at most. Codes of weights
 too, so their product with X is exact in int32 and a group's scales and zeros are applied once,
 in float32: weights are never rounded.
 
-Digits are stored in the order in which the bytes of a plane hold columns (`tiles`): position j
+Digits are stored in the order in which the bytes of a plane hold columns (`records`): position j
 of a block of 32 is column 16 * (j % 2) + j // 2.
 """
 
@@ -15,12 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.formats.scalar import column_permutation
+from mcmoe_kernels.formats.records import column_permutation
 from mcmoe_kernels.gpu.threads import each_thread
 
 MAX_FIXED = 32512  # 127 * 256: the high digit of X + 128 still fits
-
-
 HEADROOM = 32768 / MAX_FIXED
 
 

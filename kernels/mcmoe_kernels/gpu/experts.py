@@ -16,6 +16,7 @@ from mcmoe_kernels.gpu.choice import (
     WarpgroupConfig,
     choose_config,
     configs_for,
+    is_usable,
     table_name,
 )
 from mcmoe_kernels.gpu.common import COMBINE_WIDE
@@ -32,14 +33,8 @@ FEW_TOKENS: dict[type[Config], Any] = {
     WarpConfig: fused_experts_warp,
     SingleConfig: fused_experts_single,
 }
-
-
 DTYPES = (torch.bfloat16, torch.float16)
-
-
 MIN_CAPABILITY = (8, 0)
-
-
 # From COMBINE_WIDE tokens on rows are summed in wider pieces.
 COMPILED_APART = (2, COMBINE_WIDE)
 
@@ -69,7 +64,8 @@ def fused_experts(
         return torch.empty_like(x)
     inputs = (x.contiguous(), layer, topk_weights.contiguous(), topk_ids.contiguous())
     if config is None:
-        config = choose_config(x.device, shape_of(layer, topk_ids.shape[1]), x.shape[0])
+        shape = shape_of(layer, topk_ids.shape[1])
+        config = choose_config(x.device, shape, x.shape[0], layer.has_codes8)
     pdl = supports_pdl(x.device)
     if run := FEW_TOKENS.get(type(config)):
         return run(*inputs, config, prune_ratio, counts, inline=inline(), pdl=pdl)
@@ -98,7 +94,8 @@ def warm_up(
     device = layer.lookup.device
     counts = torch.zeros(2, dtype=torch.int64, device=device) if counting else None
     shape = shape_of(layer, top_k)
-    configs = set(configs_for(table_name(device), shape).values())
+    found = configs_for(table_name(device), shape)
+    configs = {config for config in found.values() if is_usable(config, layer.has_codes8)}
     # More than FEW_PAIRS pairs are routed in another way, and more than ONE_PROGRAM_PAIRS again.
     batches = {*COMPILED_APART, FEW_PAIRS // top_k + 1, ONE_PROGRAM_PAIRS // top_k + 1}
 
@@ -162,7 +159,9 @@ def _check(
             ("block_n2", layer.hidden_size),
         ):
             if rows % getattr(config, name):
-                problems.append(f"{name} of {config} does not divide {rows} rows (`tuning.fit`)")
+                problems.append(f"{name} of {config} does not divide {rows} rows (`choice.fit`)")
+    if config is not None and not is_usable(config, layer.has_codes8):
+        problems.append(f"{config} takes 8-bit codes, which some format of the layer lacks")
     if isinstance(config, SingleConfig) and x.shape[0] > 1:
         problems.append(f"{config} is for one token, x has {x.shape[0]}")
     if problems:

@@ -1,13 +1,13 @@
 """Experts that are not worth their time are dropped in one launch: their ids become -1.
 
-The rule, its counts and their definitions in plain torch are in `mcmoe_vllm.pruning`.
+The rule, its counts and their definitions in plain torch are in `mcmoe_kernels.pruning`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.gpu.routing import add_pair_counts
+from mcmoe_kernels.gpu.routing import add_pair_counts, is_pruned
 
 TOKENS_AT_ONCE = 64
 
@@ -22,8 +22,7 @@ def prune_kernel(topk_weights, ids, out, counts, ratio, tokens, top_k, BLOCK_T: 
     expert = tl.load(ids + at, mask=inside, other=-1)
     weight = tl.load(topk_weights + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.where(expert >= 0, weight, 0.0), 1)
-    dropped = weight < (largest * ratio)[:, None]
-    kept = tl.where(dropped, -1, expert)
+    kept = tl.where(is_pruned(weight, largest[:, None], ratio), -1, expert)
     tl.store(out + at, kept, mask=inside)
     add_pair_counts(counts, ids, kept, at, inside)
 

@@ -20,11 +20,7 @@ import triton.language as tl
 from mcmoe_kernels.gpu.tiled import TiledLayer
 
 PAIRS_AT_ONCE = 256
-
-
 ONE_PROGRAM_PAIRS = 1024  # so many are routed by one program: one launch instead of three
-
-
 FEW_PAIRS = 64  # so many are compared with each other
 
 
@@ -92,6 +88,25 @@ def prefetch_lookup(lookup, EXPERTS: tl.constexpr, INLINE: tl.constexpr):
 
 
 @triton.jit
+def is_pruned(weight, largest, ratio):
+    """Whether a pair is dropped: the rule of `mcmoe_kernels.pruning`, wherever it is applied."""
+    return weight < largest * ratio
+
+
+@triton.jit
+def load_entry(block_info, block, ENTRY: tl.constexpr):
+    """A block's entry in the table of w13 (ENTRY 1) or w2 (2), 0 behind the last block."""
+    slot = tl.load(block_info + block * 4)
+    return tl.where(slot >= 0, tl.load(block_info + block * 4 + ENTRY), 0)
+
+
+@triton.jit
+def load_pairs(block_pair, block, BLOCK_M: tl.constexpr):
+    """The pairs int32 [2 * BLOCK_M] of a block, each twice."""
+    return tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)
+
+
+@triton.jit
 def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.constexpr):
     """The id of a pair; with PRUNED_TOP_K, the experts of a token, -1 also where its weight is
     below `ratio` times the token's largest (`pruning`)."""
@@ -104,7 +119,7 @@ def expert_of_pair(ids, topk_weights, ratio, pair, inside, PRUNED_TOP_K: tl.cons
             other = tl.load(topk_weights + first + j, mask=inside, other=0.0).to(tl.float32)
             valid = tl.load(ids + first + j, mask=inside, other=-1) >= 0
             largest = tl.maximum(largest, tl.where(valid, other, 0.0))
-        expert = tl.where(weight < largest * ratio, -1, expert)
+        expert = tl.where(is_pruned(weight, largest, ratio), -1, expert)
     return expert
 
 
@@ -317,16 +332,3 @@ def route_pairs(
 def pdl_options(pdl: bool) -> dict[str, bool]:
     """What a launch of a kernel that calls `wait_for_previous` is given."""
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-@triton.jit
-def load_entry(block_info, block, ENTRY: tl.constexpr):
-    """A block's entry in the table of w13 (ENTRY 1) or w2 (2), 0 behind the last block."""
-    slot = tl.load(block_info + block * 4)
-    return tl.where(slot >= 0, tl.load(block_info + block * 4 + ENTRY), 0)
-
-
-@triton.jit
-def load_pairs(block_pair, block, BLOCK_M: tl.constexpr):
-    """The pairs int32 [2 * BLOCK_M] of a block, each twice."""
-    return tl.load(block_pair + block * BLOCK_M + tl.arange(0, 2 * BLOCK_M) // 2)

@@ -6,7 +6,7 @@ plain torch has, a row of 16-bit numbers for each expert. That leaves the cut fr
 program are any multiple of 16, so that programs fill the multiprocessors evenly, and warps of a
 program may share the columns of a row. Programs of `down` load their first weights before `gate_up`
 has ended, and the last of them for a block of rows adds up the experts. The products are those of
-`experts_warp`.
+`warp`.
 """
 
 import math
@@ -16,13 +16,29 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 
+from mcmoe_kernels.gpu import warp
 from mcmoe_kernels.gpu.choice import SingleConfig
-from mcmoe_kernels.gpu.common import activate, dtype_of, is_ragged, register_limits, steps_of
+from mcmoe_kernels.gpu.common import (
+    activate,
+    by_format,
+    digit_buffers,
+    dtype_of,
+    is_ragged,
+    launch_options,
+    steps_of,
+)
 from mcmoe_kernels.gpu.digits import load_token
-from mcmoe_kernels.gpu.routing import expert_of_pair, pdl_options, wait_for_previous
+from mcmoe_kernels.gpu.routing import expert_of_pair, is_pruned, pdl_options, wait_for_previous
 from mcmoe_kernels.gpu.threads import threads
 from mcmoe_kernels.gpu.tiled import TiledLayer
-from mcmoe_kernels.gpu.warp import add_parts, dot_any_width, place_of_warp, steps_of_warp
+from mcmoe_kernels.gpu.warp import (
+    Cut,
+    add_parts,
+    dot_planes,
+    place_of_warp,
+    steps_of_warp,
+    zeros_of,
+)
 
 
 @triton.jit
@@ -60,7 +76,7 @@ def weights_of_token(ids, lookup, topk_weights, ratio, TOP_K: tl.constexpr,
         expert, weight = routed[pair]
         computed = (expert >= 0) & (tl.load(lookup + tl.maximum(expert, 0) * 4) >= 0)
         if PRUNED_TOP_K:
-            computed = computed & ((weight < largest * ratio) == 0)
+            computed = computed & (is_pruned(weight, largest, ratio) == 0)
         found += ((computed, weight),)
     return found
 
@@ -107,26 +123,43 @@ def begin_token(thread, ids, topk_weights, ratio, counts, ended, TOP_K: tl.const
         tl.atomic_add(counts + 1, dropped.to(tl.int64), sem="relaxed")
 
 
+def cuts(
+    config: SingleConfig,
+    hidden_size: int,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+    dtype: tl.dtype,
+    pdl: bool,
+    inline: bool = True,
+) -> tuple[Cut, Cut]:
+    """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
+    cut13, cut2 = warp.cuts(
+        config, hidden_size, intermediate_size, group_sizes, group_sizes[1], pdl, inline
+    )
+    share = cut2.per_split * 256  # columns that are not there have digits of zero
+    ragged = is_ragged(share, 1, config.parts2, cut2.ahead)
+    return (
+        cut13._replace(dtype=dtype),
+        cut2._replace(dtype=dtype, digit_columns=share, ragged=ragged),
+    )
+
+
 @gluon.jit(do_not_specialize=["ratio"])
 def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights, ratio, counts,
-                          ended, h,
-                          HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                          GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr,
-                          ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
-                          TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-                          TOP_K: tl.constexpr, PRUNED_TOP_K: tl.constexpr,
-                          EXPERTS: tl.constexpr, ENDED: tl.constexpr, WARPS: tl.constexpr,
-                          PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+                          ended, h, CUT: tl.constexpr, FORMATS: tl.constexpr,
+                          ACTIVATION: tl.constexpr, TOP_K: tl.constexpr,
+                          PRUNED_TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+                          ENDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], act(gate) * up. digits,
     x_meta: for each program its own."""
-    STEPS: tl.constexpr = steps_of(HIDDEN, 1)
-    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
-    AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
-    own_steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
+    HIDDEN: tl.constexpr = CUT.columns
+    INTERMEDIATE: tl.constexpr = CUT.rows // 2
+    TILES: tl.constexpr = CUT.tiles
+    WARPS: tl.constexpr = CUT.warps
+    own_steps = steps_of_warp(CUT.per_part, CUT)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
-    thread = threads(WARPS, INLINE)
+    thread = threads(WARPS, CUT.inline)
     entries = load_entries(thread, lookup, EXPERTS, WARPS)
     wait_for_previous(PDL)
     token = load_token(thread, x, HIDDEN, HIDDEN, WARPS)
@@ -138,14 +171,14 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
         )
     if entry == 0:
         return
-    first_row = tl.program_id(0) * BLOCK_N
-    place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
-    acc = dot_any_width(
+    first_row = tl.program_id(0) * CUT.block_n
+    place = place_of_warp(thread, first_row, CUT.per_split, CUT)
+    tensors = (
         thread, place, token, None, digits + program * (2 * HIDDEN),
-        x_meta + program * (2 * (HIDDEN // GROUP_SIZE)), thread * 0, thread * 0, records, entry,
-        first_row, entry * 0, own_steps, HIDDEN, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, GROUP_SIZE,
-        WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, DTYPE, INLINE,
+        x_meta + program * (2 * (HIDDEN // CUT.x_block)), thread * 0, thread * 0, records, entry,
+        first_row, entry * 0, own_steps, HIDDEN,
     )  # fmt: skip
+    acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
     # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own.
     first, begin, end = place
     row = first_row // 64 * 64 + first
@@ -153,31 +186,28 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
     at = h + pair * INTERMEDIATE + row // 2 + thread % 32 // 4
     for tile in tl.static_range(TILES):
         gate, up = acc[tile]
-        gate, up = add_parts(gate, PARTS, WARPS, INLINE), add_parts(up, PARTS, WARPS, INLINE)
-        tl.store(at + tile * 8, (activate(gate, ACTIVATION) * up).to(DTYPE), mask=gives)
+        value = activate(add_parts(gate, CUT), ACTIVATION) * add_parts(up, CUT)
+        tl.store(at + tile * 8, value.to(h.dtype.element_ty), mask=gives)
 
 
 @gluon.jit(do_not_specialize=["ratio"])
 def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ratio, parts, ended,
-                       out,
-                       HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                       GROUP_SIZE: tl.constexpr, WIDTHS: tl.constexpr, DTYPE: tl.constexpr,
-                       SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-                       PARTS: tl.constexpr, STAGES: tl.constexpr, TOP_K: tl.constexpr,
-                       PRUNED_TOP_K: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
-                       INLINE: tl.constexpr):  # fmt: skip
+                       out, CUT: tl.constexpr, FORMATS: tl.constexpr, TOP_K: tl.constexpr,
+                       PRUNED_TOP_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w2 over one of SPLITS parts of the columns. digits, h_meta: as above."""
-    PER_SPLIT: tl.constexpr = steps_of(INTERMEDIATE, SPLITS)
-    PER_PART: tl.constexpr = steps_of(256 * PER_SPLIT, PARTS)
-    AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    COLUMNS: tl.constexpr = PER_SPLIT * 256  # those that are not there have digits of zero
-    RAGGED: tl.constexpr = is_ragged(COLUMNS, 1, PARTS, AHEAD)
-    own_steps = steps_of_warp(PER_PART, BLOCK_N, TILES, PARTS, WARPS, INLINE)
+    HIDDEN: tl.constexpr = CUT.rows
+    INTERMEDIATE: tl.constexpr = CUT.columns
+    SPLITS: tl.constexpr = CUT.splits
+    PER_SPLIT: tl.constexpr = CUT.per_split
+    BLOCK_N: tl.constexpr = CUT.block_n
+    TILES: tl.constexpr = CUT.tiles
+    WARPS: tl.constexpr = CUT.warps
+    own_steps = steps_of_warp(CUT.per_part, CUT)
     pair = tl.program_id(1)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(0) % SPLITS
     first_row = tl.program_id(0) // SPLITS * BLOCK_N
-    thread = threads(WARPS, INLINE)
+    thread = threads(WARPS, CUT.inline)
     expert = expert_of_pair(ids, topk_weights, ratio, pair, True, PRUNED_TOP_K)
     entry = tl.load(lookup + expert * 4 + 2, mask=expert >= 0, other=0)
     # What adding up needs is here before the sums are.
@@ -187,22 +217,22 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
     else:
         first_step = split * PER_SPLIT
         steps = tl.minimum(PER_SPLIT, steps_of(INTERMEDIATE, 1) - first_step)
-        place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
-        acc = dot_any_width(
+        place = place_of_warp(thread, first_row, steps, CUT)
+        tensors = (
             thread, place, None, h + pair * INTERMEDIATE + first_step * 256,
-            digits + program * (2 * COLUMNS), h_meta + program * (2 * (COLUMNS // GROUP_SIZE)),
-            thread * 0, thread * 0, records, entry, first_row, first_step, own_steps,
-            INTERMEDIATE - first_step * 256, HIDDEN, COLUMNS, GROUP_SIZE, GROUP_SIZE, WIDTHS, TILES,
-            WARPS, AHEAD, RAGGED, PDL, DTYPE, INLINE,
+            digits + program * (2 * CUT.digit_columns),
+            h_meta + program * (2 * (CUT.digit_columns // CUT.x_block)), thread * 0, thread * 0,
+            records, entry, first_row, first_step, own_steps, INTERMEDIATE - first_step * 256,
         )  # fmt: skip
+        acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
         first, begin, end = place
         row = first_row // 64 * 64 + first + thread % 32 // 4
         gives = (thread % 4 == 0) & (begin == 0) & (first - first_row % 64 < BLOCK_N)
         at = parts + (split * TOP_K + pair) * HIDDEN + row
         for tile in tl.static_range(TILES):
             sum0, sum1 = acc[tile]
-            tl.store(at + tile * 16, add_parts(sum0, PARTS, WARPS, INLINE), mask=gives)
-            tl.store(at + tile * 16 + 8, add_parts(sum1, PARTS, WARPS, INLINE), mask=gives)
+            tl.store(at + tile * 16, add_parts(sum0, CUT), mask=gives)
+            tl.store(at + tile * 16 + 8, add_parts(sum1, CUT), mask=gives)
     tl.debug_barrier()
     if ended_last(ended, first_row // BLOCK_N, SPLITS * TOP_K):
         for first_of in tl.static_range(0, BLOCK_N, 32 * WARPS):
@@ -211,8 +241,6 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
 
 
 GPU_KERNELS = (gate_up_single_kernel, down_single_kernel)
-
-
 INTERPRETED_KERNELS = tuple(triton.jit(kernel.fn) for kernel in GPU_KERNELS)
 
 
@@ -233,40 +261,25 @@ def fused_experts_single(
     row_blocks = hidden // config.block_n2
     grid13 = (2 * inter // config.block_n13, top_k)
     grid2 = (row_blocks * config.splits, top_k)
-    share = steps_of(inter, config.splits) * 256  # columns of a program of `down`
-    programs13, programs2 = math.prod(grid13), math.prod(grid2)
-    digits, x_meta, h, h_digits, h_meta, parts, ended = (
-        x.new_empty(shape, dtype=dtype)
-        for shape, dtype in (
-            ((programs13, 2, hidden), torch.int8),
-            ((programs13, hidden // w13.group_size, 2), torch.float32),
-            ((top_k, inter), x.dtype),
-            ((programs2, 2, share), torch.int8),
-            ((programs2, share // w2.group_size, 2), torch.float32),
-            ((config.splits, top_k, hidden), torch.float32),
-            (row_blocks, torch.int32),
-        )
-    )
+    cut13, cut2 = cuts(config, hidden, inter, layer.group_sizes, dtype_of(x), pdl, inline)
+    x_digits, x_meta = digit_buffers(x, math.prod(grid13), hidden, cut13.x_block)
+    h_digits, h_meta = digit_buffers(x, math.prod(grid2), cut2.digit_columns, cut2.x_block)
+    h = x.new_empty((top_k, inter))
+    parts = x.new_empty((config.splits, top_k, hidden), dtype=torch.float32)
+    ended = x.new_empty(row_blocks, dtype=torch.int32)
     out = torch.empty_like(x)
     pruned = prune_ratio > 0 or counts is not None
-    common = {
-        "HIDDEN": hidden, "INTERMEDIATE": inter, "DTYPE": dtype_of(x), "TOP_K": top_k,
-        "INLINE": inline, "PRUNED_TOP_K": top_k if pruned else 0, **pdl_options(pdl),
-    }  # fmt: skip
+    common = {"TOP_K": top_k, "PRUNED_TOP_K": top_k if pruned else 0, **pdl_options(pdl)}
     routes = (topk_ids, layer.lookup, topk_weights, prune_ratio)
-    limit13, limit2 = register_limits(config)
+    options13, options2 = launch_options(config)
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
     gate_up[grid13](
-        x, digits, x_meta, w13.records, *routes, counts, ended, h,
-        GROUP_SIZE=w13.group_size, WIDTHS=w13.widths, ACTIVATION=layer.activation,
-        BLOCK_N=config.block_n13, TILES=config.tiles13, PARTS=config.parts13,
-        STAGES=config.stages13, ENDED=row_blocks, EXPERTS=len(layer.lookup),
-        WARPS=config.warps13, num_warps=config.warps13, **limit13, **common,
+        x, x_digits, x_meta, w13.records, *routes, counts, ended, h,
+        CUT=cut13, FORMATS=w13.formats, ACTIVATION=layer.activation, ENDED=row_blocks,
+        EXPERTS=len(layer.lookup), **options13, **common,
     )  # fmt: skip
     down[grid2](
         h, h_digits, h_meta, w2.records, *routes, parts, ended, out,
-        GROUP_SIZE=w2.group_size, WIDTHS=w2.widths, SPLITS=config.splits,
-        BLOCK_N=config.block_n2, TILES=config.tiles2, PARTS=config.parts2, STAGES=config.stages2,
-        WARPS=config.warps2, num_warps=config.warps2, **limit2, **common,
+        CUT=cut2, FORMATS=w2.formats, **options2, **common,
     )  # fmt: skip
     return out

@@ -1,55 +1,73 @@
-"""The bit layout that the Triton kernels read: the file's codes, regrouped once at load.
-
-A matrix [N, K] is cut into tiles of 64 rows by 128 columns. Two neighbouring tiles along K are a
-step; K is padded to whole steps with codes and scales of zero. Memory holds, for each step, the
-records of all row tiles one behind the other: programs that walk along K side by side read one
-contiguous stretch. A plane is 64 rows of 32 bytes; a record is
-
-    1 bit    meta, a plane for both tiles
-    2 bits   meta, for each tile a plane
-    3 bits   meta, a plane with the high bits of both tiles, for each tile a plane of low bits
-    4 bits   meta, for each tile two planes
-
-The 128 columns of a tile are four blocks of 32. Byte j of a row's plane holds codes of the columns
-16 * (j % 2) + j // 2 of several blocks (`FIELDS`), so that
-
-    - four bytes in a 32-bit register are four codes of one block: an operand of an 8-bit MMA,
-    - the same register, as two 16-bit words, holds neighbouring columns: an operand of a 16-bit
-      MMA in the natural order of the columns.
-
-3 bits become 4-bit planes after one merge: (low & 0x33) | (high & 0x44), see `HIGH_BITS`.
+"""A layer as the GPU kernels read it: records (`formats.records`), and tables that find them.
 
 Rows of w13 alternate in blocks of 8: eight of gate, eight of up. They land in one thread of the
 accumulator, which makes the gated activation a matter of registers.
-
-Meta is the scales and zeros of both tiles, [128/G, 64] int32: word (g, row) holds the stored words
-(`packing`) of group g of the second tile above that of the first.
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
-from mcmoe_kernels.formats.packing import dequantize_codes, unpack
-from mcmoe_kernels.formats.scalar import (
-    BLOCK_COLUMNS,
-    TILE_ROWS,
-    matrix_bytes,
-    num_steps,
-    tile_codes,
-    untile_codes,
-)
+from mcmoe_kernels.formats.format import NUMBERS, Format, find
+from mcmoe_kernels.formats.records import BLOCK_COLUMNS, TILE_ROWS, num_steps
 from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
 
 CODES_AT_ONCE = 1 << 24  # bounds the memory of repacking: about 16 bytes a code
+ALIGNMENT = 256  # of a slot's first byte
+
+
+@dataclass(frozen=True, repr=False)
+class KernelFormat:
+    """A format as kernels are compiled for it."""
+
+    name: str
+    number: int
+    width: int
+    zero_steps: int
+    codes8: Any
+    weights16: Any
+
+    def __repr__(self) -> str:
+        return f"{self.name}#{self.number}"
+
+    @cached_property
+    def cache_key(self) -> str:
+        functions = (f.cache_key for f in (self.codes8, self.weights16) if f is not None)
+        return "-".join([repr(self), str(self.width), str(self.zero_steps), *functions])
+
+
+class KernelFormats(tuple[KernelFormat, ...]):
+    """The formats that a kernel chooses from: a tl.constexpr."""
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk goes by: as text, a function would be no more than a name."""
+        return "+".join(f.cache_key for f in self)
+
+    def __hash__(self) -> int:  # asked for at every launch
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.cache_key)
+
+
+@lru_cache
+def kernel_formats(formats: tuple[Format, ...]) -> KernelFormats:
+    """One and the same object for the same formats."""
+    return KernelFormats(
+        KernelFormat(f.name, f.number, f.width, f.zero_steps, *f.device()) for f in formats
+    )
 
 
 @dataclass(frozen=True)
 class TiledMatrices:
     """One matrix [rows, columns] per slot, a slot being a local expert that has weights.
 
-    records: int8, flat. table: int32 [slots], 8 * (first byte of the slot / 256) + bits.
-    bits: the widths, on the host. model_bits: as in `ExpertMatrices`.
+    records: int8, flat. table: int32 [slots], 8 * (first byte of the slot / 256) + the number of
+    its format. bits: those numbers, on the host. model_bits: as in `ExpertMatrices`.
     """
 
     rows: int
@@ -60,15 +78,10 @@ class TiledMatrices:
     table: torch.Tensor
     model_bits: tuple[int, ...] = ()
 
-    @property
-    def num_records(self) -> int:
-        """Records of one slot."""
-        return self.rows // TILE_ROWS * num_steps(self.columns)
-
-    @property
-    def widths(self) -> int:
-        """The widths that kernels are compiled for as a bit mask: 1 << bits for each."""
-        return sum(1 << b for b in {*self.bits, *self.model_bits} if b)
+    @cached_property
+    def formats(self) -> KernelFormats:
+        """Those that kernels are compiled for."""
+        return kernel_formats(tuple(find(b) for b in sorted({*self.bits, *self.model_bits}) if b))
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,16 @@ class TiledLayer:
     def num_slots(self) -> int:
         return len(self.w13.bits)
 
+    @cached_property
+    def has_codes8(self) -> bool:
+        """Whether kernels for few tokens can run it (`format.Device`)."""
+        return all(f.codes8 is not None for m in (self.w13, self.w2) for f in m.formats)
+
+    @property
+    def group_sizes(self) -> tuple[int, int]:
+        """Of w13 and of w2."""
+        return self.w13.group_size, self.w2.group_size
+
 
 def tile_layer(layer: ExpertLayer) -> TiledLayer:
     """Repack a layer, on the device that holds it. Raises ValueError listing all that is wrong."""
@@ -102,7 +125,9 @@ def tile_layer(layer: ExpertLayer) -> TiledLayer:
     if problems:
         raise ValueError("; ".join(problems))
     present = [e for e in range(layer.num_experts) if layer.present(e)]
-    order = sorted(present, key=lambda e: -(2 * layer.w13.bits[e] + layer.w2.bits[e]))
+    order = sorted(
+        present, key=lambda e: -(2 * find(layer.w13.bits[e]).width + find(layer.w2.bits[e]).width)
+    )
     device = layer.w13.scale[0].device
     local = torch.full((layer.num_experts,), -1, dtype=torch.int32)
     for slot, expert in enumerate(order):
@@ -154,13 +179,17 @@ def gate_up_rows(intermediate_size: int, device: torch.device | str) -> torch.Te
     return rows.transpose(0, 1).flatten()
 
 
+def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    return rows // TILE_ROWS * num_steps(columns) * find(bits).record_bytes(group_size)
+
+
 def tile_matrices(
     matrices: ExpertMatrices, order: list[int], row_order: torch.Tensor | None = None
 ) -> TiledMatrices:
     """Repack the experts in `order`; stored rows are taken in `row_order`."""
     first = order[0]
     rows = matrices.packed[first].shape[0]
-    columns = matrices.packed[first].shape[1] * 8 // matrices.bits[first]
+    columns = matrices.packed[first].shape[1] * 8 // find(matrices.bits[first]).width
     group_size = columns // matrices.scale[first].shape[1]
     device = matrices.packed[first].device
     bits = tuple(matrices.bits[e] for e in order)
@@ -175,11 +204,11 @@ def tile_matrices(
         for row in range(0, rows, at_once):
             part = slice(row, min(row + at_once, rows))
             chosen = part if row_order is None else row_order[part]
-            codes = unpack(matrices.packed[expert][chosen], bits[slot])
             tiles = slice(part.start // TILE_ROWS, part.stop // TILE_ROWS)
-            record = tile_codes(codes, matrices.scale[expert][chosen], bits[slot])
+            packed, scale = matrices.packed[expert][chosen], matrices.scale[expert][chosen]
+            record = find(bits[slot]).tile(packed, scale)
             target[:, tiles] = record.transpose(0, 1)
-    table = [start // 256 * 8 + b for start, b in zip(starts, bits, strict=False)]
+    table = [start // ALIGNMENT * NUMBERS + b for start, b in zip(starts, bits, strict=False)]
     return TiledMatrices(
         rows,
         columns,
@@ -195,8 +224,8 @@ def dequantize_slot(matrices: TiledMatrices, slot: int) -> torch.Tensor:
     """The float32 [rows, columns] matrix of a slot, rows as tiled: exact."""
     rows, columns, bits = matrices.rows, matrices.columns, matrices.bits[slot]
     group_size = matrices.group_size
-    start = int(matrices.table[slot]) // 8 * 256
+    start = int(matrices.table[slot]) // NUMBERS * ALIGNMENT
     flat = matrices.records[start : start + matrix_bytes(rows, columns, bits, group_size)]
     records = flat.view(torch.uint8).view(num_steps(columns), rows // TILE_ROWS, -1)
-    codes, scale, zero = untile_codes(records.transpose(0, 1), bits, columns, group_size)
-    return dequantize_codes(codes, scale, zero)
+    stored = find(bits).untile(records.transpose(0, 1), columns, group_size)
+    return find(bits).dequantize(*stored)

@@ -1,8 +1,8 @@
 """The experts for few tokens, every warp on its own: codes go from memory to registers to MMAs.
 
-The launches, products and results of `experts_decode` for blocks of up to four pairs, but without
+The launches, products and results of `block` for blocks of up to four pairs, but without
 shared memory and barriers: a thread finds what it multiplies in eight bytes side by side in a plane
-of `tiles`, so that it loads its own operands, some steps ahead.
+of `records`, so that it loads its own operands, some steps ahead.
 
 Tensors have an element a thread (`threads`). A thread is one of (warps, 8 rows, 4 quads), as the
 8-bit MMA of 16 rows, 32 columns and 8 columns of X wants it:
@@ -12,17 +12,30 @@ Tensors have an element a thread (`threads`). A thread is one of (warps, 8 rows,
     results   rows `row` and `row` + 8, both digits of pair `quad`
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 
-from mcmoe_kernels.formats.records import first_record, record_bytes_of
-from mcmoe_kernels.formats.scalar8 import blocks_words, halves, load_planes
-from mcmoe_kernels.formats.words import split_meta
+from mcmoe_kernels.formats.device.records import (
+    first_record,
+    record_bytes_of,
+    shared_at,
+    tile_at,
+)
+from mcmoe_kernels.formats.device.words import split_meta
 from mcmoe_kernels.gpu.block import launch_decode
 from mcmoe_kernels.gpu.choice import WarpConfig
-from mcmoe_kernels.gpu.common import activate, is_ragged, load_if, steps_of
+from mcmoe_kernels.gpu.common import (
+    activate,
+    by_format,
+    hidden_block,
+    is_ragged,
+    load_if,
+    steps_of,
+)
 from mcmoe_kernels.gpu.digits import absolute_bits, load_token, store_token, to_fixed
 from mcmoe_kernels.gpu.routing import load_entry, wait_for_previous
 from mcmoe_kernels.gpu.threads import each_thread, threads
@@ -32,6 +45,71 @@ MULTIPLY_ASM = tl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
     "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 )
+
+
+class Cut(NamedTuple):
+    """What a product is compiled for, but its formats. rows, columns: of the matrix; digit_columns:
+    of a row of digits, for which programs that make their own take whole steps. x_block: columns
+    of X that share a scale. block_n: rows of a program, tiles * 16 of a warp; parts warps share
+    their columns, and splits programs. ahead: steps that are loaded ahead. ragged: `is_ragged`.
+    waits: the product begins before the previous grid ends. dtype: of the X that digits are made
+    of, or None.
+    """
+
+    rows: int
+    columns: int
+    digit_columns: int
+    group_size: int
+    x_block: int
+    block_n: int
+    tiles: int
+    parts: int
+    warps: int
+    splits: int
+    ahead: int
+    ragged: bool
+    waits: bool
+    dtype: tl.dtype | None
+    inline: bool
+
+    @property
+    def per_split(self) -> int:
+        """Steps of a program."""
+        return steps_of(self.columns, self.splits)
+
+    @property
+    def per_part(self) -> int:
+        """Steps of a warp."""
+        return steps_of(256 * self.per_split, self.parts)
+
+
+def cuts(
+    config: WarpConfig,
+    hidden_size: int,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+    h_block: int,
+    pdl: bool,
+    inline: bool = True,
+) -> tuple[Cut, Cut]:
+    """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
+
+    c, g13, g2 = config, *group_sizes
+    cut13 = Cut(
+        2 * intermediate_size, hidden_size, hidden_size, g13, g13, c.block_n13, c.tiles13,
+        c.parts13, c.warps13, 1, c.stages13, False, False, None, inline,
+    )  # fmt: skip
+    cut2 = Cut(
+        hidden_size, intermediate_size, intermediate_size, g2, h_block, c.block_n2, c.tiles2,
+        c.parts2, c.warps2, c.splits, c.stages2, False, pdl, None, inline,
+    )  # fmt: skip
+    return _settle(cut13), _settle(cut2)
+
+
+def _settle(cut: Cut) -> Cut:
+    """No more steps ahead than a warp has, and whether these come out even."""
+    ahead = min(cut.ahead, cut.per_part)
+    return cut._replace(ahead=ahead, ragged=is_ragged(cut.columns, cut.splits, cut.parts, ahead))
 
 
 @triton.jit
@@ -77,32 +155,80 @@ def multiply_bytes(acc, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, INLINE: tl.
 
 
 @triton.jit
+def halves(word):
+    """int64 to its two int32."""
+    return word.to(tl.int32), (word >> 32).to(tl.int32)
+
+
+@triton.jit
+def load_words(at, START: tl.constexpr, inside):
+    """16 rows of a plane, START bytes behind the record, as operands: of `row` and of `row` + 8,
+    the lower and the higher columns."""
+    w0, w2 = halves(tl.load(at + START // 8, mask=inside))
+    w1, w3 = halves(tl.load(at + START // 8 + 32, mask=inside))
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def load_planes(record, offsets, meta_offsets, inside, WIDTH: tl.constexpr,
+                CUT: tl.constexpr):  # fmt: skip
+    """What a step holds of the warp's rows, for each 16 of them: the planes of each tile, and metas
+    by group of a tile. Anything where not inside: it is to meet digits of zero, and every meta
+    decodes to finite numbers."""
+    GROUP_SIZE: tl.constexpr = CUT.group_size
+    TILES: tl.constexpr = CUT.tiles
+    at = record.to(tl.pointer_type(tl.int64)) + offsets
+    meta_at = record.to(tl.pointer_type(tl.int32)) + meta_offsets
+    loaded = ()
+    for rows in tl.static_range(TILES):
+        shared = ()
+        if WIDTH % 2 == 1:
+            shared += (load_words(at + rows * 64, shared_at(GROUP_SIZE), inside),)
+        planes = ()
+        for tile in tl.static_range(2):
+            own = shared
+            for plane in tl.static_range(WIDTH // 2):
+                own += (
+                    load_words(
+                        at + rows * 64, tile_at(tile, WIDTH, GROUP_SIZE) + 2048 * plane, inside
+                    ),
+                )  # fmt: skip
+            planes += (own,)
+        metas = ()
+        for group in tl.static_range(128 // GROUP_SIZE):
+            here = meta_at + group * 64 + rows * 16
+            metas += ((tl.load(here, mask=inside), tl.load(here + 8, mask=inside)),)
+        loaded += ((planes, metas),)
+    return loaded
+
+
+@triton.jit
 def multiply_part(thread, acc, loaded, x, x_meta, columns_left, AT: tl.constexpr,
-                  RAGGED: tl.constexpr, GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr,
-                  BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-                  INLINE: tl.constexpr):  # fmt: skip
+                  CUT: tl.constexpr, FORMAT: tl.constexpr):  # fmt: skip
     """acc += X_BLOCK columns of a step's weights, from AT on, scaled, times those of X."""
+    X_BLOCK: tl.constexpr = CUT.x_block
+    TILES: tl.constexpr = CUT.tiles
     TILE: tl.constexpr = AT // 128
     inside = thread * 0 + AT < columns_left
     digits = ()
     for block in tl.static_range(X_BLOCK // 32):
-        digits += (halves(load_if(x + (AT + 32 * block) // 8, inside, RAGGED)),)
-    scale, total = halves(load_if(x_meta + AT // X_BLOCK, inside, RAGGED))
+        digits += (halves(load_if(x + (AT + 32 * block) // 8, inside, CUT.ragged)),)
+    scale, total = halves(load_if(x_meta + AT // X_BLOCK, inside, CUT.ragged))
     x_scale, x_sum = scale.to(tl.float32, bitcast=True), total.to(tl.float32, bitcast=True)
     nothing = thread * 0
     sums = ()
     for rows in tl.static_range(TILES):
         planes, metas = loaded[rows]
-        blocks = blocks_words(planes, TILE, BITS, INLINE)
+        blocks = FORMAT.codes8(planes[TILE], TILE, FORMAT.width, CUT.inline)
         product = (nothing, nothing, nothing, nothing)
         for block in tl.static_range(X_BLOCK // 32):
             a0, a1, a2, a3 = blocks[AT % 128 // 32 + block]
             b0, b1 = digits[block]
-            product = multiply_bytes(product, a0, a1, a2, a3, b0, b1, WARPS, INLINE)
+            product = multiply_bytes(product, a0, a1, a2, a3, b0, b1, CUT.warps, CUT.inline)
         c0, c1, c2, c3 = product
-        meta0, meta1 = metas[AT % 128 // GROUP_SIZE]
-        scale0, zero0 = split_meta(meta0, TILE, BITS, tl.float32)
-        scale1, zero1 = split_meta(meta1, TILE, BITS, tl.float32)
+        meta0, meta1 = metas[AT % 128 // CUT.group_size]
+        scale0, zero0 = split_meta(meta0, TILE, FORMAT.zero_steps, tl.float32)
+        scale1, zero1 = split_meta(meta1, TILE, FORMAT.zero_steps, tl.float32)
         value0 = ((c0 * 256 + c1).to(tl.float32) - zero0 * x_sum) * x_scale
         value1 = ((c2 * 256 + c3).to(tl.float32) - zero1 * x_sum) * x_scale
         sum0, sum1 = acc[rows]
@@ -111,116 +237,98 @@ def multiply_part(thread, acc, loaded, x, x_meta, columns_left, AT: tl.constexpr
 
 
 @triton.jit
-def multiply_planes(thread, acc, loaded, x, x_meta, columns_left, RAGGED: tl.constexpr,
-                    GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, BITS: tl.constexpr,
-                    TILES: tl.constexpr, WARPS: tl.constexpr,
-                    INLINE: tl.constexpr):  # fmt: skip
+def multiply_planes(thread, acc, loaded, x, x_meta, columns_left, CUT: tl.constexpr,
+                    FORMAT: tl.constexpr):  # fmt: skip
     """acc += a step's weights, scaled, times X. x, x_meta: where the step's columns of X begin.
-    RAGGED: less than 256 of them may be left, or none.
+    If the cut is ragged, less than 256 of them may be left, or none.
 
     acc: two float32 [threads] for each 16 rows.
     """
+    X_BLOCK: tl.constexpr = CUT.x_block
     for part in tl.static_range(256 // X_BLOCK):
         acc = multiply_part(
-            thread, acc, loaded, x, x_meta, columns_left, part * X_BLOCK, RAGGED, GROUP_SIZE,
-            X_BLOCK, BITS, TILES, WARPS, INLINE,
+            thread, acc, loaded, x, x_meta, columns_left, part * X_BLOCK, CUT, FORMAT
         )  # fmt: skip
     return acc
 
 
 @triton.jit
-def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, record, steps,
-               columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-               X_BLOCK: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr,
-               WARPS: tl.constexpr, AHEAD: tl.constexpr, RAGGED: tl.constexpr,
-               WAIT: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+def zeros_of(thread, TILES: tl.constexpr):
+    """What products are added to: two float32 [threads] for each 16 rows."""
+    nothing = (thread * 0).to(tl.float32)
+    acc = ()
+    for _ in tl.static_range(TILES):
+        acc += ((nothing, nothing),)
+    return acc
+
+
+@triton.jit
+def dot_planes(thread, place, token, source, x, x_meta, rows, pair_rows, records, entry, first_row,
+               first_step, steps, columns, CUT: tl.constexpr, FORMAT: tl.constexpr):  # fmt: skip
     """TILES * 16 rows of W for each warp times rows of X -> two float32 [threads] for each 16 rows.
 
-    place: three int32 [threads], the first of a thread's rows behind `record`'s, the first of its
-    steps and the first behind them. x, x_meta: digits of X, COLUMNS a row, from step 0 on; columns:
-    so many of them are X's. rows: int32 [threads], the row of X whose digits the thread loads;
-    pair_rows: the same of its results; -1 for none, row 0 stands in and nobody is to store what it
-    gives. steps: the most of any warp, or `steps_of_warp`. AHEAD: so many are loaded ahead. RAGGED:
-    a warp may have fewer, or the last of them fewer columns.
+    records, entry, first_row, first_step: where W begins. place: three int32 [threads], the first
+    of a thread's rows behind first_row's record, the first of its steps and the first behind them.
+    x, x_meta: digits of X, from first_step on; columns: so many of them are X's. rows: int32
+    [threads], the row of X whose digits the thread loads; pair_rows: the same of its results; -1
+    for none, row 0 stands in and nobody is to store what it gives. steps: the most of any warp, or
+    `steps_of_warp`.
 
-    When the first steps are on their way, this waits for the previous grid if WAIT, and makes the
-    digits if it is given X, one row in DTYPE: token (`digits.load_token`), or source, where X lies
+    When the first steps are on their way, this waits for the previous grid if the cut says so, and
+    makes the digits if it is given X, one row: token (`digits.load_token`), or source, where X lies
     once the previous grid has ended. The other one is None, or both.
     """
-    STRIDE: tl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    COLUMNS: tl.constexpr = CUT.digit_columns
+    GROUP_SIZE: tl.constexpr = CUT.group_size
+    X_BLOCK: tl.constexpr = CUT.x_block
+    WARPS: tl.constexpr = CUT.warps
+    AHEAD: tl.constexpr = CUT.ahead
+    DTYPE: tl.constexpr = CUT.dtype
+    WIDTH: tl.constexpr = FORMAT.width
+    STRIDE: tl.constexpr = CUT.rows // 64 * record_bytes_of(WIDTH, GROUP_SIZE)
+    record = first_record(records, entry, first_row, GROUP_SIZE, WIDTH)
+    record += first_step.to(tl.int64) * STRIDE
     first, begin, end = place
     row, quad = thread % 32 // 4, thread % 4
-    start = first // 64 * record_bytes_of(BITS, GROUP_SIZE) + begin * STRIDE
+    start = first // 64 * record_bytes_of(WIDTH, GROUP_SIZE) + begin * STRIDE
     offsets = start // 8 + (first % 64 + row) * 4 + quad
     meta_offsets = start // 4 + first % 64 + row
     loaded = ()
     for i in tl.static_range(AHEAD):
         loaded += (
-            load_planes(
-                record + i * STRIDE, offsets, meta_offsets, begin + i < end, GROUP_SIZE, BITS,
-                TILES,
-            ),
+            load_planes(record + i * STRIDE, offsets, meta_offsets, begin + i < end, WIDTH, CUT),
         )  # fmt: skip
-    wait_for_previous(WAIT)
+    wait_for_previous(CUT.waits)
     if source is not None:
         late = load_token(thread, source, columns, COLUMNS, WARPS)
-        store_token(thread, late, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
+        store_token(thread, late, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, CUT.inline)
         tl.debug_barrier()
     if token is not None:
-        store_token(thread, token, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, INLINE)
+        store_token(thread, token, x, x_meta, COLUMNS, X_BLOCK, DTYPE, WARPS, CUT.inline)
         tl.debug_barrier()
     at = (tl.maximum(rows, 0) * 2 + row % 2) * (COLUMNS // 8) + quad + begin * 32
     x = x.to(tl.pointer_type(tl.int64)) + at
     at = tl.maximum(pair_rows, 0) * (COLUMNS // X_BLOCK) + begin * (256 // X_BLOCK)
     x_meta = x_meta.to(tl.pointer_type(tl.int64)) + at
-    nothing = (thread * 0).to(tl.float32)
-    acc = ()
-    for _ in tl.static_range(TILES):
-        acc += ((nothing, nothing),)
+    acc = zeros_of(thread, CUT.tiles)
     left = tl.minimum(end * 256, columns) - begin * 256
     for step in range(0, steps, AHEAD):
         following = ()
         for i in tl.static_range(AHEAD):
             acc = multiply_planes(
                 thread, acc, loaded[i], x + i * 32, x_meta + i * (256 // X_BLOCK),
-                left - (step + i) * 256, RAGGED, GROUP_SIZE, X_BLOCK, BITS, TILES, WARPS, INLINE,
+                left - (step + i) * 256, CUT, FORMAT,
             )  # fmt: skip
             following += (
                 load_planes(
                     record + (AHEAD + i) * STRIDE, offsets, meta_offsets,
-                    begin + (step + AHEAD + i) < end, GROUP_SIZE, BITS, TILES,
+                    begin + (step + AHEAD + i) < end, WIDTH, CUT,
                 ),
             )  # fmt: skip
         loaded = following
         record += AHEAD * STRIDE
         x += AHEAD * 32
         x_meta += AHEAD * (256 // X_BLOCK)
-    return acc
-
-
-@triton.jit
-def dot_any_width(thread, place, token, source, x, x_meta, rows, pair_rows, records, entry,
-                  first_row, first_step, steps, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                  TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-                  RAGGED: tl.constexpr, WAIT: tl.constexpr, DTYPE: tl.constexpr,
-                  INLINE: tl.constexpr):  # fmt: skip
-    """`dot_planes` by the width of the expert, from first_row and first_step on; only the widths in
-    WIDTHS are compiled."""
-    nothing = (thread * 0).to(tl.float32)
-    acc = ()
-    for _ in tl.static_range(TILES):
-        acc += ((nothing, nothing),)
-    for bits in tl.static_range(1, 5):
-        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
-            if entry % 8 == bits:
-                record = first_record(records, entry, first_row, GROUP_SIZE, bits)
-                record += first_step.to(tl.int64) * (ROWS // 64 * record_bytes_of(bits, GROUP_SIZE))
-                acc = dot_planes(
-                    thread, place, token, source, x, x_meta, rows, pair_rows, record, steps,
-                    columns, ROWS, COLUMNS, GROUP_SIZE, X_BLOCK, bits, TILES, WARPS, AHEAD, RAGGED,
-                    WAIT, DTYPE, INLINE,
-                )  # fmt: skip
     return acc
 
 
@@ -232,80 +340,78 @@ def load_pairs(thread, block_pair, block, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def place_of_warp(thread, first_row, steps, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
-                  TILES: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
-    """`dot_planes`'s place. PARTS warps share the STEPS steps of a row, of which there are `steps`;
-    warps for whom no row is left have none."""
-    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
+def place_of_warp(thread, first_row, steps, CUT: tl.constexpr):
+    """`dot_planes`'s place. Warps share the steps of a program, of which there are `steps`; warps
+    for whom no row is left have none."""
+    PER_PART: tl.constexpr = CUT.per_part
+    ROW_WARPS: tl.constexpr = CUT.warps // CUT.parts
     warp = thread // 32
-    first = warp % (WARPS // PARTS) * (16 * TILES)
-    begin = warp // (WARPS // PARTS) * PER_PART
-    end = tl.where(first < BLOCK_N, tl.minimum(begin + PER_PART, steps), 0)
+    first = warp % ROW_WARPS * (16 * CUT.tiles)
+    begin = warp // ROW_WARPS * PER_PART
+    end = tl.where(first < CUT.block_n, tl.minimum(begin + PER_PART, steps), 0)
     return first_row % 64 + first, begin, end
 
 
 @triton.jit
-def steps_of_warp(steps, BLOCK_N: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-                  WARPS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+def steps_of_warp(steps, CUT: tl.constexpr):
     """`steps`, and 0 in warps for whom no row is left: a scalar, but a warp's own."""
-    if INLINE and WARPS // PARTS * 16 * TILES > BLOCK_N:
+    ROW_WARPS: tl.constexpr = CUT.warps // CUT.parts
+    if CUT.inline and ROW_WARPS * 16 * CUT.tiles > CUT.block_n:
         warp = tl.inline_asm_elementwise(
             "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", "=r", [], dtype=tl.int32,
             is_pure=True, pack=1,
         )  # fmt: skip
-        steps = tl.where(warp % (WARPS // PARTS) * (16 * TILES) < BLOCK_N, steps, 0)
+        steps = tl.where(warp % ROW_WARPS * (16 * CUT.tiles) < CUT.block_n, steps, 0)
     return steps
 
 
 @triton.jit
-def add_parts(value, PARTS: tl.constexpr, WARPS: tl.constexpr, INLINE: tl.constexpr):
+def add_parts(value, CUT: tl.constexpr):
     """The sum over the warps that share a row's columns, for each of them."""
+    PARTS: tl.constexpr = CUT.parts
     if PARTS > 1:
-        parts = value.reshape(PARTS, 32 * WARPS // PARTS)
+        parts = value.reshape(PARTS, 32 * CUT.warps // PARTS)
         nothing = (parts.to(tl.int32, bitcast=True) * 0).to(tl.float32)
-        value = each_thread(nothing + tl.sum(parts, 0)[None, :], WARPS, INLINE)
+        value = each_thread(nothing + tl.sum(parts, 0)[None, :], CUT.warps, CUT.inline)
     return value
 
 
 @gluon.jit(do_not_specialize=["top_k"])
 def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
-                        HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                        GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                        ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
-                        PARTS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-                        PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """As `experts_decode.gate_up_kernel`. STAGES: steps that are loaded ahead."""
+                        CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
+                        DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    """As `block.gate_up_kernel`."""
+    INTERMEDIATE: tl.constexpr = CUT.rows // 2
+    TILES: tl.constexpr = CUT.tiles
+    WARPS: tl.constexpr = CUT.warps
+    INLINE: tl.constexpr = CUT.inline
     block = tl.program_id(1)
     thread = threads(WARPS, INLINE)
     wait_for_previous(PDL)
     entry = load_entry(block_info, block, 1)
     if entry == 0:
         return
-    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
-    first_row = tl.program_id(0) * BLOCK_N
-    STEPS: tl.constexpr = steps_of(HIDDEN, 1)
-    PER_PART: tl.constexpr = steps_of(256 * STEPS, PARTS)
-    AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = is_ragged(HIDDEN, 1, PARTS, AHEAD)
-    place = place_of_warp(thread, first_row, STEPS, STEPS, BLOCK_N, TILES, PARTS, WARPS)
-    acc = dot_any_width(
+    loads, gives = load_pairs(thread, block_pair, block, 4)
+    first_row = tl.program_id(0) * CUT.block_n
+    place = place_of_warp(thread, first_row, CUT.per_split, CUT)
+    tensors = (
         thread, place, None, None, digits, x_meta,
         tl.where(loads >= 0, loads // top_k, -1), tl.where(gives >= 0, gives // top_k, -1),
-        records, entry, first_row, entry * 0, PER_PART, HIDDEN, 2 * INTERMEDIATE, HIDDEN,
-        GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, False, None, INLINE,
+        records, entry, first_row, entry * 0, CUT.per_part, CUT.columns,
     )  # fmt: skip
+    acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
     # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own. H_BLOCK columns of h
     # are those of WARPS_TOGETHER warps.
     WARPS_TOGETHER: tl.constexpr = H_BLOCK // (8 * TILES)
     SHAPE: tl.constexpr = (WARPS // WARPS_TOGETHER, 8 * WARPS_TOGETHER, 4)
-    row, warp = thread % 32 // 4, thread // 32 % (WARPS // PARTS)
+    row, warp = thread % 32 // 4, thread // 32 % (WARPS // CUT.parts)
     gives = tl.where(thread // 32 == warp, gives, -1)
     largest = thread * 0
     values = ()
     for rows in tl.static_range(TILES):
         gate, up = acc[rows]
-        gate, up = add_parts(gate, PARTS, WARPS, INLINE), add_parts(up, PARTS, WARPS, INLINE)
+        gate, up = add_parts(gate, CUT), add_parts(up, CUT)
         h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
         largest = tl.maximum(largest, absolute_bits(h))
         values += (h,)
@@ -335,47 +441,39 @@ def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digit
 
 @gluon.jit(do_not_specialize=["pairs_total"])
 def down_warp_kernel(h_digits, h_meta, records, block_info, block_pair, parts, pairs_total,
-                     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-                     GROUP_SIZE: tl.constexpr, X_BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
-                     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                     TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-                     WARPS: tl.constexpr, PDL: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """As `experts_decode.down_kernel`. STAGES: steps that are loaded ahead."""
+                     CUT: tl.constexpr, FORMATS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """As `block.down_kernel`."""
+    PER_SPLIT: tl.constexpr = CUT.per_split
+    TILES: tl.constexpr = CUT.tiles
     block = tl.program_id(1)
-    thread = threads(WARPS, INLINE)
+    thread = threads(CUT.warps, CUT.inline)
     entry = load_entry(block_info, block, 2)
     if entry == 0:
         wait_for_previous(PDL)
         return
-    loads, gives = load_pairs(thread, block_pair, block, BLOCK_M)
-    split = tl.program_id(0) % SPLITS
-    first_row = tl.program_id(0) // SPLITS * BLOCK_N
-    PER_SPLIT: tl.constexpr = steps_of(INTERMEDIATE, SPLITS)
-    PER_PART: tl.constexpr = steps_of(256 * PER_SPLIT, PARTS)
-    AHEAD: tl.constexpr = min(STAGES, PER_PART)
-    RAGGED: tl.constexpr = is_ragged(INTERMEDIATE, SPLITS, PARTS, AHEAD)
+    loads, gives = load_pairs(thread, block_pair, block, 4)
+    split = tl.program_id(0) % CUT.splits
+    first_row = tl.program_id(0) // CUT.splits * CUT.block_n
     first_step = split * PER_SPLIT
-    steps = tl.minimum(PER_SPLIT, steps_of(INTERMEDIATE, 1) - first_step)
-    place = place_of_warp(thread, first_row, steps, PER_SPLIT, BLOCK_N, TILES, PARTS, WARPS)
-    acc = dot_any_width(
+    steps = tl.minimum(PER_SPLIT, steps_of(CUT.columns, 1) - first_step)
+    place = place_of_warp(thread, first_row, steps, CUT)
+    tensors = (
         thread, place, None, None, h_digits + first_step * 256,
-        h_meta + first_step * (2 * (256 // X_BLOCK)), loads, gives, records, entry, first_row,
-        first_step, tl.minimum(PER_PART, steps), INTERMEDIATE - first_step * 256, HIDDEN,
-        INTERMEDIATE, GROUP_SIZE, X_BLOCK, WIDTHS, TILES, WARPS, AHEAD, RAGGED, PDL, None, INLINE,
+        h_meta + first_step * (2 * (256 // CUT.x_block)), loads, gives, records, entry, first_row,
+        first_step, tl.minimum(CUT.per_part, steps), CUT.columns - first_step * 256,
     )  # fmt: skip
+    acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
     first, begin, end = place
-    at = (split * pairs_total + gives).to(tl.int64) * HIDDEN + first_row // 64 * 64 + first
+    at = (split * pairs_total + gives).to(tl.int64) * CUT.rows + first_row // 64 * 64 + first
     at += thread % 32 // 4
     for rows in tl.static_range(TILES):
         sum0, sum1 = acc[rows]
-        sum0, sum1 = add_parts(sum0, PARTS, WARPS, INLINE), add_parts(sum1, PARTS, WARPS, INLINE)
+        sum0, sum1 = add_parts(sum0, CUT), add_parts(sum1, CUT)
         tl.store(parts + at + rows * 16, sum0, mask=(gives >= 0) & (begin == 0))
         tl.store(parts + at + rows * 16 + 8, sum1, mask=(gives >= 0) & (begin == 0))
 
 
 GPU_KERNELS = (gate_up_warp_kernel, down_warp_kernel)
-
-
 INTERPRETED_KERNELS = tuple(triton.jit(kernel.fn) for kernel in GPU_KERNELS)
 
 
@@ -392,8 +490,9 @@ def fused_experts_warp(
 ) -> torch.Tensor:
     """As `fused_experts_decode`."""
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
+    sizes = layer.hidden_size, layer.intermediate_size, layer.group_sizes
+    cut13, cut2 = cuts(config, *sizes, hidden_block(layer, config), pdl, inline)
     return launch_decode(
         x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
-        (gate_up, {"WARPS": config.warps13, "TILES": config.tiles13, "PARTS": config.parts13}),
-        (down, {"WARPS": config.warps2, "TILES": config.tiles2, "PARTS": config.parts2}),
+        (gate_up, cut13), (down, cut2),
     )  # fmt: skip

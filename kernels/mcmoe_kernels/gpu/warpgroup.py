@@ -1,6 +1,6 @@
 """The experts for many tokens on Hopper: weights are dequantized while matrix units multiply.
 
-The same products as `experts_prefill`, whose compiler waits for each product before it prepares
+The same products as `prefill`, whose compiler waits for each product before it prepares
 the next one's weights. Here the order is written out (Gluon): every warpgroup issues the products
 of one part of a tile, dequantizes the next part meanwhile and only then waits for the ones before,
 so that the matrix units always have work queued. Tiles of x and of the planes arrive through a ring
@@ -9,6 +9,8 @@ of asynchronous copies.
 A tile t of the ring is copied at tile t - (STAGES - 2): the slot it takes was last read by products
 that every warp has waited for before the barrier of that tile.
 """
+
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -20,12 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mcmoe_kernels.formats.records import first_record, record_bytes_of, shared_at, tile_at
-from mcmoe_kernels.formats.scalar16 import block_weights
-from mcmoe_kernels.formats.words import concatenate, merge_words, split_meta
+from mcmoe_kernels.formats.device.records import (
+    first_record,
+    record_bytes_of,
+    shared_at,
+    tile_at,
+)
+from mcmoe_kernels.formats.device.words import concatenate, split_meta
 from mcmoe_kernels.gpu.choice import WarpgroupConfig
-from mcmoe_kernels.gpu.common import activate, is_scaled
-from mcmoe_kernels.gpu.prefill import launch_prefill
+from mcmoe_kernels.gpu.common import activate, by_format, is_scaled
+from mcmoe_kernels.gpu.prefill import launch_prefill, sizes_of
 from mcmoe_kernels.gpu.routing import wait_for_previous
 from mcmoe_kernels.gpu.tiled import TiledLayer
 
@@ -33,16 +39,60 @@ from mcmoe_kernels.gpu.tiled import TiledLayer
 async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 
+class Cut(NamedTuple):
+    """As `prefill.Cut`. part: columns of a product."""
+
+    rows: int
+    columns: int
+    group_size: int
+    block_n: int
+    block_m: int
+    part: int
+    stages: int
+    group_n: int
+    wide: bool
+
+
+def cuts(
+    config: WarpgroupConfig,
+    hidden_size: int,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+    wide: bool,
+) -> tuple[Cut, Cut]:
+    """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
+    c, rest = config, (config.stages, config.group_n, wide)
+    return (
+        Cut(2 * intermediate_size, hidden_size, group_sizes[0], c.block_n13, c.block_m, c.part13,
+            *rest),
+        Cut(hidden_size, intermediate_size, group_sizes[1], c.block_n2, c.block_m, c.part2, *rest),
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def results_layout(block_m, warps):
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_m, 16])
+
+
+@gluon.constexpr_function
+def tokens_layout(part, warps):
+    """Of what a copy takes of x at a time."""
+    return gl.BlockedLayout([1, 8], [256 // part, part // 8], [warps, 1], [1, 0])
+
+
 @gluon.jit
 def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_ring, x, x_offsets,
-              valid, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
-              BITS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-              PART: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+              valid, TILE: gl.constexpr, WIDTH: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """Start the copies of one tile, TILE = tile % 2, of step `step`: planes and x, and with the
     first what both share."""
-    STEP_BYTES: gl.constexpr = record_bytes_of(BITS, GROUP_SIZE)
+    COLUMNS: gl.constexpr = CUT.columns
+    GROUP_SIZE: gl.constexpr = CUT.group_size
+    BLOCK_N: gl.constexpr = CUT.block_n
+    PART: gl.constexpr = CUT.part
+    STAGES: gl.constexpr = CUT.stages
+    STEP_BYTES: gl.constexpr = record_bytes_of(WIDTH, GROUP_SIZE)
     GROUPS: gl.constexpr = 128 // GROUP_SIZE
-    START: gl.constexpr = tile_at(TILE, BITS, GROUP_SIZE)
+    START: gl.constexpr = tile_at(TILE, WIDTH, GROUP_SIZE)
     WARPS: gl.constexpr = gl.num_warps()
     PLANE: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     META: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
@@ -54,12 +104,12 @@ def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_r
     words = record.to(gl.pointer_type(gl.int16))
     slot = tile % STAGES
     step_slot = step % STAGES
-    if BITS % 2 == 1 and TILE == 0:
+    if WIDTH % 2 == 1 and TILE == 0:
         start = words + shared_at(GROUP_SIZE) // 2
         async_load(shared_ring.index(step_slot), start + offsets, mask=inside)
-    for plane in gl.static_range(BITS // 2):
+    for plane in gl.static_range(WIDTH // 2):
         start = words + (START + plane * 2048) // 2
-        async_load(plane_ring.index(slot * (BITS // 2) + plane), start + offsets, mask=inside)
+        async_load(plane_ring.index(slot * (WIDTH // 2) + plane), start + offsets, mask=inside)
     if TILE == 0:
         row = gl.arange(0, BLOCK_N, META)
         row_offsets = row // 64 * (STEP_BYTES // 4) + row % 64
@@ -71,42 +121,38 @@ def copy_tile(tile, step, tiles, record, shared_ring, plane_ring, meta_ring, x_r
         column = tile * 128 + part * PART
         async_load(
             x_ring.index(slot * (128 // PART) + part), (x + column) + x_offsets,
-            mask=valid[:, None] & (column < COLUMNS) if BLOCK_M <= 32 else column < COLUMNS,
+            mask=valid[:, None] & (column < COLUMNS) if CUT.block_m <= 32 else column < COLUMNS,
         )  # fmt: skip
 
 
 @gluon.jit
-def load_words(tile, step, shared_ring, plane_ring, WEIGHT: gl.constexpr, TILE: gl.constexpr,
-               BITS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """The words of a tile, int16 [N, 16]: of blocks 0 and 2, and of blocks 1 and 3."""
-    slot = tile % STAGES
-    if BITS == 1:
-        w0 = shared_ring.index(step % STAGES).load(WEIGHT)
-        return w0, w0
-    elif BITS == 2:
-        w0 = plane_ring.index(slot).load(WEIGHT)
-        return w0, w0
-    elif BITS == 3:
-        high = shared_ring.index(step % STAGES).load(WEIGHT)
-        low = plane_ring.index(slot).load(WEIGHT)
-        w1 = merge_words(low, high, 2, 1 - 2 * TILE, True)
-        return merge_words(low, high, 0, -2 * TILE, True), w1
-    else:
-        return plane_ring.index(slot * 2).load(WEIGHT), plane_ring.index(slot * 2 + 1).load(WEIGHT)
+def load_planes(tile, step, shared_ring, plane_ring, LAYOUT: gl.constexpr, WIDTH: gl.constexpr,
+                STAGES: gl.constexpr):  # fmt: skip
+    """The planes of a tile, int16 [N, 16] each: shared ones, then its own."""
+    planes = ()
+    if WIDTH % 2 == 1:
+        planes += (shared_ring.index(step % STAGES).load(LAYOUT),)
+    for plane in gl.static_range(WIDTH // 2):
+        planes += (plane_ring.index(tile % STAGES * (WIDTH // 2) + plane).load(LAYOUT),)
+    return planes
 
 
 @gluon.jit
 def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
-                  TILE: gl.constexpr, PARTS: gl.constexpr, GROUP_SIZE: gl.constexpr,
-                  BITS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
-                  SCALED: gl.constexpr, WEIGHT: gl.constexpr):  # fmt: skip
-    """acc += the first PARTS parts of a tile.
+                  TILE: gl.constexpr, PARTS: gl.constexpr, WEIGHT: gl.constexpr,
+                  CUT: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """acc += the first PARTS parts of a tile. WEIGHT: the layout of weights.
 
-    SCALED: weights are scaled before they are multiplied, and the last part's products are left
-    running. Else those of the tile gather in sums of their own, which are scaled: they must have
-    ended, since registers of running products may not be read.
+    If weights are scaled before they are multiplied, the last part's products are left running.
+    Else those of the tile gather in sums of their own, which are scaled: they must have ended,
+    since registers of running products may not be read.
     """
-    w0, w1 = load_words(tile, step, shared_ring, plane_ring, WEIGHT, TILE, BITS, STAGES)
+    GROUP_SIZE: gl.constexpr = CUT.group_size
+    PART: gl.constexpr = CUT.part
+    STAGES: gl.constexpr = CUT.stages
+    WIDTH: gl.constexpr = FORMAT.width
+    SCALED: gl.constexpr = is_scaled(CUT.block_m, GROUP_SIZE)
+    planes = load_planes(tile, step, shared_ring, plane_ring, WEIGHT, WIDTH, STAGES)
     DTYPE: gl.constexpr = x_ring.dtype
     slot, step_slot = tile % STAGES, step % STAGES
     GROUPS: gl.constexpr = 128 // GROUP_SIZE
@@ -116,13 +162,13 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
     sums = acc
     for part in gl.static_range(PARTS):
         tokens = x_ring.index(slot * (128 // PART) + part).permute((1, 0))
-        weights = block_weights(
-            w0, w1, metas[part * PART // GROUP_SIZE], BITS, TILE, part * (PART // 32), SCALED,
+        weights = FORMAT.weights16(
+            planes, metas[part * PART // GROUP_SIZE], TILE, part * (PART // 32), WIDTH, SCALED,
             DTYPE, True,
         )  # fmt: skip
         if PART == 64:
-            second = block_weights(
-                w0, w1, metas[(part * 2 + 1) * 32 // GROUP_SIZE], BITS, TILE, part * 2 + 1, SCALED,
+            second = FORMAT.weights16(
+                planes, metas[(part * 2 + 1) * 32 // GROUP_SIZE], TILE, part * 2 + 1, WIDTH, SCALED,
                 DTYPE, True,
             )  # fmt: skip
             weights = concatenate(weights, second)
@@ -133,37 +179,44 @@ def multiply_tile(acc, tile, step, shared_ring, plane_ring, meta_ring, x_ring,
         return sums
     else:
         meta = meta_ring.index(step_slot).load(gl.SliceLayout(1, acc.type.layout))
-        scale, zero = split_meta(meta, TILE, BITS, gl.float32)
+        scale, zero = split_meta(meta, TILE, FORMAT.zero_steps, gl.float32)
         return acc + sums * scale[:, None]
 
 
 @gluon.jit
-def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
-                GROUP_SIZE: gl.constexpr, BITS: gl.constexpr, BLOCK_N: gl.constexpr,
-                BLOCK_M: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
-                WIDE: gl.constexpr, ACC: gl.constexpr, X_TILE: gl.constexpr):  # fmt: skip
-    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M] in layout ACC.
+def dot_weights(x, rows, records, entry, first_row, CUT: gl.constexpr, FORMAT: gl.constexpr):
+    """BLOCK_N rows of W times the rows of x [*, COLUMNS] -> float32 [N, M] in `results_layout`.
 
-    rows: int32 [M] in the layout of X_TILE's rows; the results of -1 mean nothing.
-    record: `first_record`. WIDE: offsets within x need 64 bits.
+    rows: int32 [M] in the layout of the rows of `tokens_layout`; the results of -1 mean nothing.
+    records, entry, first_row: of W.
     """
-    STRIDE: gl.constexpr = ROWS // 64 * record_bytes_of(BITS, GROUP_SIZE)
+    COLUMNS: gl.constexpr = CUT.columns
+    GROUP_SIZE: gl.constexpr = CUT.group_size
+    BLOCK_N: gl.constexpr = CUT.block_n
+    BLOCK_M: gl.constexpr = CUT.block_m
+    PART: gl.constexpr = CUT.part
+    STAGES: gl.constexpr = CUT.stages
+    WIDTH: gl.constexpr = FORMAT.width
+    STRIDE: gl.constexpr = CUT.rows // 64 * record_bytes_of(WIDTH, GROUP_SIZE)
+    ACC: gl.constexpr = results_layout(BLOCK_M, gl.num_warps())
+    X_TILE: gl.constexpr = tokens_layout(PART, gl.num_warps())
+    record = first_record(records, entry, first_row, GROUP_SIZE, WIDTH)
     TILES: gl.constexpr = (COLUMNS + 127) // 128
     AHEAD: gl.constexpr = STAGES - 2
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     DTYPE: gl.constexpr = x.dtype.element_ty
-    SCALED: gl.constexpr = is_scaled(BLOCK_M, GROUP_SIZE)
     gl.static_assert(STAGES % 2 == 0 and STAGES >= 4)
     gl.static_assert(COLUMNS % PART == 0)
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     X_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PART], DTYPE)
     shared_ring = gl.allocate_shared_memory(
-        gl.int16, [STAGES if BITS % 2 == 1 else 1, BLOCK_N if BITS % 2 == 1 else 8, 16],
+        gl.int16, [STAGES if WIDTH % 2 == 1 else 1, BLOCK_N if WIDTH % 2 == 1 else 8, 16],
         WORDS,
     )  # fmt: skip
     plane_ring = gl.allocate_shared_memory(
-        gl.int16, [STAGES * (BITS // 2) if BITS > 1 else 1, BLOCK_N if BITS > 1 else 8, 16], WORDS
-    )
+        gl.int16, [STAGES * (WIDTH // 2) if WIDTH > 1 else 1, BLOCK_N if WIDTH > 1 else 8, 16],
+        WORDS,
+    )  # fmt: skip
     meta_ring = gl.allocate_shared_memory(
         gl.int32,
         [STAGES * (128 // GROUP_SIZE), BLOCK_N],
@@ -172,14 +225,13 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     x_ring = gl.allocate_shared_memory(DTYPE, [STAGES * (128 // PART), BLOCK_M, PART], X_SHARED)
     valid = rows >= 0
     x_rows = gl.maximum(rows, 0)
-    if WIDE:
+    if CUT.wide:
         x_rows = x_rows.to(gl.int64)
     x_offsets = x_rows[:, None] * COLUMNS + gl.arange(0, PART, gl.SliceLayout(0, X_TILE))[None, :]
     for early in gl.static_range(AHEAD):
         copy_tile(
             early, early // 2, TILES, record + early // 2 * STRIDE, shared_ring, plane_ring,
-            meta_ring, x_ring, x, x_offsets, valid, early % 2, COLUMNS, GROUP_SIZE, BITS,
-            BLOCK_N, BLOCK_M, PART, STAGES,
+            meta_ring, x_ring, x, x_offsets, valid, early % 2, WIDTH, CUT,
         )  # fmt: skip
         async_copy.commit_group()
     record += AHEAD // 2 * STRIDE
@@ -190,12 +242,11 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
             fence_async_shared()
             acc = multiply_tile(
                 acc, step * 2 + half, step, shared_ring, plane_ring, meta_ring, x_ring, half,
-                128 // PART, GROUP_SIZE, BITS, PART, STAGES, SCALED, WEIGHT,
+                128 // PART, WEIGHT, CUT, FORMAT,
             )  # fmt: skip
             copy_tile(
                 step * 2 + half + AHEAD, step + AHEAD // 2, TILES, record, shared_ring,
-                plane_ring, meta_ring, x_ring, x, x_offsets, valid, half, COLUMNS, GROUP_SIZE, BITS,
-                BLOCK_N, BLOCK_M, PART, STAGES,
+                plane_ring, meta_ring, x_ring, x, x_offsets, valid, half, WIDTH, CUT,
             )  # fmt: skip
             async_copy.commit_group()
         record += STRIDE
@@ -206,31 +257,23 @@ def dot_weights(x, rows, record, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
             acc = multiply_tile(
                 acc, COLUMNS // 256 * 2 + half, COLUMNS // 256, shared_ring, plane_ring,
                 meta_ring, x_ring, half,
-                min(COLUMNS % 256 - half * 128, 128) // PART, GROUP_SIZE, BITS, PART, STAGES,
-                SCALED, WEIGHT,
+                min(COLUMNS % 256 - half * 128, 128) // PART, WEIGHT, CUT,
+                FORMAT,
             )  # fmt: skip
     async_copy.wait_group(0)
     return warpgroup_mma_wait(0, (acc,))
 
 
 @gluon.jit
-def weights_any_width(x, rows, records, entry, first_row,
-                      ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP_SIZE: gl.constexpr,
-                      WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-                      PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-                      X_TILE: gl.constexpr):  # fmt: skip
-    """`dot_weights` by the width of the slot; only the widths in WIDTHS are compiled."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, ACC)
-    for bits in gl.static_range(1, 5):
-        if (WIDTHS >> bits) % 2 == 1:  # noqa: SIM102 (this is known when compiling)
-            if entry % 8 == bits:
-                start = first_record(records, entry, first_row, GROUP_SIZE, bits)
-                acc = dot_weights(
-                    x, rows, start, ROWS, COLUMNS, GROUP_SIZE, bits, BLOCK_N, BLOCK_M, PART,
-                    STAGES, WIDE, ACC, X_TILE,
-                )  # fmt: skip
-    return acc
+def weights_by_format(x, rows, records, entry, first_row, CUT: gl.constexpr,
+                      FORMATS: gl.constexpr):  # fmt: skip
+    """`dot_weights` by the format of the slot."""
+    BLOCK_N: gl.constexpr = CUT.block_n
+    BLOCK_M: gl.constexpr = CUT.block_m
+    ACC: gl.constexpr = results_layout(BLOCK_M, gl.num_warps())
+    nothing = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, ACC)
+    tensors = (x, rows, records, entry, first_row)
+    return by_format(nothing, entry, dot_weights, tensors, CUT, FORMATS)
 
 
 @gluon.jit
@@ -245,18 +288,15 @@ def store_rows(y, value, places, first_row, ROWS: gl.constexpr, OUT: gl.constexp
 
 @gluon.jit(do_not_specialize=["top_k"])
 def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
-                             HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
-                             GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr,
-                             ACTIVATION: gl.constexpr, BLOCK_N: gl.constexpr,
-                             BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
-                             STAGES: gl.constexpr, WIDE: gl.constexpr,
-                             PDL: gl.constexpr):  # fmt: skip
-    X_TILE: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
-    )
+                             CUT: gl.constexpr, FORMATS: gl.constexpr,
+                             ACTIVATION: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    INTERMEDIATE: gl.constexpr = CUT.rows // 2
+    BLOCK_N: gl.constexpr = CUT.block_n
+    BLOCK_M: gl.constexpr = CUT.block_m
+    X_TILE: gl.constexpr = tokens_layout(CUT.part, gl.num_warps())
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
-    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
-    if n_block >= 2 * INTERMEDIATE // BLOCK_N:
+    block, n_block = gl.program_id(1), gl.program_id(2) * CUT.group_n + gl.program_id(0)
+    if n_block >= CUT.rows // BLOCK_N:
         return
     wait_for_previous(PDL)
     slot = gl.load(block_info + block * 4)
@@ -266,10 +306,7 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
     places = block_pair + block * BLOCK_M
     rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
     rows = gl.where(rows >= 0, rows // top_k, -1)
-    acc = weights_any_width(
-        x, rows, records, entry, n_block * BLOCK_N, 2 * INTERMEDIATE, HIDDEN, GROUP_SIZE, WIDTHS,
-        BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
-    )  # fmt: skip
+    acc = weights_by_format(x, rows, records, entry, n_block * BLOCK_N, CUT, FORMATS)
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
     value = activate(gate, ACTIVATION) * up
@@ -278,16 +315,14 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
 
 @gluon.jit
 def down_warpgroup_kernel(h, records, block_info, block_pair, y,
-                          HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr,
-                          GROUP_SIZE: gl.constexpr, WIDTHS: gl.constexpr, BLOCK_N: gl.constexpr,
-                          BLOCK_M: gl.constexpr, PART: gl.constexpr, GROUP_N: gl.constexpr,
-                          STAGES: gl.constexpr, WIDE: gl.constexpr,
+                          CUT: gl.constexpr, FORMATS: gl.constexpr,
                           PDL: gl.constexpr):  # fmt: skip
-    X_TILE: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0]
-    )
+    HIDDEN: gl.constexpr = CUT.rows
+    BLOCK_N: gl.constexpr = CUT.block_n
+    BLOCK_M: gl.constexpr = CUT.block_m
+    X_TILE: gl.constexpr = tokens_layout(CUT.part, gl.num_warps())
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-    block, n_block = gl.program_id(1), gl.program_id(2) * GROUP_N + gl.program_id(0)
+    block, n_block = gl.program_id(1), gl.program_id(2) * CUT.group_n + gl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
     slot = gl.load(block_info + block * 4)
@@ -297,10 +332,7 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
     wait_for_previous(PDL)
     if slot < 0:
         return
-    acc = weights_any_width(
-        h, rows, records, entry, n_block * BLOCK_N, HIDDEN, INTERMEDIATE,
-        GROUP_SIZE, WIDTHS, BLOCK_N, BLOCK_M, PART, STAGES, WIDE, X_TILE,
-    )  # fmt: skip
+    acc = weights_by_format(h, rows, records, entry, n_block * BLOCK_N, CUT, FORMATS)
     if 32 * gl.num_warps() > BLOCK_N:
         store_rows(y, acc, places, n_block * BLOCK_N, HIDDEN, OUT)
     else:  # in halves, whose addresses take fewer registers
@@ -318,6 +350,6 @@ def fused_experts_warpgroup(
     pdl: bool = False,
 ) -> torch.Tensor:
     """As `fused_experts_prefill`, on compute capability 9.0; H and I must be multiples of 64."""
-    gate_up = (gate_up_warpgroup_kernel, {"PART": config.part13})
-    down = (down_warpgroup_kernel, {"PART": config.part2})
+    cut13, cut2 = cuts(config, *sizes_of(x, layer, topk_ids))
+    gate_up, down = (gate_up_warpgroup_kernel, cut13, {}), (down_warpgroup_kernel, cut2, {})
     return launch_prefill(x, layer, topk_weights, topk_ids, config, pdl, gate_up, down)

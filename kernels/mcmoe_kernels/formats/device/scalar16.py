@@ -1,13 +1,9 @@
-"""Codes out of the planes of `tiles`, as operands of 8-bit and of 16-bit MMAs.
-
-Every function takes INLINE: inline PTX on a GPU, where one instruction serves four bytes or two
-16-bit words at once; plain shifts, which say the same to the interpreter and to other compilers.
-"""
+"""Codes of 1 to 4 bits as 16-bit numbers, less zero and times scale: operands of 16-bit MMAs."""
 
 import triton
 import triton.language as tl
 
-from mcmoe_kernels.formats.words import concatenate, merge_words, shift_asm, split_meta
+from mcmoe_kernels.formats.device.words import concatenate, merge_words, shift_asm, split_meta
 
 
 @triton.constexpr_function
@@ -45,6 +41,11 @@ def _weights_asm(shift, position, mask, is_bfloat16, scaled):
         + f"fma.rn.{suffix} t, t, k, $2; "
         + (f"fma.rn.{suffix} $0, t, $3, o; }}" if scaled else "mov.b32 $0, t; }")
     )
+
+
+@triton.constexpr_function
+def zero_steps(bits):
+    return 2 if bits <= 2 else 1
 
 
 @triton.constexpr_function
@@ -116,7 +117,7 @@ def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.con
             [word, addend, factor], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     elif INLINE:
-        scale, zero = split_meta(meta, TILE, BITS, DTYPE)
+        scale, zero = split_meta(meta, TILE, zero_steps(BITS), DTYPE)
         addend = tl.broadcast_to((-OFFSET - zero).to(DTYPE)[:, None], word.shape)
         factor = tl.broadcast_to(scale[:, None], word.shape)
         return tl.inline_asm_elementwise(
@@ -124,49 +125,21 @@ def weights_of(word, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.con
             [word, addend, factor], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        scale, zero = split_meta(meta, TILE, BITS, tl.float32)
+        scale, zero = split_meta(meta, TILE, zero_steps(BITS), tl.float32)
         shifted = word >> SHIFT if SHIFT >= 0 else word << -SHIFT
         codes = ((shifted >> POSITION) & MASK).to(tl.float32) - zero[:, None]
         return (codes * scale[:, None] if SCALED else codes).to(DTYPE)
 
 
 @triton.jit
-def block_weights(w0, w1, meta, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-                  SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """`weights_of` a block, [N, 32]. w0: the words of blocks 0 and 2, w1: from 3 bits on, of blocks
-    1 and 3."""
-    word = w1 if BITS >= 3 and BLOCK % 2 == 1 else w0
-    first = weights_of(word, meta, BITS, TILE, BLOCK, 0, SCALED, DTYPE, INLINE)
-    second = weights_of(word, meta, BITS, TILE, BLOCK, 1, SCALED, DTYPE, INLINE)
+def weights16(planes, meta, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+              SCALED: tl.constexpr, DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    """`weights_of` a block, [N, 32] (`format.Device`)."""
+    ODD: tl.constexpr = BLOCK % 2
+    if WIDTH == 3:
+        word = merge_words(planes[1], planes[0], 2 * ODD, ODD - 2 * TILE, INLINE)
+    else:
+        word = planes[ODD if WIDTH == 4 else 0]
+    first = weights_of(word, meta, WIDTH, TILE, BLOCK, 0, SCALED, DTYPE, INLINE)
+    second = weights_of(word, meta, WIDTH, TILE, BLOCK, 1, SCALED, DTYPE, INLINE)
     return concatenate(first, second)
-
-
-@triton.jit
-def tile_weights(w0, w1, high, metas, TILE: tl.constexpr, BITS: tl.constexpr,
-                 DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """The weights [N, 128] of one tile of a step, not scaled; planes as in `blocks_bytes`, but
-    int16 [N, 16].
-
-    metas: int32 [N] of each of the four blocks.
-    """
-    if BITS == 3:
-        w1 = merge_words(w0, high, 2, 1 - 2 * TILE, INLINE)
-        w0 = merge_words(w0, high, 0, -2 * TILE, INLINE)
-    parts = ()
-    for block in tl.static_range(4):
-        parts += (block_weights(w0, w1, metas[block], BITS, TILE, block, False, DTYPE, INLINE),)
-    return concatenate(concatenate(parts[0], parts[1]), concatenate(parts[2], parts[3]))
-
-
-@triton.jit
-def half_weights(w0, w1, high, metas, TILE: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
-                 DTYPE: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
-    """Blocks HALF and HALF + 2 of a tile, those that one word holds, scaled: [N, 64]; arguments as
-    in `tile_weights`."""
-    if BITS == 3:
-        w0 = merge_words(w0, high, 2 * HALF, HALF - 2 * TILE, INLINE)
-        w1 = w0
-    return concatenate(
-        block_weights(w0, w1, metas[HALF], BITS, TILE, HALF, True, DTYPE, INLINE),
-        block_weights(w0, w1, metas[HALF + 2], BITS, TILE, HALF + 2, True, DTYPE, INLINE),
-    )

@@ -1,0 +1,1 @@
+"""What formats do in kernels: the only modules of formats that need Triton."""
