@@ -44,9 +44,10 @@ bench: .venv/ready  ## measure serving speed; ARGS go to benchmarks/serving/benc
 
 # Compiling is most of the work, and a process compiles on one core.
 SHARDS ?= $(shell nproc)
-test-gpu:  ## run the kernel tests on the GPU with PYTHON's own torch and triton, no .venv
+test-gpu:  ## run the tests of kernels and quantizer on the GPU with PYTHON's own torch and triton, no .venv
 	@seq $(SHARDS) | OMP_NUM_THREADS=1 PYTHONPATH=kernels xargs -P $(SHARDS) -I{} \
-	  $(PYTHON) -m pytest -q -m gpu tests/kernels --shard {}/$(SHARDS) $(ARGS)
+	  $(PYTHON) -m pytest -q -m gpu tests/kernels \
+	  tests/compressor/test_quantizer.py --shard {}/$(SHARDS) $(ARGS)
 
 clean:  ## remove .venv, the caches and everything built
 	rm -rf .venv .cache build dist demo-output* *.egg-info packaging/*/build packaging/*/*.egg-info

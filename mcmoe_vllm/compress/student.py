@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from mcmoe_kernels.formats import packing
+from mcmoe_kernels.quantize.columns import round_scale
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
 from mcmoe_vllm.model.divergence import divergence
 from mcmoe_vllm.model.experts import Expert
 from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
 from mcmoe_vllm.model.runner import run_layer
-from mcmoe_vllm.quantize.codes import round_scale
 
 UNPACKED_BYTES = 2**28  # of codes that are unpacked once, not in every pass through their layer
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from mcmoe_kernels.formats import packing
 from mcmoe_vllm.quantize.precision import fast_products
 
 
@@ -41,13 +40,6 @@ class Quantized:
             self.gptq_kept,
             self.damping,
         )
-
-
-def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest value exact in bfloat16 and float16 and within what checkpoints hold, so that
-    every engine and kernel sees the same weights; never zero. float32 in and out."""
-    exact = scale.to(torch.bfloat16).float().clamp(packing.MIN_SCALE, packing.MAX_SCALE)
-    return exact.to(torch.float16).float()
 
 
 def relative_error(weight: torch.Tensor, hessian: torch.Tensor, error: torch.Tensor) -> float:

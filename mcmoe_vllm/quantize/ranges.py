@@ -1,10 +1,12 @@
 """Scale and zero of a group by search, and rounding to nearest under them."""
 
-import math
+from collections.abc import Iterable
 
 import torch
 
-from mcmoe_vllm.quantize.codes import Codes, round_scale
+from mcmoe_kernels.formats import FORMATS
+from mcmoe_kernels.quantize.columns import fit_group_torch
+from mcmoe_vllm.quantize.codes import Codes
 
 SHRINK_GRID = 24  # candidates for how far a group's range is clipped
 SHRINK_MIN = {2: 0.40, 3: 0.55, 4: 0.70}  # the smallest range worth trying, by width
@@ -26,17 +28,20 @@ class GroupFit:
         binary_scale: str = "hessian",
         zeros: str = "integer",
     ):
-        column = bits.view(-1, 1).float()  # broadcasts over [B, N]
-        self.max_code = 2**column - 1
-        self.binary = column == 1
+        formats = [FORMATS[int(b)] for b in bits]
+
+        def column(values: Iterable[float]) -> torch.Tensor:  # broadcasts over [B, N]
+            return torch.tensor(list(values), device=bits.device).view(-1, 1).float()
+
+        self.max_code = column(f.levels - 1 for f in formats)
         self.symmetric = symmetric
-        self.steps = torch.where(column == 2, 2.0 if zeros == "half" else 1.0, 1.0)  # of zeros
+        self.steps = column(f.zero_steps if zeros == "half" else 1 for f in formats)  # of zeros
         self.weighted_binary = binary_scale == "hessian"
         self.power = NORM_POWER if search == "norm" else 2.0
         self.weighted = search == "hessian"
         if search == "hessian":
             shrink_min = torch.tensor(
-                [SHRINK_MIN.get(int(b), 1.0) for b in bits], device=bits.device
+                [SHRINK_MIN.get(f.width, 1.0) for f in formats], device=bits.device
             )
             steps = torch.linspace(0, 1, SHRINK_GRID, device=bits.device).view(-1, 1, 1)
             self.shrink = 1 - steps * (1 - shrink_min.view(1, -1, 1))  # [grid, B, 1]
@@ -53,9 +58,15 @@ class GroupFit:
         """
         # A group that no input reaches still needs a sensible scale.
         importance = importance + 1e-6 * importance.mean(1, keepdim=True) + 1e-20
-        if not w.is_cuda:
-            return self.search(w, importance)
-        from mcmoe_kernels.quantize.columns_triton import fit_group
+        return self.search(w, importance)
+
+    def search(
+        self, w: torch.Tensor, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of the ranges, by a kernel where there is a GPU."""
+        fit_group = fit_group_torch
+        if w.is_cuda:
+            from mcmoe_kernels.quantize.columns_triton import fit_group
 
         return fit_group(
             w, importance, self.shrink.expand(-1, w.shape[0], 1)[..., 0], self.max_code[:, 0],
@@ -63,47 +74,6 @@ class GroupFit:
             power=self.power, weighted=self.weighted, symmetric=self.symmetric,
             weighted_binary=self.weighted_binary,
         )  # fmt: skip
-
-    def search(
-        self, w: torch.Tensor, importance: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The definition of `mcmoe_kernels.quantize.columns_triton.fit_group`."""
-        importance = importance.unsqueeze(-1)
-        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
-        if self.symmetric:
-            middle = (self.max_code + 1) / 2
-            high = torch.maximum(high * middle / (middle - 1), -low)
-            low = -high
-        best_error = torch.full_like(low, math.inf)
-        best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-        for shrink in self.shrink:
-            if self.symmetric:
-                scale = round_scale(high * shrink / middle)
-                zero = middle.expand_as(scale)
-            else:
-                scale = round_scale((high - low) * shrink / self.max_code)
-                zero = -low * shrink / scale
-                zero = (zero * self.steps).round() / self.steps
-                zero = torch.minimum(zero.clamp(min=0), self.max_code)
-            q = torch.round(w / scale.unsqueeze(1) + zero.unsqueeze(1)).clamp_(min=0)
-            q = torch.minimum(q, self.max_code.unsqueeze(1))
-            difference = (q - zero.unsqueeze(1)) * scale.unsqueeze(1) - w
-            if self.power == 2:
-                difference = difference.square_()
-            else:
-                difference = difference.abs_().pow_(self.power)
-            error = (difference * importance if self.weighted else difference).sum(1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        if bool(self.binary.any()):
-            mean = w.abs().mean(1)
-            if self.weighted_binary:
-                mean = (w.abs() * importance).sum(1) / importance.sum(1)
-            best_scale = torch.where(self.binary, round_scale(2 * mean), best_scale)
-            best_zero = torch.where(self.binary, 0.5, best_zero)
-        return best_scale, best_zero
 
 
 def round_to_nearest(

@@ -2,8 +2,8 @@
 
 import torch
 
-from mcmoe_kernels.quantize.columns import descend_torch
-from mcmoe_vllm.quantize.codes import Codes, round_scale, row_errors
+from mcmoe_kernels.quantize.columns import descend_torch, round_scale
+from mcmoe_vllm.quantize.codes import Codes, row_errors
 from mcmoe_vllm.quantize.gptq import BLOCK
 from mcmoe_vllm.quantize.precision import fast_products
 from mcmoe_vllm.quantize.ranges import GroupFit

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mcmoe_kernels.formats import packing
-from mcmoe_kernels.quantize.columns import encode
+from mcmoe_kernels.quantize.columns import encode, round_scale
+from mcmoe_vllm.recipes import BEST, PAPER
 from mcmoe_vllm.quantize import quantizer
-from mcmoe_vllm.quantize.codes import relative_error, round_scale, row_errors
+from mcmoe_vllm.quantize.codes import relative_error, row_errors
 from mcmoe_vllm.quantize.gptq import DAMPING
 from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
 from mcmoe_vllm.quantize.refine import _descend, _refit_scales, damp, refine
@@ -342,3 +343,19 @@ def test_half_zeros_lose_less_at_2_bits_and_nothing_elsewhere():
         losses[zeros] = [float(each.error.sum()) for each in q]
     assert losses["half"][0] < 0.97 * losses["integer"][0]
     assert losses["half"][1:] == losses["integer"][1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_gpu_quantizes_as_well_as_a_cpu(bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 96, 256, generator=generator)
+    inputs = torch.randn(4, 300, 24, generator=generator)
+    inputs = inputs @ torch.randn(4, 24, 256, generator=generator)  # correlated
+    inputs += 0.3 * torch.randn(4, 300, 256, generator=generator)
+    hessian = inputs.transpose(1, 2) @ inputs
+    on_cpu = quantizer.quantize(weight, hessian, bits, 64)
+    on_gpu = quantizer.quantize(weight.cuda(), hessian.cuda(), bits, 64)
+    # A tie that falls otherwise moves all that follows in its row, to an equally good end.
+    assert float(on_gpu.error.sum()) == pytest.approx(float(on_cpu.error.sum()), rel=0.02)

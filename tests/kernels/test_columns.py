@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from mcmoe_kernels.quantize.columns import compensate_torch, descend_torch
-from mcmoe_vllm.quantize import quantizer
-from mcmoe_vllm.quantize.gptq import factor_hessian
-from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
+from mcmoe_kernels.formats import FORMATS
+from mcmoe_kernels.quantize.columns import (
+    compensate_torch,
+    descend_torch,
+    encode,
+    fit_group_torch,
+)
 
 columns = pytest.importorskip("mcmoe_kernels.quantize.columns_triton")
 
@@ -28,44 +31,67 @@ def nearly_all_equal(found, expected, share=0.998):
     return float((found == expected).float().mean()) >= share
 
 
-def fit_of(device, **options):
-    return GroupFit(torch.tensor(BITS, device=device), False, **options)
+def codes_of(device):
+    """The largest code of each width, and its steps of zeros."""
+    chosen = [FORMATS[b] for b in BITS]
+    max_code = torch.tensor([f.levels - 1.0 for f in chosen], device=device)
+    return max_code, torch.tensor([float(f.zero_steps) for f in chosen], device=device)
+
+
+def fitted(w, hessian, max_code, steps):
+    """Scale and zero of matrices of one group, [B, N]."""
+    shrink = torch.linspace(0.4, 1, 8, device=w.device)[:, None].expand(-1, len(BITS))
+    return fit_group_torch(
+        w, hessian.diagonal(dim1=1, dim2=2), shrink, max_code, steps, power=2.0, weighted=True,
+        symmetric=False, weighted_binary=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "smallest"),
     [
-        {"zeros": "half"},
-        {"search": "norm", "binary_scale": "mean"},
-        {"search": "full"},
+        ({"power": 2.0, "weighted": True, "weighted_binary": True}, 0.4),
+        ({"power": 2.4, "weighted": False, "weighted_binary": False}, 0.9),  # `paper`
+        ({"power": 2.0, "weighted": False, "weighted_binary": True}, 1.0),  # the whole range
     ],
     ids=["best", "paper", "full"],
 )
-def test_fit_group(device, options):
+def test_fit_group(device, options, smallest):
     w, hessian = batch(device)
     group = w[:, 32:96]  # a view whose matrices do not lie side by side
     importance = hessian.diagonal(dim1=1, dim2=2)[:, 32:96].contiguous()
-    fit = fit_of(device, **options)
-    found = columns.fit_group(
-        group, importance, fit.shrink.expand(-1, len(BITS), 1)[..., 0], fit.max_code[:, 0],
-        fit.steps[:, 0], power=fit.power, weighted=fit.weighted, symmetric=False,
-        weighted_binary=fit.weighted_binary,
-    )  # fmt: skip
-    for value, expected in zip(found, fit.search(group, importance), strict=True):
+    shrink = torch.linspace(smallest, 1, 24, device=device)[:, None].expand(-1, len(BITS))
+    given = (group, importance, shrink, *codes_of(device))
+    found = columns.fit_group(*given, symmetric=False, **options)
+    expected = fit_group_torch(*given, symmetric=False, **options)
+    for value, wanted in zip(found, expected, strict=True):
         # Two ranges can be within the last bits of each other.
-        close = (value - expected).abs() <= 1e-5 * expected.abs()
+        close = (value - wanted).abs() <= 1e-5 * wanted.abs()
         assert float(close.float().mean()) >= 0.98
+
+
+def test_no_zero_is_more_than_a_word_holds(device):
+    """5 bits: a zero may be 31 of their steps, of which a word holds 15."""
+    w, hessian = batch(device)
+    given = (
+        w, hessian.diagonal(dim1=1, dim2=2).contiguous(), torch.ones(1, len(BITS), device=device),
+        torch.full((len(BITS),), 31.0, device=device), torch.ones(len(BITS), device=device),
+    )  # fmt: skip
+    options = {"power": 2.0, "weighted": True, "symmetric": False, "weighted_binary": True}
+    for fit in (columns.fit_group, fit_group_torch):
+        assert float(fit(*given, **options)[1].max()) == 15
 
 
 def test_fit_group_symmetric(device):
     w, hessian = batch(device)
-    importance = hessian.diagonal(dim1=1, dim2=2).contiguous()
-    fit = GroupFit(torch.full((4,), 4, device=device), True)
-    scale, zero = columns.fit_group(
-        w, importance, fit.shrink[..., 0], fit.max_code[:, 0], fit.steps[:, 0], power=2.0,
-        weighted=True, symmetric=True, weighted_binary=True,
+    shrink = torch.linspace(0.7, 1, 24, device=device)[:, None].expand(-1, len(BITS))
+    given = (
+        w, hessian.diagonal(dim1=1, dim2=2).contiguous(), shrink,
+        torch.full((4,), 15.0, device=device), torch.ones(4, device=device),
     )  # fmt: skip
-    expected, middle = fit.search(w, importance)
+    options = {"power": 2.0, "weighted": True, "symmetric": True, "weighted_binary": True}
+    scale, zero = columns.fit_group(*given, **options)
+    expected, middle = fit_group_torch(*given, **options)
     assert torch.equal(zero, middle) and bool((zero == 8).all())
     assert float((scale == expected).float().mean()) >= 0.98
 
@@ -75,9 +101,10 @@ def test_fit_group_symmetric(device):
 @pytest.mark.parametrize("moved", [1.0, 0.0])
 def test_compensate(device, moved, count):
     w, hessian = batch(device)
-    fit, factored = fit_of(device), factor_hessian(hessian)
-    scale, zero = fit.search(w, hessian.diagonal(dim1=1, dim2=2))
-    given = (scale, zero, factored.inverse, fit.max_code[:, 0],
+    max_code, steps = codes_of(device)
+    scale, zero = fitted(w, hessian, max_code, steps)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian)).mT.contiguous()
+    given = (scale, zero, inverse, max_code,
              torch.full((len(BITS),), moved, device=device), 32, count, 24)  # fmt: skip
     before = w.clone()
     results = []
@@ -101,30 +128,19 @@ def test_compensate(device, moved, count):
 @pytest.mark.parametrize("count", [32, 96])
 def test_descend(device, count):
     w, hessian = batch(device)
-    fit = fit_of(device)
-    codes, scale, zero = round_to_nearest(w, hessian, fit, 128)
-    deq = (codes - zero) * scale
+    max_code, steps = codes_of(device)
+    scale, zero = fitted(w, hessian, max_code, steps)
+    rows = (part.unsqueeze(1) for part in (scale, zero, max_code.unsqueeze(1)))
+    codes = encode(w, *rows)
+    deq = (codes - zero.unsqueeze(1)) * scale.unsqueeze(1)
     slope = hessian @ (w - deq)
     results = []
     for descend in (columns.descend, descend_torch):
         q = codes.clone()
-        moves = descend(slope, deq, q, scale[:, 0].contiguous(), zero[:, 0].contiguous(), hessian,
-                        fit.max_code[:, 0], 32, count)  # fmt: skip
+        moves = descend(slope, deq, q, scale, zero, hessian, max_code, 32, count)
         results.append((q, moves))
     (found, moves), (expected, expected_moves) = results
     assert not torch.equal(expected, codes)
     end = 32 + count
     assert torch.equal(found[:, :32], codes[:, :32]) and torch.equal(found[:, end:], codes[:, end:])
     assert nearly_all_equal(found, expected) and nearly_all_equal(moves, expected_moves)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("bits", BITS)
-def test_a_gpu_quantizes_as_well_as_a_cpu(bits):
-    w, hessian = batch("cpu", rows=96, k=256)
-    weight = w.transpose(1, 2).contiguous()
-    on_cpu = quantizer.quantize(weight, hessian, bits, 64)
-    on_gpu = quantizer.quantize(weight.cuda(), hessian.cuda(), bits, 64)
-    # A tie that falls otherwise moves all that follows in its row, to an equally good end.
-    assert float(on_gpu.error.sum()) == pytest.approx(float(on_cpu.error.sum()), rel=0.02)

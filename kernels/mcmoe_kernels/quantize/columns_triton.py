@@ -1,8 +1,8 @@
 """What GPTQ and its refinement do column by column, in one launch for a group.
 
 Rows of a weight matrix are quantized independently of each other, so a program takes 32 rows, with
-32 columns at a time in registers; in plain torch (`columns`, the definition) the same
-is a dozen launches a column, and the launches take nearly all the time. Columns lie side by side:
+32 columns at a time in registers; in plain torch (`columns`, the definition) the same is a
+dozen launches a column, and the launches take nearly all the time. Columns lie side by side:
 weights are [B, K, N], B matrices of K columns and N rows.
 """
 
@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from mcmoe_kernels.formats import scales
+
 ROWS = 32  # of a program
-
-
 COLUMNS = 32  # that it holds at a time
+MAX_STEPS = tl.constexpr(float(scales.MAX_STEPS))  # of a zero
 
 
 @triton.jit
@@ -72,7 +73,8 @@ def fit_group_kernel(w, importance, shrinks, max_codes, zero_steps, scales, zero
         else:
             scale = round_scale(tl.div_rn((high - low) * shrink, max_code + tl.zeros_like(high)))
             zero = tl.div_rn(-low * shrink, scale)
-            zero = tl.div_rn(encode(zero * steps, max_code * steps), steps + zero * 0)
+            zero = encode(zero * steps, tl.minimum(max_code * steps, MAX_STEPS))
+            zero = tl.div_rn(zero, steps + zero * 0)
         wide = scale[None, :] + tl.zeros_like(tile)
         q = encode(tl.div_rn(tile, wide) + zero[None, :], max_code)
         difference = tl.abs((q - zero[None, :]) * scale[None, :] - tile)
