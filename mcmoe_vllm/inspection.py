@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mcmoe_kernels.formats import WIDTHS
 from mcmoe_vllm.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig
 from mcmoe_vllm.checkpoint.verification import Pair, wrong_content
@@ -258,7 +259,7 @@ def _wrong_expert(checkpoint: Checkpoint, pair: Pair, version: int) -> list[str]
         wrong.append(f"{pair.codes} is missing, config says {pair.bits} bits")
     elif codes.dtype != "U8" or codes.shape != shape:
         held = codes.shape[1] * 8 / columns if len(codes.shape) == 2 else 0
-        guess = f" ({held:g} bits)" if codes.shape[:1] == (rows,) and held in (1, 2, 3, 4) else ""
+        guess = f" ({held:g} bits)" if codes.shape[:1] == (rows,) and held in WIDTHS else ""
         wrong.append(
             f"{pair.codes} is {_describe(codes)}{guess}, config says U8 {list(shape)} "
             f"({pair.bits} bits)"

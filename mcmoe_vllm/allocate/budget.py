@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS
 from mcmoe_vllm.errors import UserError
 
 Scope = Literal["layer", "global"]
@@ -14,7 +15,7 @@ Scope = Literal["layer", "global"]
 SCOPES: tuple[Scope, ...] = ("layer", "global")
 
 
-WIDTHS = (0, 1, 2, 3, 4)  # 0: the expert is dropped
+WIDTHS = CANDIDATE_BITS  # 0: the expert is dropped
 
 
 BUDGET_SLACK = 1e-6  # 2.3 * 100 must give 230 although it is 229.99... in binary

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mcmoe_kernels.formats import packing
+from mcmoe_kernels.formats import WIDTHS, packing
 from mcmoe_vllm.disk import check_version, is_integer
 from mcmoe_vllm.errors import UserError
 
@@ -23,7 +23,7 @@ FORMAT_VERSION = 2
 EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1)}
 
 
-CANDIDATE_BITS = (0, 1, 2, 3, 4)
+CANDIDATE_BITS = (0, *WIDTHS)
 
 
 GROUP_SIZES = (32, 64, 128)
@@ -78,8 +78,10 @@ class QuantizationConfig:
                 wrong.append(f"layer {layer} has {len(widths)} strings of widths, needs 2")
             for digits in widths:
                 lengths.add(len(digits))
-                if not digits or set(digits) - set("01234"):
-                    wrong.append(f"layer {layer} has widths {digits!r}, allowed digits are 0 to 4")
+                if not digits or set(digits) - set(map(str, CANDIDATE_BITS)):
+                    wrong.append(
+                        f"layer {layer} has widths {digits!r}, allowed digits are 0 to {WIDTHS[-1]}"
+                    )
             if len(widths) == 2 and any((a == "0") != (b == "0") for a, b in zip(*widths)):  # noqa: B905
                 wrong.append(f"layer {layer} drops an expert in w13 or w2 alone")
         if len(lengths) > 1:
