@@ -17,7 +17,7 @@ from mcmoe_kernels.gpu.choice import (
     fit,
 )
 from mcmoe_kernels.gpu.common import is_ragged
-from mcmoe_kernels.gpu.experts import fused_experts, warm_up
+from mcmoe_kernels.gpu.experts import fused_experts, warm_up, why_not_gpu
 from mcmoe_kernels.gpu.pruning import prune_ids
 from mcmoe_kernels.gpu.tiled import tile_layer
 from mcmoe_kernels.layer import fused_experts_torch
@@ -421,3 +421,10 @@ class TestOnAGpu:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert not compiled
+
+
+def test_rocm_is_refused(monkeypatch):
+    """Its devices are called "cuda" too."""
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    problems = why_not_gpu(torch.device("cuda"), torch.bfloat16)
+    assert len(problems) == 1 and "ROCm 6.2" in problems[0]

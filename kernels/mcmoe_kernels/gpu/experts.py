@@ -117,6 +117,8 @@ def why_not_gpu(device: torch.device, dtype: torch.dtype) -> list[str]:
     problems = []
     if device.type != "cuda":
         problems.append(f"device {device} is no CUDA device")
+    elif torch.version.hip:  # which says "cuda" too, and whose capabilities mean something else
+        problems.append(f"torch is built for ROCm {torch.version.hip}, the kernels are NVIDIA's")
     elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         have = "{}.{}".format(*torch.cuda.get_device_capability(device))
         need = "{}.{}".format(*MIN_CAPABILITY)
