@@ -7,7 +7,6 @@ import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_kernels.quantize.columns import encode, round_scale
-from mcmoe_vllm.recipes import BEST, PAPER
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import relative_error, row_errors
 from mcmoe_vllm.quantize.gptq import DAMPING
