@@ -6,48 +6,28 @@ import re
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig as VllmQuantizationConfig,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-import mcmoe_vllm
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.cache import CacheBudget
-from mcmoe_vllm.plugin.metrics import PruningCounts
-from mcmoe_vllm.plugin.pruning import LayerPruning, refuse_decode_only
-from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of
-
-logger = init_logger("vllm.mcmoe")
+from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+from mcmoe_vllm.plugin.launch import Launch
+from mcmoe_vllm.plugin.linear import McmoeLinearMethod
 
 NO_CHECKPOINT = (
     "--quantization mcmoe needs a checkpoint that mcmoe made: this model's config.json has no "
     "quantization_config. Compress it first with `mcmoe quantize <model> -o <folder>` and serve "
     "that folder, or drop --quantization mcmoe to serve the model as it is."
 )
-SCALE_BITS = 16  # of a group: scale and zero
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-def true_bits(config: QuantizationConfig) -> float:
-    """Bits per expert weight with scales and zeros counted; w13 holds two thirds of the weights."""
-    share = {"w13": 2 / 3, "w2": 1 / 3}
-    widths = [
-        sum(
-            part * (bits + SCALE_BITS / config.group_size[group])
-            for group, part in share.items()
-            if (bits := config.bits(layer, group)[expert])
-        )
-        for layer in config.expert_bits
-        for expert in range(config.num_experts)
-    ]
-    return sum(widths) / len(widths)
-
-
 class McmoeConfig(VllmQuantizationConfig):
-    """vLLM's view of our QuantizationConfig. Travels to the workers by pickle: holds no tensor.
+    """vLLM's view of our QuantizationConfig. Travels to the workers by pickle, without the launch.
 
     num_layers: decoder layers of the main model, once vLLM has told; a layer beyond them belongs
     to a draft model and is not quantized.
@@ -59,12 +39,18 @@ class McmoeConfig(VllmQuantizationConfig):
             raise UserError(NO_CHECKPOINT)
         self.config = config
         self.num_layers: int | None = None
-        self._expected = 0
-        self._ready = 0
-        self._cache: CacheBudget | None = None
-        self._pruning: Pruning | None = None
-        self._decode_only = False
-        self._counts: PruningCounts | None = None
+        self._launch: Launch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_launch": None}
+
+    @property
+    def launch(self) -> Launch:
+        """What this process sets up for the model that vLLM is building: made for its first layer,
+        while vLLM's current config is the model's."""
+        if self._launch is None:
+            self._launch = Launch(self.config, get_current_vllm_config())
+        return self._launch
 
     def get_name(self) -> str:
         return "mcmoe"
@@ -104,16 +90,12 @@ class McmoeConfig(VllmQuantizationConfig):
         if isinstance(layer, RoutedExperts):
             if index is None or index not in self.config.expert_bits:
                 return UnquantizedFusedMoEMethod(layer.moe_config)
-            from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
-
-            self._expected += 1
-            return McmoeExpertsMethod(self, layer.moe_config, prefix, index)
+            self.launch.expect(prefix)
+            return McmoeExpertsMethod(self.config, self.launch, layer.moe_config, prefix, index)
         if isinstance(layer, LinearBase):
             if index is None or not self.is_dense_int4(prefix):
                 return UnquantizedLinearMethod()
-            from mcmoe_vllm.plugin.linear import McmoeLinearMethod
-
-            return McmoeLinearMethod(self, prefix)
+            return McmoeLinearMethod(self.config, self.launch, prefix)
         return None
 
     def is_dense_int4(self, prefix: str) -> bool:
@@ -121,57 +103,6 @@ class McmoeConfig(VllmQuantizationConfig):
         its parent is one of `dense_modules`."""
         parent = prefix.split(".")[-2:-1]
         return self.config.dense_bits == 4 and bool(set(parent) & set(self.config.dense_modules))
-
-    def experts_ready(self, compute_path: str, announce: bool) -> None:
-        """Note that one layer's experts are ready; after the last, say so in one line."""
-        self._ready += 1
-        if self._ready != self._expected or not announce:
-            return
-        logger.info(
-            "mcmoe %s: %d MoE layers, %.2f true bits/weight (experts), compute path = %s%s",
-            mcmoe_vllm.__version__,
-            self._ready,
-            true_bits(self.config),
-            compute_path,
-            self._pruning_announcement(),
-        )
-
-    def _pruning_announcement(self) -> str:
-        if self._pruning is None or not self._pruning.ratios:
-            return ""
-        only = f" ({DECODE_ONLY})" if self._decode_only else ""
-        return f", pruning in {len(self._pruning.ratios)} layers{only}"
-
-    def weight_cache(self, additional_config: object) -> CacheBudget:
-        """The engine's budget for dequantized weights on a CPU, which its layers share."""
-        if self._cache is None:
-            self._cache = CacheBudget.from_additional_config(additional_config)
-        return self._cache
-
-    def layer_pruning(
-        self, index: int, vllm_config: Any, device: torch.device, counting: bool
-    ) -> LayerPruning | None:
-        """What the launch prunes in a layer; None where it prunes in no layer."""
-        if self._pruning is None:
-            table = read_table(self.config)
-            setting = switch_of(vllm_config.additional_config)
-            self._pruning = Pruning(
-                parse_switch(setting, table), table is not None and table.renormalize
-            )
-            self._decode_only = setting == DECODE_ONLY
-            if self._decode_only:
-                refuse_decode_only(device, vllm_config.parallel_config.data_parallel_size)
-        if not self._pruning.ratios:
-            return None
-        if counting and self._counts is None:
-            self._counts = PruningCounts(sorted(self.config.expert_bits), device)
-            self._counts.publish()
-        return LayerPruning(
-            self._pruning.ratios.get(index, 0.0),
-            self._pruning.renormalize,
-            self._decode_only,
-            self._counts.of_layer(index) if self._counts and counting else None,
-        )
 
     def _layer_index(self, prefix: str) -> int | None:
         """Index of the main model's decoder layer that a name belongs to."""

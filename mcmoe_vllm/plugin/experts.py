@@ -30,9 +30,9 @@ from vllm.platforms import current_platform
 
 from mcmoe_kernels.formats.packing import pack_scale
 from mcmoe_kernels.layer import ACTIVATIONS, ExpertLayer, ExpertMatrices, packed_offsets, split_flat
-from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, stored_scale
+from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig, stored_scale
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.config import McmoeConfig
+from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
 from mcmoe_vllm.plugin.prepared import PreparedExperts
 
@@ -54,15 +54,21 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
     """One instance per layer. `moe_kernel` stays None, so vLLM's runner reduces over the ranks."""
 
     def __init__(
-        self, quant_config: McmoeConfig, moe: FusedMoEConfig, prefix: str, index: int
+        self,
+        config: QuantizationConfig,
+        launch: Launch,
+        moe: FusedMoEConfig,
+        prefix: str,
+        index: int,
     ) -> None:
         super().__init__(moe)
-        self.quant_config = quant_config
+        self.config = config
+        self.launch = launch
         self.prefix = prefix
         self.layer_index = index
         self.local: dict[int, int] = {}  # global expert -> local expert
-        self.widths = {group: quant_config.config.bits(index, group) for group in ("w13", "w2")}
-        self.group_size = quant_config.config.group_size
+        self.widths = {group: config.bits(index, group) for group in ("w13", "w2")}
+        self.group_size = config.group_size
         self.filled: set[tuple[int, str, str]] = set()
         self.prepared: PreparedExperts | None = None
         _refuse_unsupported(moe, prefix)
@@ -150,28 +156,26 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         return True if return_success else None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        vllm_config = get_current_vllm_config()
-        if vllm_config.load_config.load_format == "dummy":
+        if get_current_vllm_config().load_config.load_format == "dummy":
             self._fill_dummy(layer)
         else:
             self._refuse_gaps()
-        expert_map, config = layer.expert_map, self.quant_config.config
+        expert_map = layer.expert_map
         experts = ExpertLayer(
             self.hidden_size,
             self.intermediate_size,
-            replace(self._matrices(layer, "w13"), model_bits=config.widths("w13")),
-            replace(self._matrices(layer, "w2"), model_bits=config.widths("w2")),
+            replace(self._matrices(layer, "w13"), model_bits=self.config.widths("w13")),
+            replace(self._matrices(layer, "w2"), model_bits=self.config.widths("w2")),
             self.activation,
             None if expert_map is None else expert_map.to(torch.int32),
         )
-        cache = self.quant_config.weight_cache(vllm_config.additional_config)
         parallel = self.moe.moe_parallel_config
         first_rank = parallel.tp_rank == parallel.ep_rank == 0  # all ranks route the same tokens
-        pruning = self.quant_config.layer_pruning(
-            self.layer_index, vllm_config, layer.w13_weight_scale.device, counting=first_rank
+        pruning = self.launch.pruning(
+            self.layer_index, layer.w13_weight_scale.device, counting=first_rank
         )
         self.prepared = prepare_experts(
-            experts, self.dtype, cache, self.moe.experts_per_token, pruning
+            experts, self.dtype, self.launch.budget, self.moe.experts_per_token, pruning
         )
         if not self.prepared.keeps_packed:
             for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
@@ -180,7 +184,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         if current_platform.is_cpu():
             add_layer(self.prefix, self.prepared)
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
-        self.quant_config.experts_ready(self.prepared.path, announce=first_rank)
+        self.launch.ready(self.prefix, self.prepared.path, announce=first_rank)
 
     def apply(
         self,
@@ -269,7 +273,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         rows, columns = (self.hidden_size, full) if group == "w2" else (full, self.hidden_size)
         expected, dtype = (rows, columns * bits // 8), torch.uint8
         if kind == "weight_scale":
-            stored, per_group = EXPERT_SCALES[self.quant_config.config.format_version]
+            stored, per_group = EXPERT_SCALES[self.config.format_version]
             expected = (rows, per_group * columns // self.group_size[group])
             dtype = SCALE_DTYPES[stored]
         if tuple(tensor.shape) == expected and tensor.dtype == dtype:

@@ -18,8 +18,9 @@ from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, Au
 from vllm.platforms import current_platform
 
 from mcmoe_kernels.formats.packing import dequantize_int4_linear
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.config import McmoeConfig
+from mcmoe_vllm.plugin.launch import Launch
 
 logger = init_logger("vllm.mcmoe")
 
@@ -36,12 +37,12 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
 
     kernel: Any  # vLLM's MPLinearKernel
 
-    def __init__(self, config: McmoeConfig, prefix: str) -> None:
-        self.group_size = config.config.group_size["dense"]
+    def __init__(self, config: QuantizationConfig, launch: Launch, prefix: str) -> None:
+        self.group_size = config.group_size["dense"]
         # bits, group size, act order, symmetric, quantized lm_head, per-module rules, full config
         super().__init__(AutoGPTQConfig(4, self.group_size, False, True, False, {}, {}))
         self.input_dtype = None
-        self.config = config
+        self.launch = launch
         self.prefix = prefix
         self.plain: UnquantizedLinearMethod | None = None  # once the weights are dequantized
 
@@ -75,7 +76,9 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
         self.dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not self._is_dequantized(layer):
+        if self.plain is None and self._dequantize_here(layer):
+            self.plain = UnquantizedLinearMethod()
+        if self.plain is None:
             if current_platform.is_cpu():
                 self.kernel.config = keep_activations(self.kernel.config)
             super().process_weights_after_loading(layer)
@@ -86,7 +89,6 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
             if name in layer._parameters:
                 delattr(layer, name)
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
-        self.plain = UnquantizedLinearMethod()
         self.plain.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,15 +96,14 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
             return self.plain.apply(layer, x, bias)
         return super().apply(layer, x, bias)
 
-    def _is_dequantized(self, layer: Any) -> bool:
+    def _dequantize_here(self, layer: Any) -> bool:
+        """Decide, once, whether to keep the weights dequantized; on a CPU the launch's budget pays
+        for them."""
         if self.dtype == torch.float32:
             return True
         if not current_platform.is_cpu():
             return False
-        vllm_config = get_current_vllm_config_or_none()
-        options = None if vllm_config is None else vllm_config.additional_config
-        nbytes = 8 * layer.qweight.numel() * self.dtype.itemsize
-        return self.config.weight_cache(options).take(nbytes)
+        return self.launch.budget.take(8 * layer.qweight.numel() * self.dtype.itemsize)
 
 
 def keep_activations(config: Any) -> Any:

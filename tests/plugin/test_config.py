@@ -26,6 +26,14 @@ def make(dense_bits=4, layers=2):
     return McmoeConfig.from_config(config.to_dict())
 
 
+def linear():
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
 def test_a_plain_checkpoint_names_the_remedy():
     from mcmoe_vllm.plugin.config import McmoeConfig
 
@@ -36,6 +44,35 @@ def test_a_plain_checkpoint_names_the_remedy():
 def test_it_travels_to_the_workers():
     config = pickle.loads(pickle.dumps(make()))
     assert config.get_name() == "mcmoe" and config.config == make().config
+
+
+def test_the_launch_stays_in_its_process(vllm_config):
+    config = make()
+    config.maybe_update_config("a-model", SimpleNamespace(num_hidden_layers=2))
+    config.get_quant_method(linear(), "model.layers.0.self_attn.qkv_proj")
+    launch = config.launch
+    launch.budget.take(1)
+    travelled = pickle.loads(pickle.dumps(config))
+    assert travelled.config == config.config and travelled.num_layers == 2
+    assert travelled._launch is None and config.launch is launch
+    assert travelled.launch.budget.bytes == launch.budget.bytes + 1
+
+
+def test_layers_are_counted_by_name(vllm_config, moe_config):
+    """vLLM may ask twice for a layer's method."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+
+    config = make()
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = moe_config(4)
+    for index in (0, 0, 1):
+        method = config.get_quant_method(layer, f"model.layers.{index}.mlp.experts")
+        assert type(method) is McmoeExpertsMethod and method.layer_index == index
+        assert method.launch is config.launch
+    assert config.launch._expected == {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
 
 
 def test_activation_types_and_contract():
@@ -62,14 +99,13 @@ def test_activation_types_and_contract():
     ],
 )
 def test_which_linears_are_int4(vllm_config, prefix, int4):
-    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     from mcmoe_vllm.plugin.linear import McmoeLinearMethod
 
     config = make()
     config.maybe_update_config("a-model", SimpleNamespace(num_hidden_layers=2))
-    layer = ReplicatedLinear.__new__(ReplicatedLinear)
-    torch.nn.Module.__init__(layer)
+    layer = linear()
     method = config.get_quant_method(layer, prefix)
     assert type(method) is (McmoeLinearMethod if int4 else UnquantizedLinearMethod)
     if int4:
@@ -81,9 +117,12 @@ def test_other_layers_are_left_alone():
     assert make().get_quant_method(torch.nn.Module(), "model.layers.0.self_attn.attn") is None
 
 
-def test_true_bits_count_scales_and_dropped_experts():
-    from mcmoe_vllm.plugin.config import true_bits
+def test_registering_is_idempotent():
+    from vllm.model_executor.layers.quantization import get_quantization_config
 
-    # three of four experts have weights, 0.25 bits of scale and zero a weight
-    w13, w2 = (2 + 3 + 4) / 4 + 0.1875, (3 + 2 + 1) / 4 + 0.1875
-    assert true_bits(make().config) == pytest.approx((2 * w13 + w2) / 3)
+    from mcmoe_vllm.plugin import register
+    from mcmoe_vllm.plugin.config import McmoeConfig
+
+    register()
+    register()
+    assert get_quantization_config("mcmoe") is McmoeConfig

@@ -27,7 +27,9 @@ def one_rank(monkeypatch):
 
 
 def make_method(group_size):
-    from mcmoe_vllm.plugin.config import McmoeConfig
+    from vllm.config import get_current_vllm_config
+
+    from mcmoe_vllm.plugin.launch import Launch
     from mcmoe_vllm.plugin.linear import McmoeLinearMethod
 
     config = QuantizationConfig(
@@ -36,7 +38,8 @@ def make_method(group_size):
         dense_bits=4,
         dense_modules=("self_attn",),
     )
-    return McmoeLinearMethod(McmoeConfig(config), "model.layers.3.self_attn.o_proj")
+    launch = Launch(config, get_current_vllm_config())
+    return McmoeLinearMethod(config, launch, "model.layers.3.self_attn.o_proj")
 
 
 def make_layer(dtype, group_size, input_size=K):
@@ -71,6 +74,14 @@ def test_it_computes_the_stored_weight(vllm_config, group_size, dtype, limit, ca
     dequantized = cache_gib > 0 or dtype == torch.float32
     assert (method.plain is not None) == dequantized
     assert hasattr(layer, "qweight") != dequantized, "no weight is kept twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_is_booked_once(vllm_config, dtype):
+    vllm_config.additional_config = {"cpu_weight_cache_gib": 1}
+    _, method, _ = make_layer(dtype, 32)
+    spent = 0 if dtype == torch.float32 else K * N * 2  # float32 is asked for, whatever it takes
+    assert method.launch.budget.bytes == (1 << 30) - spent
 
 
 @pytest.mark.parametrize("case", ["kept", "no AMX", "AMX denied", "chosen"])

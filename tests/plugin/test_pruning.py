@@ -1,4 +1,4 @@
-"""One layer's pruning while vLLM runs it: routers, phases, and where phases cannot be told."""
+"""One layer's pruning while vLLM runs it: routers and phases."""
 
 from types import SimpleNamespace
 
@@ -8,11 +8,8 @@ import torch
 pytest.importorskip("vllm")
 
 from mcmoe_kernels.pruning import prune
-from mcmoe_vllm.checkpoint.format import QuantizationConfig
-from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import ARCHITECTURES
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from mcmoe_vllm.pruning.table import PruningTable
 from tests.conftest import SIZES, TINY_MODELS
 from tests.expert_layers import random_routing
 
@@ -84,40 +81,3 @@ def test_decode_only_prunes_tokens_that_are_alone(forward, renormalize):
     assert torch.equal(served_weights, torch.where(alone[:, None], all_weights, weights))
     with forward(None):  # vLLM's own runs
         assert torch.equal(LayerPruning(0.9, decode_only=True)(weights, ids)[1], ids)
-
-
-TABLE = PruningTable("sensitivity", 0.2, (0, 3), {0.2: (0.5, 0.375)})
-
-
-@pytest.fixture
-def layer_pruning(vllm_config):
-    """layer_pruning(switch, device="cpu", data_parallel_size=1, counting=False) of layer 3."""
-    from mcmoe_vllm.plugin.config import McmoeConfig
-
-    def get(switch, device="cpu", data_parallel_size=1, counting=False):
-        quantization = QuantizationConfig(
-            group_size={"w13": 128, "w2": 128, "dense": 128},
-            expert_bits=dict.fromkeys((0, 3), ("23", "23")),
-            pruning=TABLE.to_dict(),
-        )
-        vllm_config.additional_config = {} if switch is None else {"mcmoe": {"pruning": switch}}
-        vllm_config.parallel_config.data_parallel_size = data_parallel_size
-        config = McmoeConfig(quantization)
-        return config.layer_pruning(3, vllm_config, torch.device(device), counting)
-
-    return get
-
-
-def test_what_a_launch_asks_for_is_what_a_layer_does(layer_pruning):
-    assert layer_pruning("off") is None
-    assert layer_pruning(None) == layer_pruning("on") == LayerPruning(0.375)
-    assert layer_pruning(0.1) == LayerPruning(0.1875)
-    assert layer_pruning("decode-only") == LayerPruning(0.375, decode_only=True)
-    assert layer_pruning("on", counting=True).counts.place == 1
-    assert layer_pruning("off", counting=True) is None
-
-
-def test_where_phases_cannot_be_told_is_listed(layer_pruning):
-    with pytest.raises(UserError, match="CUDA graphs.*; with data parallelism.*a share"):
-        layer_pruning("decode-only", "cuda", 2)
-    assert layer_pruning("on", "cuda", 2) == LayerPruning(0.375)

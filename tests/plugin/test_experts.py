@@ -40,11 +40,16 @@ def quantization_config(bits13=BITS13, bits2=BITS2, group=GROUP):
 
 
 def make_method(moe_config, layer, config=None, width=WIDTH, tp=(1, 0), dtype=torch.bfloat16):
-    from mcmoe_vllm.plugin.config import McmoeConfig
+    from vllm.config import VllmConfig, get_current_vllm_config_or_none
+
     from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+    from mcmoe_vllm.plugin.launch import Launch
 
     moe = moe_config(8, tp_size=tp[0], tp_rank=tp[1])
-    method = McmoeExpertsMethod(McmoeConfig(config or quantization_config()), moe, PREFIX, 0)
+    config = config or quantization_config()
+    launch = Launch(config, get_current_vllm_config_or_none() or VllmConfig())
+    launch.expect(PREFIX)
+    method = McmoeExpertsMethod(config, launch, moe, PREFIX, 0)
     local = 8 if layer.held is None else len(layer.held)
     method.create_weights(layer, local, HIDDEN, width // tp[0], dtype)
     return method
@@ -74,6 +79,16 @@ def load(layer, tensors):
             expert_id=expert,
             return_success=True,
         )
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What a launch says."""
+    from mcmoe_vllm.plugin import launch
+
+    said = []
+    monkeypatch.setattr(launch.logger, "info", lambda text, *args: said.append(text % args))
+    return said
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +174,7 @@ def test_gaps_are_listed(checkpoint, vllm_config, moe_config, fake_layer):
         method.process_weights_after_loading(layer)
     message = str(error.value)
     assert "lacks 8 expert tensor(s)" in message and "expert 6 w3.weight_scale" in message
+    assert " more" not in message  # all eight are named
     assert all(f"expert 2 {p}.weight_packed" in message for p in ("w1", "w2", "w3"))
 
 
@@ -252,7 +268,6 @@ def test_an_unknown_activation_is_refused(moe_config, fake_layer, activation):
 
 
 def test_every_unsupported_setting_is_listed(moe_config):
-    from mcmoe_vllm.plugin.config import McmoeConfig
     from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
 
     moe = moe_config(8, has_bias=True, is_lora_enabled=True)
@@ -260,7 +275,7 @@ def test_every_unsupported_setting_is_listed(moe_config):
     moe.moe_parallel_config.use_all2all_kernels = True
     moe.moe_parallel_config.all2all_backend = "deepep_low_latency"
     with pytest.raises(UserError) as error:
-        McmoeExpertsMethod(McmoeConfig(quantization_config()), moe, PREFIX, 0)
+        McmoeExpertsMethod(quantization_config(), None, moe, PREFIX, 0)
     for part in ("biases", "--enable-lora", "--enable-eplb", "deepep_low_latency"):
         assert part in str(error.value)
 
@@ -275,20 +290,25 @@ def test_two_live_layers_of_one_name_are_refused(checkpoint, vllm_config, moe_co
         methods[1].process_weights_after_loading(second)
 
 
-def test_the_start_is_announced_once(checkpoint, vllm_config, moe_config, fake_layer, monkeypatch):
-    from mcmoe_vllm.plugin import config as plugin_config
-
-    lines = []
-    monkeypatch.setattr(plugin_config.logger, "info", lambda text, *args: lines.append(text % args))
+@pytest.mark.parametrize("ranks", [{"tp_rank": 1}, {"ep_rank": 1}])
+def test_another_rank_than_the_first_is_silent(vllm_config, moe_config, fake_layer, lines, ranks):
+    """Under expert parallelism tp_rank is 0 everywhere."""
+    vllm_config.load_config.load_format = "dummy"
     layer = fake_layer(8)
     method = make_method(moe_config, layer)
-    method.quant_config._expected = 2
-    load(layer, expert_tensors(checkpoint))
+    vars(method.moe.moe_parallel_config).update(ranks)
     method.process_weights_after_loading(layer)
+    assert method.launch._ready == {PREFIX} and not lines
+
+
+def test_the_start_is_announced(checkpoint, vllm_config, moe_config, fake_layer, lines):
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    load(layer, expert_tensors(checkpoint))
     assert not lines
-    method.quant_config.experts_ready(method.prepared.path, announce=True)
+    method.process_weights_after_loading(layer)
     (line,) = lines
     mean13 = sum(map(int, BITS13)) / 8 + 7 / 16  # 16 bits of scale and zero per group of 32
     mean2 = sum(map(int, BITS2)) / 8 + 7 / 16
     assert f"{(2 * mean13 + mean2) / 3:.2f} true bits/weight (experts)" in line
-    assert line.startswith("mcmoe 0.1.0: 2 MoE layers") and "compute path = CPU" in line
+    assert line.startswith("mcmoe 0.1.0: 1 MoE layers") and "compute path = CPU" in line
