@@ -70,6 +70,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         self.widths = {group: config.bits(index, group) for group in ("w13", "w2")}
         self.group_size = config.group_size
         self.filled: set[tuple[int, str, str]] = set()
+        # Group -> where its buffers lay when the views of its experts were made, and the views.
+        self._views: dict[str, tuple[tuple[int, ...], ExpertMatrices]] = {}
         self.prepared: PreparedExperts | None = None
         _refuse_unsupported(moe, prefix)
 
@@ -117,6 +119,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             scale = (present, rows, columns // self.group_size[group])
             self._register(layer, f"{group}_weight_packed", torch.zeros(size, dtype=torch.uint8))
             self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.int16))
+            self._matrices(layer, group)
 
     def load_weight(
         self,
@@ -177,6 +180,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         self.prepared = prepare_experts(
             experts, self.dtype, self.launch.budget, self.moe.experts_per_token, pruning
         )
+        self._views.clear()  # they keep the buffers alive
         if not self.prepared.keeps_packed:
             for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
                 param = getattr(layer, name)
@@ -233,8 +237,14 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         return self.hidden_size, self.intermediate_size
 
     def _matrices(self, layer: Any, group: str) -> ExpertMatrices:
+        """Views of the layer's buffers, made anew only where vLLM has put other buffers in their
+        place. The views keep the old ones alive, so that an address tells them apart."""
         packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
-        return split_flat(packed, scale, self.bits[group], *self._shape(group))
+        place = (packed.data_ptr(), scale.data_ptr())
+        if group not in self._views or self._views[group][0] != place:
+            matrices = split_flat(packed, scale, self.bits[group], *self._shape(group))
+            self._views[group] = place, matrices
+        return self._views[group][1]
 
     def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
         param = torch.nn.Parameter(value, requires_grad=False)

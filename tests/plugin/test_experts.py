@@ -312,3 +312,39 @@ def test_the_start_is_announced(checkpoint, vllm_config, moe_config, fake_layer,
     mean2 = sum(map(int, BITS2)) / 8 + 7 / 16
     assert f"{(2 * mean13 + mean2) / 3:.2f} true bits/weight (experts)" in line
     assert line.startswith("mcmoe 0.1.0: 1 MoE layers") and "compute path = CPU" in line
+
+
+def test_views_are_made_once_a_layer(checkpoint, vllm_config, moe_config, fake_layer, monkeypatch):
+    """Made for each tensor, they would take seconds a layer where there are many experts."""
+    from mcmoe_vllm.plugin import experts
+
+    calls = []
+    split_flat = experts.split_flat
+    monkeypatch.setattr(
+        experts, "split_flat", lambda *args: calls.append(args) or split_flat(*args)
+    )
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    load(layer, expert_tensors(checkpoint))
+    method.process_weights_after_loading(layer)
+    assert len(calls) == 2  # w13 and w2
+    assert not method._views, "they would keep the packed weights alive"
+
+
+@pytest.mark.parametrize("replaced", ["w13_weight_packed", "w13_weight_scale", "w2_weight_packed"])
+def test_buffers_that_vllm_replaces_are_loaded_and_computed_from(
+    checkpoint, vllm_config, moe_config, fake_layer, replaced
+):
+    """As it does to move a layer to another device, at any time until the layer is prepared."""
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer, dtype=torch.float32)
+    tensors = list(expert_tensors(checkpoint))
+    for part in (tensors[:20], tensors[20:]):
+        load(layer, part)
+        param = getattr(layer, replaced)
+        old, param.data = param.data, param.data.clone()
+        old.zero_()
+    method.process_weights_after_loading(layer)
+    x, (weights, ids) = random_input(5, HIDDEN, torch.float32), random_routing(5, 8, 3)
+    out = method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+    assert relative_error(out, experts_float64(x, checkpoint, weights, ids)) < 1e-6
