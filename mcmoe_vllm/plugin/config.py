@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig as VllmQuantizationConfig,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
@@ -22,6 +23,11 @@ NO_CHECKPOINT = (
     "--quantization mcmoe needs a checkpoint that mcmoe made: this model's config.json has no "
     "quantization_config. Compress it first with `mcmoe quantize <model> -o <folder>` and serve "
     "that folder, or drop --quantization mcmoe to serve the model as it is."
+)
+NO_ROCM = (
+    "mcmoe does not serve on AMD GPUs: this vLLM is for ROCm, and mcmoe's kernels are written and "
+    "tuned for NVIDIA's. Serve the folder on an NVIDIA GPU or with vLLM's build for CPUs, or the "
+    "uncompressed model here."
 )
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -37,6 +43,8 @@ class McmoeConfig(VllmQuantizationConfig):
         super().__init__()
         if config is None:  # vLLM's call for a checkpoint without quantization_config
             raise UserError(NO_CHECKPOINT)
+        if current_platform.is_rocm():
+            raise UserError(NO_ROCM)
         self.config = config
         self.num_layers: int | None = None
         self._launch: Launch | None = None

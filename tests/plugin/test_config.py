@@ -75,6 +75,14 @@ def test_layers_are_counted_by_name(vllm_config, moe_config):
     assert config.launch._expected == {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
 
 
+def test_amd_gpus_are_refused(monkeypatch):
+    from mcmoe_vllm.plugin import config
+
+    monkeypatch.setattr(config.current_platform, "is_rocm", lambda: True, raising=False)
+    with pytest.raises(UserError, match="does not serve on AMD GPUs.*vLLM's build for CPUs"):
+        make()
+
+
 def test_activation_types_and_contract():
     config = make()
     assert set(config.get_supported_act_dtypes()) == {
