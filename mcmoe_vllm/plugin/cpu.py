@@ -46,7 +46,7 @@ def choose_mode(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> s
 
 
 def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> DenseKernel | None:
-    """vLLM's fused kernel over dense experts, or None where this vLLM or CPU has none for them.
+    """vLLM's fused kernel over dequantized experts, or None where this vLLM or CPU has none.
 
     The kernel holds a repacked copy of w13 [S, 2I, H] and w2 [S, H, I]. vLLM's interface differs
     between versions, so the kernel is tried on one token before it is trusted.

@@ -123,9 +123,8 @@ def prefer_marlin(kernel: Any) -> Any:
     """Marlin in the place of Machete, vLLM's first choice on Hopper, unless the user chose
     (--linear-backend, VLLM_DISABLED_KERNELS) or Marlin cannot compute the layer.
 
-    An output token of Mixtral-8x7B's shape takes 3.64 ms with Marlin and 4.09 with Machete on an
-    H100, 256 requests at once 3162 and 3417 tokens/s (benchmarks/results/serving.jsonl): who
-    serves many requests at a time on Hopper may choose Machete.
+    Marlin is faster for few requests at a time, Machete for many (docs/speed.md): who serves many
+    on Hopper may choose Machete.
     """
     if type(kernel).__name__ != "MacheteLinearKernel":
         return kernel

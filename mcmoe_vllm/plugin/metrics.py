@@ -13,6 +13,10 @@ captured nothing runs; its replays count. vLLM 0.26 gives padding that id only w
 VLLM_USE_V2_MODEL_RUNNER=1 and VLLM_MOE_SKIP_PADDING=1; without, the rows that pad a graph's batch
 count on a GPU, and so do the runs that prepare a capture. One rank counts for all that route the
 same tokens, and it must share a file system with the API server.
+
+Why not prometheus_client's own counters: they write files only if $PROMETHEUS_MULTIPROC_DIR is set
+before they are made, and where that is set vLLM's /metrics shows its own metrics, too, from there,
+without the process's. So `write_counts` writes the files.
 """
 
 from __future__ import annotations
