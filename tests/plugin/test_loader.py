@@ -1,6 +1,7 @@
 """--load-format mcmoe: nothing unverified gets through, and every offender is named."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,24 @@ from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 
+from vllm.config import get_current_vllm_config
+
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.checkpoint.format import INDEX_FILE as INDEX
 from mcmoe_vllm.checkpoint.format import MANIFEST_FILE as MANIFEST
+from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.checkpoint.manifest import tensor_sha256 as sha256
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.loader import ReadCount, read_hashes, read_verified, remote_experts
+from mcmoe_vllm.plugin import register
+from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
+from mcmoe_vllm.plugin.launch import Launch
+from mcmoe_vllm.plugin.loader import (
+    McmoeModelLoader,
+    ReadCount,
+    read_hashes,
+    read_verified,
+    remote_experts,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -52,6 +65,59 @@ def read(folder, is_remote=lambda name: False):
 def reader(folder, is_remote=lambda name: False, count=None):
     checkpoint = open_checkpoint(folder)
     return read_verified(checkpoint, read_hashes(checkpoint), is_remote, count or ReadCount())
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "format_v2"
+
+
+class OneLayer(torch.nn.Module):
+    """The golden checkpoint's model: plain parameters beside experts that the plugin loads."""
+
+    def __init__(self, moe_config, layer):
+        super().__init__()
+        checkpoint = open_checkpoint(GOLDEN)
+        config = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
+        launch = Launch(config, get_current_vllm_config())
+        self.experts = layer
+        self.experts.quant_method = McmoeExpertsMethod(config, launch, moe_config(5), "experts", 0)
+        self.experts.quant_method.create_weights(layer, 5, 64, 32, torch.bfloat16)
+        for name, tensor in checkpoint.read(
+            [name for name in checkpoint.names() if "experts" not in name]
+        ).items():
+            value = torch.nn.Parameter(torch.zeros_like(tensor), requires_grad=False)
+            self.register_parameter(name.replace(".", "_"), value)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if "experts" not in name:
+                getattr(self, name.replace(".", "_")).data.copy_(tensor)
+                continue
+            expert, shard, kind = name.split("experts.")[1].split(".")
+            param = getattr(self.experts, f"{'w2' if shard == 'w2' else 'w13'}_{kind}")
+            param.weight_loader(param, tensor, name, shard_id=shard, expert_id=int(expert))
+
+
+def test_vllms_loader_and_ours_leave_the_same_bytes(vllm_config, moe_config, fake_layer):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    register()
+    model_config = SimpleNamespace(
+        model=str(GOLDEN), revision=None, quantization="mcmoe", is_moe=True, multimodal_config=None
+    )
+    found = []
+    for load_format in ("auto", "mcmoe"):
+        model = OneLayer(moe_config, fake_layer(5))
+        assert not any(value.any() for value in model.parameters())
+        loader = get_model_loader(LoadConfig(load_format=load_format))
+        loader.load_weights(model, model_config)
+        model.experts.quant_method._refuse_gaps()
+        found.append({name: value.data for name, value in model.named_parameters()})
+    vllms, ours = found
+    assert type(loader) is McmoeModelLoader and len(ours) > 10
+    assert vllms.keys() == ours.keys()
+    for name, value in vllms.items():
+        assert torch.equal(value.view(torch.uint8), ours[name].view(torch.uint8)) and value.any()
 
 
 def test_everything_is_read(tmp_path):
@@ -103,9 +169,19 @@ def test_changed_bytes_are_named_after_everything_was_checked(tmp_path):
     with pytest.raises(UserError) as error:
         for name, _ in reader(tmp_path):
             got.append(name)
-    assert "2 tensor(s)" in str(error.value) and len(got) == 3
+    assert f"2 tensor(s) are not what {MANIFEST} says" in str(error.value) and len(got) == 3
     assert "model.norm.weight in a.safetensors" in str(error.value)
+    assert " more" not in str(error.value)
     assert "q_proj.qweight in b.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(("wrong", "rest"), [(8, None), (9, "and 1 more")])
+def test_eight_offenders_are_named(tmp_path, wrong, rest):
+    gone = {f"model.gone.{i}.weight": torch.zeros(1) for i in range(wrong)}
+    with pytest.raises(UserError) as error:
+        read(write(tmp_path, listed={**ALL, **gone}))
+    assert str(error.value).count("model.gone.") == 8
+    assert (" more" in str(error.value)) == (rest is not None) and (rest or "") in str(error.value)
 
 
 def test_extra_and_missing_tensors(tmp_path):
