@@ -30,9 +30,9 @@ logger = init_logger("vllm.mcmoe")
 class McmoeLinearMethod(AutoGPTQLinearMethod):
     """qweight int32 [K/8, N] and scales [K/G, N] of a symmetric int4 linear (docs/FORMAT.md).
 
-    Two cases compute from weights dequantized at load: float32 activations, exactly, which is the
-    mode for checking accuracy; and on a CPU weights that fit into the cache, because the int4
-    kernel is slower than the plain one from a few tokens on.
+    Three cases compute from weights dequantized at load: float32 activations, exactly, which is the
+    mode for checking accuracy; on a CPU weights that fit into the cache, because the int4 kernel is
+    slower than the plain one from a few tokens on; and on a CPU for which vLLM has no int4 kernel.
     """
 
     kernel: Any  # vLLM's MPLinearKernel
@@ -103,7 +103,15 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
             return True
         if not current_platform.is_cpu():
             return False
-        return self.launch.budget.take(8 * layer.qweight.numel() * self.dtype.itemsize)
+        if self.launch.budget.take(8 * layer.qweight.numel() * self.dtype.itemsize):
+            return True
+        if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            return False
+        logger.warning_once(
+            "mcmoe: this vLLM has no int4 kernel for this CPU (AVX-512 is needed): dense int4 "
+            "weights are dequantized, whatever cpu_weight_cache_gib allows"
+        )
+        return True
 
 
 def keep_activations(config: Any) -> Any:
