@@ -10,6 +10,7 @@ from typing import Any
 from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS, DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.disk import check_version
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.widths import average_width
 
 PLAN_VERSION = 1
 
@@ -76,8 +77,7 @@ class Plan:
 
     def average_bits(self) -> float:
         """Mean width over all experts, as the paper counts it: codes alone."""
-        total = sum(2 * w13 + w2 for row in self.pairs() for w13, w2 in row)
-        return total / (3 * len(self.bits) * self.num_experts)
+        return average_width(pair for row in self.pairs() for pair in row)
 
     def pairs(self) -> list[list[tuple[int, int]]]:
         """For every layer and expert the width of gate and up, and that of the down projection."""

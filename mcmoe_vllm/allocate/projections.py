@@ -8,6 +8,7 @@ import numpy as np
 from mcmoe_vllm.allocate.budget import BUDGET_SLACK, Scope
 from mcmoe_vllm.allocate.knapsack import choose
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.widths import group_words
 
 
 def projection_costs(
@@ -51,7 +52,7 @@ def allocate_projections(
         costs[row, expert, [pair != (width, width) for pair in widths]] = np.inf
     # In units of 16 bits a group: scale and zero take one.
     unit = group_size // 16
-    sizes = [2 * (a * unit + (a > 0)) + b * unit + (b > 0) for a, b in widths]
+    sizes = [group_words(pair, group_size) for pair in widths]
     problems = costs.reshape(1, -1, len(widths)) if scope == "global" else costs
     budget = math.floor(3 * (bits * unit + 1) * problems.shape[1] + BUDGET_SLACK)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mcmoe_vllm.widths import bits_per_weight
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -22,12 +24,12 @@ class Sizes:
     @property
     def expert_bits(self) -> float:
         """True bits per routed expert weight."""
-        return 8 * self.expert_bytes / self.expert_parameters
+        return bits_per_weight(self.expert_bytes, self.expert_parameters)
 
     @property
     def model_bits(self) -> float:
         """True bits per weight of the whole model."""
-        return 8 * self.total_bytes / self.parameters
+        return bits_per_weight(self.total_bytes, self.parameters)
 
 
 def size(nbytes: float) -> str:
