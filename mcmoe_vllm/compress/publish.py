@@ -24,6 +24,7 @@ from mcmoe_vllm.model.moe_model import MoeModel
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.report.card import write_model_card
 from mcmoe_vllm.report.plots import write_heatmap
+from mcmoe_vllm.widths import count_matrices
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def write_output(folder: Path, summary: Summary) -> dict[str, Any]:
         write_json(folder / "plan.json", plan.to_dict())
         write_heatmap(plan, folder / "allocation.png")
         licences = [f.name for f in side_files(source.path) if "LICEN" in f.name.upper()]
-        write_model_card(folder, report, plan, summary.sizes, bool(licences))
+        name = Path(summary.options.output).absolute().name
+        licence = next(iter(licences), None)
+        write_model_card(folder, name, report, plan, summary.sizes, licence)
     return report
 
 
@@ -105,12 +108,14 @@ def _quantization_config(summary: Summary) -> QuantizationConfig:
 def _report(folder: Path, summary: Summary) -> dict[str, Any]:
     """report.json, but for what is known last."""
     options, model, layers = summary.options, summary.model, summary.layers
+    pairs = [pair for row in summary.plan.pairs() for pair in row]
     return {
         "schema_version": 1,
         "mcmoe_version": __version__,
         "model": options.model,
         "architecture": model.architecture.name,
         "average_bits": summary.average_bits,
+        "matrices": {str(w): n for w, n in count_matrices(pairs).items()},
         "bytes": {
             "original": model.checkpoint.nbytes,
             "compressed": sum((folder / s).stat().st_size for s in _shards(folder)),

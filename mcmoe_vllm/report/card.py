@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mcmoe_vllm.checkpoint.sizes import Sizes
 from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.widths import count_matrices, in_words
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+PAPER = (
+    "The idea of a width for every expert is that of "
+    "[MC-MoE](https://arxiv.org/abs/2410.06270) (Huang et al., ICLR 2025)."
+)
+
+# How widths were chosen, by the trait "allocation" of a recipe.
+METHODS = {
+    "sensitivity": "gate and up of every expert share a width, down has one of its own. A knapsack "
+    "over the measured KL divergence to the 16-bit model chose them",
+    "pmq": "every expert has a width of its own. An integer program chose it by how often and how "
+    "heavily the expert is used, and by what each width changes in the output",
+}
+GIVEN = "every expert has the width that the plan gave it"
 
 
 def write_model_card(
-    folder: Path, result: Mapping[str, Any], plan: Plan, sizes: Sizes, has_licence: bool
+    folder: Path,
+    name: str,
+    result: Mapping[str, Any],
+    plan: Plan,
+    sizes: Sizes,
+    licence: str | None,
 ) -> None:
-    """README.md of the checkpoint, with the metadata that the Hub reads."""
-    from huggingface_hub import ModelCard, ModelCardData
+    """README.md in `folder`, with the metadata that the Hub reads.
 
-    data = ModelCardData(
-        base_model=plan.model if "/" in plan.model and not plan.model.startswith("/") else None,
-        base_model_relation="quantized",
-        library_name="vllm",
-        pipeline_tag="text-generation",
-        tags=["mcmoe", "vllm", "moe", "quantized"],
-        license="other" if has_licence else None,
-        license_link="LICENSE" if has_licence else None,
-    )
-    counts = Counter(b for row in plan.pairs() for w13, w2 in row for b in (w13, w13, w2))
-    widths = "\n".join(f"| {b} | {counts[b]} |" for b in sorted(counts))
-    calibration = result["calibration"]
-    name = Path(plan.model).name
-    starved = result["starved_experts"]
-    starved_line = (
-        "Experts that calibration hardly reached (fewer than 256 tokens): "
-        + "; ".join(f"layer {layer}: {experts}" for layer, experts in starved.items())
-        if starved
-        else "Calibration reached every expert."
-    )
+    name: of the folder that people will serve; result: what report.json holds; licence: the name
+    of the licence file that was copied into the folder.
+    """
+    from huggingface_hub import ModelCard
+
+    pairs = [pair for row in plan.pairs() for pair in row]
+    rows = "\n".join(f"| {in_words(w)} | {n:,} |" for w, n in count_matrices(pairs).items())
     content = f"""---
-{data.to_yaml()}
+{_metadata(plan.model, licence)}
 ---
 
-# {name}, {plan.average_bits():.2f} bits per expert weight
+# {Path(plan.model).name}, {plan.average_bits():.2f} bits per expert weight
 
-Compressed with [mcmoe-vllm](https://arxiv.org/abs/2410.06270) {result["mcmoe_version"]}: every
-expert has a width of its own, chosen by an integer program over its measured importance.
+Compressed with mcmoe-vllm {result["mcmoe_version"]}, recipe {describe_recipe(result, plan)}.
+
+With mcmoe-vllm installed beside vLLM, in the folder that holds `{name}` (or give its path):
 
 ```
-pip install "mcmoe-vllm[vllm]"
-vllm serve {name}-mcmoe
+vllm serve {name} --quantization mcmoe
 ```
 
 | | original | this checkpoint |
@@ -57,15 +65,58 @@ vllm serve {name}-mcmoe
 | bits per expert weight, scales and zeros counted | 16 | {sizes.expert_bits:.3f} |
 | bits per weight of the whole model | 16 | {sizes.model_bits:.3f} |
 
-| bits | expert matrices |
+| width | matrices (gate, up, down) |
 |---|---|
-{widths}
+{rows}
 
-![bits by layer and expert](allocation.png)
+![Width of each expert's matrices, by layer](allocation.png)
 
-Attention (and shared experts): {plan.dense_bits} bits. Router gates, norms, embeddings and the
-head: 16 bits. Calibration: {calibration["samples"]} windows of {calibration["sequence_length"]}
-tokens of {Path(calibration["source"]).name}, seed {calibration["seed"]}. {starved_line}
-plan.json and report.json hold every decision and error.
+{_conditions(result, plan)} plan.json and report.json hold every decision and error.
+
+{PAPER}
 """
     ModelCard(content).save(folder / "README.md")
+
+
+def describe_recipe(result: Mapping[str, Any], plan: Plan) -> str:
+    """`best: a knapsack ...`: the recipe's name, and how it chose the widths."""
+    recipe = result["recipe"]
+    widths = {width for row in plan.pairs() for pair in row for width in pair}
+    if recipe.get("solver") is None:
+        how = GIVEN
+    elif len(widths) == 1:
+        how = f"every matrix has {in_words(widths.pop())}"
+    else:
+        how = METHODS[recipe["allocation"]]
+    return f"`{recipe['recipe']}`: {how}"
+
+
+def _metadata(model: str, licence: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    on_hub = HUB_NAME.fullmatch(model) is not None and not Path(model).exists()
+    data = ModelCardData(
+        base_model=model if on_hub else None,
+        base_model_relation="quantized",
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["mcmoe", "vllm", "moe", "quantized"],
+        license="other" if licence else None,
+        license_link=licence,
+    )
+    return str(data.to_yaml())
+
+
+def _conditions(result: Mapping[str, Any], plan: Plan) -> str:
+    """What has which width besides, and what the checkpoint was calibrated on."""
+    calibration, starved = result["calibration"], result["starved_experts"]
+    reached = "Calibration reached every expert."
+    if starved:
+        listed = (f"layer {i}: {', '.join(map(str, experts))}" for i, experts in starved.items())
+        reached = f"Experts that calibration hardly reached: {'; '.join(listed)}."
+    return (
+        f"Attention (and shared experts): {in_words(plan.dense_bits)}. Router gates, norms, "
+        f"embeddings and the head: 16 bits. Calibration: {calibration['samples']} windows of "
+        f"{calibration['sequence_length']} tokens of {Path(calibration['source']).name}, seed "
+        f"{calibration['seed']}. {reached}"
+    )
