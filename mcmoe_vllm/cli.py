@@ -337,20 +337,22 @@ def _add_inspect(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _run_inspect(parsed: argparse.Namespace) -> None:
-    from mcmoe_vllm.inspection import inspect_checkpoint
+    from mcmoe_vllm.disk import explain_os_errors, require_parent
+    from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
     from mcmoe_vllm.report.plots import write_bits_heatmap
-    from mcmoe_vllm.report.tables import print_inspection
 
+    if parsed.heatmap:
+        require_parent(Path(parsed.heatmap))
     found = inspect_checkpoint(parsed.model, check=parsed.check)
     if parsed.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         print_inspection(found)
     if parsed.heatmap:
-        config = found.config
-        layers = sorted(config.expert_bits)
-        bits = [config.bits(layer, "w13") for layer in layers]
-        write_bits_heatmap(layers, bits, Path(parsed.heatmap))
+        name = found.path.absolute().name
+        with explain_os_errors(f"writing {parsed.heatmap}"):
+            pairs = list(found.pairs().values())
+            write_bits_heatmap(found.layers, pairs, Path(parsed.heatmap), name)
     if parsed.check:
         print("all checks passed", file=sys.stderr)
 

@@ -13,13 +13,14 @@ from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import INDEX_FILE, MANIFEST_FILE
 from mcmoe_vllm.checkpoint.manifest import file_sha256, read_manifest, tensor_sha256
 from mcmoe_vllm.disk import explain_os_errors, read_json
+from mcmoe_vllm.widths import in_words
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two tensors that store one matrix [rows, columns]: codes and scales.
 
-    bits: width of the codes; group_size: columns that share a scale.
+    bits: the codes' width; group_size: columns that share a scale.
     """
 
     codes: str
@@ -108,6 +109,6 @@ def _wrong_values(tensor: torch.Tensor, pair: Pair) -> Iterator[str]:
         allowed = f"multiples of 0.5 in 0..{most}" if steps == 2 else f"integers 0..{most}"
     if bad.any():
         yield (
-            f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at {pair.bits} bits: "
-            f"{allowed}"
+            f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at "
+            f"{in_words(pair.bits)}: {allowed}"
         )

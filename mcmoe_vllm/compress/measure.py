@@ -17,6 +17,7 @@ from mcmoe_vllm.model.runner import States, add_rows, run_layer, to_main_memory,
 from mcmoe_vllm.quantize.hessians import ROWS
 from mcmoe_vllm.recipes import Recipe
 from mcmoe_vllm.report.progress import Progress
+from mcmoe_vllm.report.tables import describe_measurement
 
 PROBE_TOKENS = 16384  # that tell what widths change and what a change costs the model
 PROBE_BITS = 2  # the candidate next to it is what the model's predictions are asked about
@@ -73,7 +74,8 @@ def measure_layers(
             probes[_changed_in(layer.index)] = to_main_memory(begun)
         saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
         work.save_layer("significance", layer.index, saved)
-        return {"exact": to_main_memory(outputs), **probes}, measured.describe()
+        line = describe_measurement(measured.tokens, measured.frequency, measured.starved)
+        return {"exact": to_main_memory(outputs), **probes}, line
 
     states = walk_layers(
         model,

@@ -20,6 +20,7 @@ import torch
 from mcmoe_vllm.allocate.budget import parse_pins
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_choose, require_budget
+from mcmoe_vllm.compress.expected_loss import describe_costs
 from mcmoe_vllm.compress.finetune import finetune
 from mcmoe_vllm.compress.job import open_source, open_work, read_plan, read_windows
 from mcmoe_vllm.compress.measure import measure_layers
@@ -126,7 +127,8 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     move_into_place(work.checkpoint, output)
     work.remove()
     print_plan(chosen, sizes)
-    print_result(result, output)
+    costs = result["sensitivity"]
+    print_result(result, output, None if costs is None else describe_costs(costs))
     return result
 
 

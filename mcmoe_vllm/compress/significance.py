@@ -58,17 +58,6 @@ class LayerSignificance:
     def starved(self) -> list[int]:
         return starved_experts(self.tokens)
 
-    def describe(self) -> str:
-        """One line for people."""
-        least = min(range(len(self.tokens)), key=self.tokens.__getitem__)
-        line = (
-            f"used {min(self.frequency):.3f}..{max(self.frequency):.3f}, "
-            f"least sampled expert {least}: {self.tokens[least]} tokens"
-        )
-        if self.starved:
-            line += f" | WARNING {len(self.starved)} experts hardly reached: {self.starved}"
-        return line
-
 
 @dataclass(frozen=True)
 class Probe:

@@ -20,8 +20,7 @@ from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
 from mcmoe_vllm.cli import main
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.inspection import inspect_checkpoint
-from mcmoe_vllm.report.tables import print_inspection
+from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
 
 HIDDEN, WIDTH, GROUP, EXPERTS, LAYERS = 64, 32, 32, 5, 2
 BITS = {0: ("01234", "01243"), 1: ("32211", "32211")}
@@ -260,7 +259,7 @@ def test_width_that_contradicts_the_tensor(folder):
     message = refusal(folder)
     for name in ("gate_proj", "up_proj"):
         assert (
-            f"{FIRST}.1.{name}.weight_packed is U8 [32, 8] (1 bits), config says U8 [32, 16] "
+            f"{FIRST}.1.{name}.weight_packed is U8 [32, 8] (1 bit), config says U8 [32, 16] "
             "(2 bits)" in message
         )
     assert "in 2 places" in message and "down_proj" not in message
@@ -277,7 +276,7 @@ def test_expert_without_tensors(folder):
     edit_config(folder, set_widths(0, ["11234", "11243"]))
     message = refusal(folder)
     assert "in 6 places" in message
-    assert f"{FIRST}.0.gate_proj.weight_packed is missing, config says 1 bits" in message
+    assert f"{FIRST}.0.gate_proj.weight_packed is missing, config says 1 bit" in message
 
 
 def test_layer_that_the_config_forgets(folder):
@@ -358,7 +357,7 @@ Q = "model.layers.0.self_attn.q_proj"
 def test_int4_linears_that_contradict_the_config(folder, edit, message):
     edit_shard(folder, 0, edit)
     found = refusal(folder)
-    assert message in found and "in 1 places" in found
+    assert message in found and "in 1 place:" in found
 
 
 def test_config_that_denies_int4(folder):
@@ -494,8 +493,8 @@ def test_scales_of_experts_are_exact_in_float16(folder):
 @pytest.mark.parametrize(
     ("expert", "steps", "allowed"),
     [
-        (1, 0, "at 1 bits: 0.5"),
-        (1, 2, "at 1 bits: 0.5"),
+        (1, 0, "at 1 bit: 0.5"),
+        (1, 2, "at 1 bit: 0.5"),
         (2, 7, "at 2 bits: multiples of 0.5 in 0..3"),
         (3, 8, "at 3 bits: integers 0..7"),
     ],
@@ -518,7 +517,7 @@ def test_scales_of_version_1_are_finite_and_positive(old, value):
     edit_shard(old, 0, set_value(f"{FIRST}.3.gate_proj.weight_scale", 2, value))
     message = refusal(old, check=True)
     assert f"{FIRST}.3.gate_proj.weight_scale has 1 scales that are not finite" in message
-    assert "1 checks failed" in message
+    assert "1 check failed" in message
 
 
 def test_scales_of_version_1_are_exact_in_bfloat16(old):
@@ -529,8 +528,8 @@ def test_scales_of_version_1_are_exact_in_bfloat16(old):
 @pytest.mark.parametrize(
     ("expert", "value", "allowed"),
     [
-        (1, 0.0, "at 1 bits: 0.5"),
-        (1, 1.0, "at 1 bits: 0.5"),
+        (1, 0.0, "at 1 bit: 0.5"),
+        (1, 1.0, "at 1 bit: 0.5"),
         (2, 0.25, "at 2 bits: multiples of 0.5 in 0..3"),
         (2, 3.5, "at 2 bits: multiples of 0.5 in 0..3"),
         (3, 0.5, "at 3 bits: integers 0..7"),

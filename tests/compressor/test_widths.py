@@ -37,9 +37,7 @@ def test_true_bits_are_those_of_the_bytes(group_size):
     weights = 3 * len(PAIRS) * rows * columns
     assert true_bits(PAIRS, group_size) == pytest.approx(bits_per_weight(nbytes, weights))
     words = sum(group_words(pair, group_size) for pair in PAIRS)
-    assert true_bits(PAIRS, group_size) == pytest.approx(
-        16 * words / (3 * len(PAIRS) * group_size)
-    )
+    assert true_bits(PAIRS, group_size) == pytest.approx(16 * words / (3 * len(PAIRS) * group_size))
 
 
 def test_groups_of_down_may_have_another_size():
