@@ -177,6 +177,19 @@ def test_parameters_are_those_of_the_model_without_int4(sound, tmp_path):
     assert plain.model_bits > inspect_checkpoint(sound).model_bits
 
 
+def test_a_layer_without_experts_has_no_shared_expert(folder):
+    def make_plain(tensors):
+        for name in [n for n in tensors if ".mlp." in n]:
+            del tensors[name]
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(4, HIDDEN)
+
+    edit_shard(folder, 1, make_plain)
+    edit_config(folder, lambda c: c["quantization_config"]["expert_bits"].pop("1"))
+    found = inspect_checkpoint(folder, check=True)
+    assert found.layers == (0,) and found.pairs() == {0: [(0, 0), (1, 1), (2, 2), (3, 4), (4, 3)]}
+    assert found.to_dict()["matrices"] == {"0": 3, "1": 3, "2": 3, "3": 3, "4": 3}
+
+
 def test_to_dict_is_json(sound):
     value = json.loads(json.dumps(inspect_checkpoint(sound).to_dict()))
     assert value["bits"]["0"]["w2"] == [0, 1, 2, 4, 3]
@@ -198,6 +211,22 @@ def test_printed_table_is_coloured_on_a_terminal(sound, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     print_inspection(inspect_checkpoint(sound))
     assert "\x1b[" in capsys.readouterr().out
+
+
+def test_the_table_counts_whole_matrices(sound, capsys):
+    print_inspection(inspect_checkpoint(sound))
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0", "01234", "01243", "3", "3", "3", "3", "3", "2.000"],
+        ["1", "32211", "32211", "0", "6", "6", "3", "0", "1.800"],
+    ]
+
+
+def test_a_missing_folder_is_refused_before_the_work(sound, capsys, tmp_path):
+    missing = tmp_path / "missing"
+    assert main(["inspect", str(sound), "--heatmap", str(missing / "bits.png")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{missing}, the folder for bits.png, does not exist" in err
 
 
 def test_command_line(sound, folder, capsys, tmp_path):
