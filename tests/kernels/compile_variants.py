@@ -158,7 +158,7 @@ def build(name, kernel, constants, options, capability):
 def flat(constants):
     """Constants, those of the cut among them."""
     cut = constants.get("CUT")
-    return constants | (cut._asdict() if cut else {})
+    return constants | (vars(cut) if cut else {})
 
 
 def build_all(capability, shape=None, config=None):

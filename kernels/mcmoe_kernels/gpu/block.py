@@ -10,7 +10,8 @@ zeros are applied to a group's sum, and one launch runs experts of all widths. F
     combine   parts and experts of a token, weighted, in a fixed order
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -70,7 +71,8 @@ def multiply_part(acc, codes, scale, zero, x, x_meta, x_offsets, meta_offsets, v
     return acc + (product * x_scale[None, :]) * scale[:, None]
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """What a product is compiled for, but its formats. rows, columns: of the matrix. x_block:
     columns of X that share a scale. block_n, block_m: rows and pairs of a program. splits: programs
     that share the columns of a row."""

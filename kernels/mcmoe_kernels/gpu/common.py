@@ -12,15 +12,25 @@ COMBINE_WIDE = 32  # tokens from which `combine` takes 1024 columns a program
 
 
 @triton.constexpr_function
+def count_of(formats):
+    return len(formats.formats)
+
+
+@triton.constexpr_function
 def format_at(formats, i):
-    return formats[i]
+    return formats.formats[i]
+
+
+@triton.constexpr_function
+def number_at(formats, i):
+    return formats.formats[i].number
 
 
 @triton.jit
 def by_format(acc, entry, dot, tensors, CUT: tl.constexpr, FORMATS: tl.constexpr):
     """dot(*tensors, CUT, FORMAT) for the format that `entry` names, acc for none of FORMATS."""
-    for i in tl.static_range(len(FORMATS)):
-        if entry % 8 == FORMATS[i].number:
+    for i in tl.static_range(count_of(FORMATS)):
+        if entry % 8 == number_at(FORMATS, i):
             acc = dot(*tensors, CUT, format_at(FORMATS, i))
     return acc
 

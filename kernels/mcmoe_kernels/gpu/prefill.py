@@ -9,7 +9,8 @@ the product), activations stream through shared memory. Behind the routing, thre
     combine   experts of a token, weighted, in a fixed order
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +32,8 @@ from mcmoe_kernels.gpu.routing import pdl_options, route_pairs, wait_for_previou
 from mcmoe_kernels.gpu.tiled import TiledLayer
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """What a product is compiled for, but its formats. rows, columns: of the matrix. block_n,
     block_m: rows and pairs of a program. wide: offsets within x need 64 bits, and their
     registers."""
@@ -45,6 +47,10 @@ class Cut(NamedTuple):
     group_n: int
     wide: bool
     inline: bool
+
+    def of(self, block_m: int) -> "Cut":
+        """The same for other blocks."""
+        return replace(self, block_m=block_m)
 
 
 def cuts(
@@ -65,7 +71,7 @@ def cuts(
 
 @triton.constexpr_function
 def with_block_m(cut, block_m):
-    return cut._replace(block_m=block_m)
+    return cut.of(block_m)
 
 
 @triton.jit

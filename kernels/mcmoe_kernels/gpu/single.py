@@ -10,6 +10,7 @@ has ended, and the last of them for a block of rows adds up the experts. The pro
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -139,8 +140,8 @@ def cuts(
     share = cut2.per_split * 256  # columns that are not there have digits of zero
     ragged = is_ragged(share, 1, config.parts2, cut2.ahead)
     return (
-        cut13._replace(dtype=dtype),
-        cut2._replace(dtype=dtype, digit_columns=share, ragged=ragged),
+        replace(cut13, dtype=dtype),
+        replace(cut2, dtype=dtype, digit_columns=share, ragged=ragged),
     )
 
 

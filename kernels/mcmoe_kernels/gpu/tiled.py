@@ -38,27 +38,31 @@ class KernelFormat:
         return "-".join([repr(self), str(self.width), str(self.zero_steps), *functions])
 
 
-class KernelFormats(tuple[KernelFormat, ...]):
-    """The formats that a kernel chooses from: a tl.constexpr."""
+@dataclass(frozen=True)
+class KernelFormats:
+    """The formats that a kernel chooses from: a tl.constexpr, and no tuple, which Triton takes
+    apart."""
+
+    formats: tuple[KernelFormat, ...]
 
     @cached_property
     def cache_key(self) -> str:
         """What Triton's cache on disk goes by: as text, a function would be no more than a name."""
-        return "+".join(f.cache_key for f in self)
-
-    def __hash__(self) -> int:  # asked for at every launch
-        return self._hash
+        return "+".join(f.cache_key for f in self.formats)
 
     @cached_property
     def _hash(self) -> int:
         return hash(self.cache_key)
+
+    def __hash__(self) -> int:  # asked for at every launch
+        return self._hash
 
 
 @lru_cache
 def kernel_formats(formats: tuple[Format, ...]) -> KernelFormats:
     """One and the same object for the same formats."""
     return KernelFormats(
-        KernelFormat(f.name, f.number, f.width, f.zero_steps, *f.device()) for f in formats
+        tuple(KernelFormat(f.name, f.number, f.width, f.zero_steps, *f.device()) for f in formats)
     )
 
 
@@ -111,7 +115,7 @@ class TiledLayer:
     @cached_property
     def has_codes8(self) -> bool:
         """Whether kernels for few tokens can run it (`format.Device`)."""
-        return all(f.codes8 is not None for m in (self.w13, self.w2) for f in m.formats)
+        return all(f.codes8 is not None for m in (self.w13, self.w2) for f in m.formats.formats)
 
     @property
     def group_sizes(self) -> tuple[int, int]:

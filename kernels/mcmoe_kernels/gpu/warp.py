@@ -12,7 +12,7 @@ Tensors have an element a thread (`threads`). A thread is one of (warps, 8 rows,
     results   rows `row` and `row` + 8, both digits of pair `quad`
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -47,7 +47,8 @@ MULTIPLY_ASM = tl.constexpr(
 )
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """What a product is compiled for, but its formats. rows, columns: of the matrix; digit_columns:
     of a row of digits, for which programs that make their own take whole steps. x_block: columns
     of X that share a scale. block_n: rows of a program, tiles * 16 of a warp; parts warps share
@@ -109,7 +110,7 @@ def cuts(
 def _settle(cut: Cut) -> Cut:
     """No more steps ahead than a warp has, and whether these come out even."""
     ahead = min(cut.ahead, cut.per_part)
-    return cut._replace(ahead=ahead, ragged=is_ragged(cut.columns, cut.splits, cut.parts, ahead))
+    return replace(cut, ahead=ahead, ragged=is_ragged(cut.columns, cut.splits, cut.parts, ahead))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ A tile t of the ring is copied at tile t - (STAGES - 2): the slot it takes was l
 that every warp has waited for before the barrier of that tile.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from triton.experimental import gluon
@@ -39,7 +39,8 @@ from mcmoe_kernels.gpu.tiled import TiledLayer
 async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """As `prefill.Cut`. part: columns of a product."""
 
     rows: int
