@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +21,41 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, a JSON file is needed") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8: {e}") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from None
     except RecursionError:
         raise UserError(f"{path} is not usable JSON: it is nested too deeply") from None
+    except ValueError as e:  # of json, of int for too many digits, of open for a NUL in the name
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file beside `path` to write to; then it is flushed to the disk and takes its place.
+
+    Whoever reads `path` sees the old content or the new, never half of it. If the block fails,
+    nothing is left behind.
+    """
+    path = Path(path)
+    # Random and exclusive: in a folder of several users nobody can put a link in its way.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON beside `path`, flush it to the disk and rename: never half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as f:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def check_version(version: Any, source: str, newest: int) -> None:
@@ -65,6 +83,14 @@ def explain_os_errors(action: str) -> Iterator[None]:
         if type(e).__name__ == "SafetensorError":
             raise UserError(f"{action} failed: {e}") from e
         raise
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raises UserError if `path` is a folder or its folder takes no file: before the work, as the
+    result would be lost."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    require_parent(Path(path))
 
 
 def require_parent(path: Path) -> None:

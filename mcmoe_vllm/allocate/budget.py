@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.errors import UserError, some
 
 Scope = Literal["layer", "global"]
 
@@ -19,9 +19,6 @@ WIDTHS = CANDIDATE_BITS  # 0: the expert is dropped
 
 
 BUDGET_SLACK = 1e-6  # 2.3 * 100 must give 230 although it is 229.99... in binary
-
-
-MAX_LISTED = 50  # a corrupt file can have a million offenders; the rest are counted
 
 
 def budget_for_bits(
@@ -84,7 +81,7 @@ def parse_pins(
         pins.update(dict.fromkeys(matched, bits))
     if problems:
         raise UserError(
-            f"Pins are wrong: {listing(problems)}\n"
+            f"Pins are wrong: {some(problems)}\n"
             "Write for example layers.0.*=3 or layers.*.experts.5=2; layers are "
             f"{_ranges(layers)}, experts 0..{num_experts - 1}, bits {list(candidates)}."
         )
@@ -102,7 +99,7 @@ def require_candidates(candidate_bits: Sequence[int]) -> tuple[int, ...]:
     if not problems and list(candidates) != sorted(candidates):
         problems = [f"candidate_bits: {list(candidates)} is not ascending"]
     if problems:
-        raise UserError(f"Candidate bits are wrong: {listing(problems)}\nUse for example 1 2 3.")
+        raise UserError(f"Candidate bits are wrong: {some(problems)}\nUse for example 1 2 3.")
     return candidates
 
 
@@ -123,10 +120,3 @@ def candidate_problems(bits: Any) -> list[str]:
 def _ranges(layers: Sequence[int]) -> str:
     contiguous = list(layers) == list(range(layers[0], layers[0] + len(layers)))
     return f"{layers[0]}..{layers[-1]}" if contiguous else ", ".join(map(str, layers))
-
-
-def listing(offenders: Sequence[str]) -> str:
-    lines = list(offenders[:MAX_LISTED])
-    if len(offenders) > MAX_LISTED:
-        lines.append(f"... and {len(offenders) - MAX_LISTED} more")
-    return "".join(f"\n  - {line}" for line in lines)

@@ -1,18 +1,17 @@
 """What calibration measured about every expert, and the cost that follows (PMQ, Eq. 4)."""
 
-import json
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mcmoe_vllm.allocate.budget import candidate_problems, listing
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.allocate.budget import candidate_problems
+from mcmoe_vllm.disk import read_json
+from mcmoe_vllm.errors import UserError, some
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,11 @@ def read_factors(path: str | os.PathLike[str]) -> Factors:
     candidate_bits may come in any order (the errors are reordered with them), further keys are
     ignored. Raises UserError that lists every missing key, wrong shape and wrong value.
     """
-    data = _read_json_object(Path(path))
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(data).__name__}, not the object of a factors file"
+        )
     problems: list[str] = []
     required = ("frequency", "routing_weight", "reconstruction_error", "candidate_bits")
     problems += [f"{key}: missing" for key in required if key not in data]
@@ -63,7 +66,7 @@ def read_factors(path: str | os.PathLike[str]) -> Factors:
         problems += _layers_problems(data["layers"], num_layers)
     if problems:
         raise UserError(
-            f"{path} is not a valid factors file: {listing(problems)}\n"
+            f"{path} is not a valid factors file: {some(problems)}\n"
             "Measure the factors again, or correct these entries."
         )
 
@@ -102,24 +105,9 @@ def expert_costs(
     if overflow:
         raise UserError(
             f"Costs are not finite with alpha={alpha}, beta={beta}, gamma={gamma} for "
-            f"{listing(overflow)}\nUse smaller exponents."
+            f"{some(overflow)}\nUse smaller exponents."
         )
     return costs
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    remedy = "Give a factors JSON file."
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. {remedy}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a JSON {type(data).__name__}, not an object. {remedy}")
-    return data
 
 
 def _leading_shape(data: Mapping[str, Any]) -> tuple[int | None, int | None]:

@@ -13,14 +13,19 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mcmoe_vllm.allocate.budget import Scope, listing, parse_pins, require_candidates, require_scope
+from mcmoe_vllm.allocate.budget import (
+    Scope,
+    parse_pins,
+    require_candidates,
+    require_scope,
+)
 from mcmoe_vllm.allocate.factors import expert_costs, read_factors
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.disk import explain_os_errors, replacing, require_file
+from mcmoe_vllm.errors import UserError, some
 
 FLOOR_WIDTHS = (3, 2)  # one expert of each per layer; the first is kept if only one can be
 
@@ -124,6 +129,7 @@ def allocate_file(
     `pins` are specs as in `parse_pins`, budgets as in `allocate_bits`. The file appears whole or
     not at all. Raises UserError for wrong input and where out_path cannot be written.
     """
+    require_file(out_path)
     factors = read_factors(factors_path)
     costs = expert_costs(factors, alpha=alpha, beta=beta, gamma=gamma)
     allocation = allocate_bits(
@@ -139,7 +145,8 @@ def allocate_file(
         "objective": allocation.objective,
         "solver": allocation.solver,
     }
-    _write_atomically(Path(out_path), json.dumps(result) + "\n")
+    with explain_os_errors(f"writing {out_path}"), replacing(out_path) as temporary:
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return allocation
 
 
@@ -397,7 +404,7 @@ def _require_budget(scope: Scope, layer_budget: int | None, total_budget: int | 
     if given[other] is not None:
         problems.append(f"{other}={given[other]}: leave it out")
     if budget is None or problems:
-        raise UserError(f"The budget does not suit scope={scope!r}: {listing(problems)}")
+        raise UserError(f"The budget does not suit scope={scope!r}: {some(problems)}")
     return int(budget)
 
 
@@ -422,7 +429,7 @@ def _require_costs_and_pins(
         if width not in candidates:
             problems.append(f"pin ({row}, {expert}): {width} is not one of {list(candidates)}")
     if problems:
-        raise UserError(f"Cannot allocate bits: {listing(problems)}\nCorrect these entries.")
+        raise UserError(f"Cannot allocate bits: {some(problems)}\nCorrect these entries.")
 
 
 def _require_feasible(problems: Sequence[_Problem], scope: Scope) -> None:
@@ -439,19 +446,7 @@ def _require_feasible(problems: Sequence[_Problem], scope: Scope) -> None:
         first = problems[0]
         raise UserError(
             f"{name}={budget} is too small for candidate bits {list(first.candidates)}"
-            f"{', floors' if first.floors else ''} and pins; possible are {listing(wrong)}\n"
+            f"{', floors' if first.floors else ''} and pins; possible are {some(wrong)}\n"
             f"Raise {name} to at least {max(low for low, _ in ranges)}, "
             "add a narrower candidate, or remove pins."
         )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"Cannot write {path}: {error.strerror}. Choose a path in an existing writable folder."
-        ) from error

@@ -27,7 +27,7 @@ from mcmoe_vllm.checkpoint.format import (
     QuantizationConfig,
 )
 from mcmoe_vllm.disk import explain_os_errors, read_json
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.errors import UserError, count
 
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
@@ -78,7 +78,7 @@ class Checkpoint:
         names = list(names)
         missing = [name for name in names if name not in self.tensors]
         if missing:
-            raise UserError(f"{self.path} lacks {_some(missing)}")
+            raise UserError(f"{self.path} lacks {count(missing, 'tensor')}")
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
@@ -96,7 +96,7 @@ class Checkpoint:
         broken = [n for n, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
         if broken:
             raise UserError(
-                f"{self.path} has NaN or infinite weights in {_some(broken)}; "
+                f"{self.path} has NaN or infinite weights in {count(broken, 'tensor')}; "
                 "the checkpoint is damaged, download it again"
             )
         return tensors
@@ -124,7 +124,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shards = sorted(set(weight_map.values())) if weight_map else _loose_shards(path)
     absent = [s for s in shards if not (path / s).is_file()]
     if absent:
-        raise UserError(f"{path} lacks {_some(absent, 'shard')}; download the checkpoint again")
+        raise UserError(f"{path} lacks {count(absent, 'shard')}; download the checkpoint again")
     tensors: dict[str, TensorInfo] = {}
     twice = []
     for shard in shards:
@@ -133,7 +133,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 twice.append(f"{name} (in {tensors[name].shard} and {shard})")
             tensors[name] = info
     if twice:
-        raise UserError(f"{path} holds tensors twice: {_some(twice)}; remove the duplicate shard")
+        raise UserError(
+            f"{path} holds tensors twice: {count(twice, 'tensor')}; remove the duplicate shard"
+        )
     misplaced = [
         f"{name} (promised in {shard})"
         for name, shard in weight_map.items()
@@ -141,8 +143,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ]
     if misplaced:
         raise UserError(
-            f"{path / INDEX_FILE} names tensors that are not where it says: {_some(misplaced)}; "
-            "a shard is corrupted or stands under another's name"
+            f"{path / INDEX_FILE} names tensors that are not where it says: "
+            f"{count(misplaced, 'tensor')}; a shard is corrupted or stands under another's name"
         )
     return Checkpoint(path, config, tensors)
 
@@ -191,7 +193,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if damaged:
         raise UserError(
             f"{path} has a damaged safetensors header: wrong places or sizes of "
-            f"{_some(sorted(set(damaged)))}; download it again"
+            f"{count(sorted(set(damaged)), 'tensor')}; download it again"
         )
     if end != size - 8 - length:
         raise UserError(
@@ -242,7 +244,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     )
     if outside:
         raise UserError(
-            f"{path / INDEX_FILE} names files outside its folder: {_some(outside)}; "
+            f"{path / INDEX_FILE} names files outside its folder: {count(outside, 'file')}; "
             "do not use this checkpoint"
         )
     return weight_map
@@ -262,8 +264,8 @@ def _loose_shards(path: Path) -> list[str]:
     pickled = [f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled:
         raise UserError(
-            f"{path} holds only pickled weights ({_some(sorted(pickled))}), which are never "
-            "loaded; convert it to safetensors first"
+            f"{path} holds only pickled weights ({count(sorted(pickled), 'file')}), which are "
+            "never loaded; convert it to safetensors first"
         )
     raise UserError(f"{path} has no safetensors files")
 
@@ -282,12 +284,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     # One pass, unlike that of isfinite; a NaN is the least and the greatest of all.
     wide = tensor.float() if tensor.itemsize == 1 else tensor
     return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())
-
-
-def _some(names: list[str], noun: str = "tensor") -> str:
-    """`3 tensors: a, b, c`: all of a short list, the first ten of a long one."""
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"{len(names)} {noun}{'s' * (len(names) != 1)}: {shown}"
 
 
 def read_config(checkpoint: Checkpoint) -> QuantizationConfig:

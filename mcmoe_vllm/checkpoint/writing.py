@@ -1,6 +1,5 @@
 """Shards and the weight index, written atomically; the files beside them, copied."""
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from mcmoe_vllm.checkpoint.format import (
     SIDE_FILE_STEMS,
     SIDE_FILE_SUFFIXES,
 )
-from mcmoe_vllm.disk import explain_os_errors, write_json
+from mcmoe_vllm.disk import explain_os_errors, replacing, write_json
 
 
 def side_files(path: Path, trust_remote_code: bool = False) -> list[Path]:
@@ -36,18 +35,14 @@ def side_files(path: Path, trust_remote_code: bool = False) -> list[Path]:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file beside `path`, flush it to the disk and rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with explain_os_errors(f"writing {path}"):
+    """Write a safetensors file, whole or not at all."""
+    with explain_os_errors(f"writing {path}"), replacing(path) as temporary:
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},
             temporary,
             metadata={"format": "pt"},
         )
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
 
 
 def shard_name(index: int, count: int) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mcmoe_vllm.disk import replacing
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.widths import Pair, average_width, in_words
 
@@ -190,10 +190,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Written beside `path` and renamed: never half a picture."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": "mcmoe-vllm"})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
