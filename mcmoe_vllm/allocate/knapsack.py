@@ -25,7 +25,7 @@ def choose(
     """
     n, columns = costs.shape
     if n * budget * columns > EXACT_STEPS and not required:
-        return _choose_by_price(costs, np.asarray(sizes), budget)
+        return choose_by_price(costs, np.asarray(sizes), budget)
     masks = 1 << len(required)
     best = np.full((masks, budget + 1), np.inf)  # of the items so far, by size used exactly
     best[0, 0] = 0.0
@@ -56,7 +56,8 @@ def choose(
     return choice
 
 
-def _choose_by_price(costs: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+def choose_by_price(costs: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+    """What `choose` does beyond EXACT_STEPS: no more than one item's step above the least cost."""
     rows = np.arange(len(costs))
     spread = np.where(np.isfinite(costs), costs, 0.0)
     low, high = 0.0, 1.0 + 2 * float(spread.max() - spread.min())  # dearer than any gain

@@ -24,16 +24,20 @@ from mcmoe_vllm.allocate.budget import (
     require_scope,
 )
 from mcmoe_vllm.allocate.factors import expert_costs, read_factors
+from mcmoe_vllm.allocate.knapsack import choose_by_price
 from mcmoe_vllm.disk import explain_os_errors, replacing, require_file
 from mcmoe_vllm.errors import UserError, some
 
 FLOOR_WIDTHS = (3, 2)  # one expert of each per layer; the first is kept if only one can be
 
 
-ROUNDING = 1e-14  # noise of a reduced cost, for costs scaled to a largest value of 1
+OBJECTIVE_RANGE = 1e6  # of the costs that HiGHS sees; it ignores gains below 1e-6
 
 
-OBJECTIVE_RANGE = 1e4  # HiGHS ignores gains below 1e-6: this makes them 1e-10 of the open gap
+RESCALE = 100  # largest cost over the answer's, above which the answer is not sharp enough
+
+
+ROUNDING = 1e-9  # of a sum of costs, generously
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,10 @@ def allocate_bits(
     scope "global"  one problem: bits summed over all layers <= total_budget; no floors
     pins            {(row, expert): bits} fixed in advance
 
-    The answer is deterministic; of experts with equal costs the lower index gets more bits. Costs
-    that calibration measures solve in seconds even for 16 thousand experts; as many experts whose
-    costs are nearly but not exactly equal, with an error that is not convex in the bits, can take
-    minutes in scope "global".
+    The answer is deterministic; of experts with equal costs the lower index gets more bits, and no
+    expert gets bits that gain nothing. Costs that calibration measures solve in seconds even for 16
+    thousand experts; as many experts whose costs are nearly but not exactly equal, with an error
+    that is not convex in the bits, can take minutes in scope "global".
     Raises UserError for malformed arguments and for a budget below the smallest possible one.
     """
     start = time.perf_counter()
@@ -79,17 +83,15 @@ def allocate_bits(
     _require_costs_and_pins(costs, candidates, pins)
     num_layers, num_experts, num_bits = costs.shape
 
-    pinned = np.full((num_layers, num_experts), -1)  # column of the pinned width, -1 = free
+    masked = costs.copy()
     for place, width in pins.items():
-        pinned[place] = candidates.index(width)
+        masked[place][[candidate != width for candidate in candidates]] = np.inf
     if scope == "layer":
-        problems = [
-            _Problem(c, candidates, p, budget, floors) for c, p in zip(costs, pinned, strict=True)
-        ]
+        problems = [_make_problem(layer, candidates, budget, floors) for layer in masked]
     else:
-        flat = costs.reshape(num_layers * num_experts, num_bits)
-        problems = [_Problem(flat, candidates, pinned.reshape(-1), budget, False)]
-    _require_feasible(problems, scope)
+        flat = masked.reshape(num_layers * num_experts, num_bits)
+        problems = [_make_problem(flat, candidates, budget, False)]
+    _require_feasible(problems, scope, floors and scope == "layer")
 
     choice = np.stack([_solve(problem) for problem in problems]).reshape(num_layers, num_experts)
     return _allocation(costs, candidates, choice, _solver_name(), time.perf_counter() - start)
@@ -152,194 +154,87 @@ def allocate_file(
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    costs: np.ndarray  # [n, B]
-    candidates: tuple[int, ...]
-    pinned: np.ndarray  # [n] column of the pinned width, -1 = free
+    costs: np.ndarray  # [n, B], inf where a pin forbids the column
+    widths: np.ndarray  # [B]
     budget: int
-    floors: bool
-
-    @property
-    def open_floors(self) -> list[int]:
-        """Columns that at least one free expert must take."""
-        if not self.floors:
-            return []
-        columns = [self.candidates.index(w) for w in FLOOR_WIDTHS if w in self.candidates]
-        unmet = [column for column in columns if column not in self.pinned]
-        return unmet[: int((self.pinned < 0).sum())]
+    floors: tuple[int, ...]  # columns that at least one expert must take
 
     @property
     def possible_budgets(self) -> tuple[int, int]:
         """Fewest and most bits that satisfy pins and floors."""
-        free = int((self.pinned < 0).sum()) - len(self.open_floors)
-        fixed = sum(self.candidates[column] for column in self.pinned if column >= 0)
-        fixed += sum(self.candidates[column] for column in self.open_floors)
-        return fixed + free * self.candidates[0], fixed + free * self.candidates[-1]
+        allowed = np.isfinite(self.costs)
+        low = np.where(allowed, self.widths, self.widths[-1]).min(axis=1).sum()
+        high = np.where(allowed, self.widths, self.widths[0]).max(axis=1).sum()
+        low += sum(self.widths[column] - self.widths[0] for column in self.floors)
+        high -= sum(self.widths[-1] - self.widths[column] for column in self.floors)
+        return int(low), int(high)
+
+
+def _make_problem(
+    costs: np.ndarray, candidates: tuple[int, ...], budget: int, floors: bool
+) -> _Problem:
+    taken = [np.flatnonzero(row) for row in np.isfinite(costs)]
+    pinned = {int(columns[0]) for columns in taken if len(columns) == 1}
+    free = sum(len(columns) > 1 for columns in taken)
+    wanted = [candidates.index(w) for w in FLOOR_WIDTHS if floors and w in candidates]
+    unmet = [column for column in wanted if column not in pinned]
+    return _Problem(costs, np.array(candidates), budget, tuple(unmet[:free]))
 
 
 def _solve(problem: _Problem) -> np.ndarray:
     """Return the optimal column of each expert, [n].
 
-    A price per bit p (Lagrange multiplier of the budget) turns any feasible x into
-        cost(x) = bound + sum of reduced costs of its choices + p * unused bits
-    with reduced costs >= 0. So the excess of a known feasible answer over the bound is a limit:
-    a choice whose reduced cost alone is above it is in no optimal answer. Dropping those is exact
-    and leaves a handful of experts to the integer program, whose objective is that excess, so the
-    solver's absolute tolerances are relative to the gap and not to the total cost. Where the limit
-    is zero the known answer is proven optimal without a search.
+    Costs count above each expert's cheapest. HiGHS ignores gains below 1e-6; where the answer is
+    far below the largest cost, columns that cost more than all of it are left out, as no better
+    answer can hold them, and the rest is solved again at its own scale.
     """
-    free = problem.pinned < 0
-    bits = np.array(problem.candidates)
-    budget = _reachable_budget(problem)
-    costs = problem.costs - problem.costs.min()
-    costs = costs / (costs.max() or 1.0)
-    allowed = free[:, None] | (np.arange(len(bits)) == problem.pinned[:, None])  # [n, B]
-
-    price, choice = _relax(costs, allowed, bits, budget)
-    reduced = _reduced_costs(costs, allowed, bits, price)
-    if not set(problem.open_floors) <= set(choice[free].tolist()):
-        taken = _take_floors(reduced, allowed, problem.open_floors, free)
-        _, choice = _relax(costs, taken, bits, budget)
-
-    gap = reduced[np.arange(len(choice)), choice].sum() + price * (budget - bits[choice].sum())
-    if gap > ROUNDING:
-        choice = _search(reduced, bits, price, budget, gap + ROUNDING, free, problem.open_floors)
-    choice[free] = _widest_first(problem.costs[free], choice[free])
-    return choice
-
-
-def _reachable_budget(problem: _Problem) -> int:
-    """Round the budget down to a sum that widths can have: with 0, 2, 4 bits not to an odd one.
-
-    The bound would otherwise price a last bit that nobody can use, and the search could not close
-    that gap.
-    """
-    pinned = problem.pinned[problem.pinned >= 0].tolist()
-    free = len(problem.pinned) - len(pinned)
-    narrowest, *wider = problem.candidates
-    least = sum(problem.candidates[column] for column in pinned) + free * narrowest
-    step = math.gcd(*(width - narrowest for width in wider)) or 1
-    most = least + free * (problem.candidates[-1] - narrowest)
-    return min(most, least + (problem.budget - least) // step * step)
-
-
-def _relax(
-    costs: np.ndarray, allowed: np.ndarray, bits: np.ndarray, budget: int
-) -> tuple[float, np.ndarray]:
-    """Return the price per bit of the best Lagrangian bound and a good feasible choice [n]."""
-
-    def cheapest(price: float) -> np.ndarray:
-        # Candidates ascend and argmin takes the first: fewest bits of equal cost.
-        return np.where(allowed, costs + price * bits, np.inf).argmin(axis=1)
-
-    def bound(price: float) -> float:
-        return np.where(allowed, costs + price * bits, np.inf).min(axis=1).sum() - price * budget
-
-    # The choice changes only at prices where two widths of an expert cost the same.
-    low, high = np.triu_indices(len(bits), k=1)
-    slopes = (costs[:, low] - costs[:, high]) / (bits[high] - bits[low])
-    slopes = slopes[allowed[:, low] & allowed[:, high] & (slopes > 0)]
-    prices = np.unique(np.concatenate([[0.0], slopes, [2 * slopes.max(initial=1.0)]]))
-    dear, cheap = len(prices) - 1, -1  # the dearest price is feasible; search the least such
-    while dear - cheap > 1:
-        middle = (dear + cheap) // 2
-        if bits[cheapest(prices[middle])].sum() <= budget:
-            dear = middle
-        else:
-            cheap = middle
-    choice = cheapest(prices[dear])
-    if cheap < 0:
-        return prices[dear], choice
-
-    # Between the two prices some experts step up; take the first ones that the budget allows.
-    upper = cheapest(prices[cheap])
-    steps = np.cumsum(bits[upper] - bits[choice])
-    fits = steps <= budget - bits[choice].sum()
-    choice = np.where(np.logical_and.accumulate(fits), upper, choice)
-    choice = _fill(costs, allowed, bits, budget, choice)
-    # Rounding can blur which of the two is the breakpoint.
-    return max(prices[dear], prices[cheap], key=bound), choice
-
-
-def _fill(
-    costs: np.ndarray, allowed: np.ndarray, bits: np.ndarray, budget: int, choice: np.ndarray
-) -> np.ndarray:
-    """Spend what is left of the budget on the largest single gains."""
-    choice = choice.copy()
-    rows = np.arange(len(choice))
-    while True:
-        fits = bits - bits[choice][:, None] <= budget - bits[choice].sum()
-        gains = np.where(allowed & fits, costs[rows, choice][:, None] - costs, 0.0)
-        row, column = np.unravel_index(gains.argmax(), gains.shape)
-        if gains[row, column] <= 0:
-            return choice
-        choice[row] = column
-
-
-def _reduced_costs(
-    costs: np.ndarray, allowed: np.ndarray, bits: np.ndarray, price: float
-) -> np.ndarray:
-    priced = np.where(allowed, costs + price * bits, np.inf)
-    return priced - priced.min(axis=1, keepdims=True)
-
-
-def _take_floors(
-    reduced: np.ndarray, allowed: np.ndarray, open_floors: list[int], free: np.ndarray
-) -> np.ndarray:
-    """Return `allowed` with one cheap free expert bound to each open floor."""
-    taken = allowed.copy()
-    free = free.copy()
-    for column in open_floors:
-        row = np.where(free, reduced[:, column], np.inf).argmin()
-        taken[row] = np.arange(allowed.shape[1]) == column
-        free[row] = False
-    return taken
-
-
-def _search(
-    reduced: np.ndarray,
-    bits: np.ndarray,
-    price: float,
-    budget: int,
-    limit: float,
-    free: np.ndarray,
-    open_floors: list[int],
-) -> np.ndarray:
-    """Minimise reduced costs + price * unused bits over the choices within `limit`; return [n]."""
-    mathopt = _import_mathopt()
-    choice = reduced.argmin(axis=1)
-    is_open = (reduced <= limit).sum(axis=1) > 1
-    remaining = budget - int(bits[choice[~is_open]].sum())
-    scale = OBJECTIVE_RANGE / limit
-
     # One integer variable counts the equal experts that take a column: as separate binaries they
     # would be interchangeable, and branching on them endless.
-    rows, group = np.unique(reduced[is_open], axis=0, return_inverse=True)
-    group = group.reshape(-1)
+    rows, group, sizes = np.unique(problem.costs, axis=0, return_inverse=True, return_counts=True)
+    excess = rows - rows.min(axis=1, keepdims=True)
+    limit = excess[np.isfinite(excess)].max()
+    if not problem.floors:  # a quick answer's cost is nearer, and spares a second solution
+        quick = choose_by_price(problem.costs, problem.widths, problem.budget)
+        above = problem.costs - problem.costs.min(axis=1, keepdims=True)
+        limit = above[np.arange(len(quick)), quick].sum() * (1 + ROUNDING)
+    while True:
+        scaled = np.where(excess <= limit, excess * (OBJECTIVE_RANGE / (limit or 1.0)), np.inf)
+        counts = _count_takers(scaled, sizes, problem)
+        found = float(excess[counts > 0] @ counts[counts > 0])
+        if found >= limit / RESCALE or not found:
+            break
+        limit = found * (1 + ROUNDING)
+
+    choice = np.empty(len(problem.costs), dtype=int)
+    columns = np.tile(np.arange(len(problem.widths)), len(rows))
+    choice[np.argsort(group.reshape(-1), kind="stable")] = np.repeat(columns, counts.reshape(-1))
+    return _widest_first(problem.costs, _narrowest(problem, choice))
+
+
+def _count_takers(costs: np.ndarray, sizes: np.ndarray, problem: _Problem) -> np.ndarray:
+    """Return how many of sizes[g] experts of equal costs[g] take each column, [G, B].
+
+    The integer program: least total cost within the budget, every floor taken. A column of cost
+    inf is not allowed.
+    """
+    mathopt = _import_mathopt()
     model = mathopt.Model()
-    used, excess = [], []
-    counts: dict[tuple[int, int], Any] = {}
-    takers: dict[int, list[Any]] = {column: [] for column in open_floors}
-    for index, (row, size) in enumerate(zip(rows, np.bincount(group), strict=True)):
-        columns = np.flatnonzero(row <= limit).tolist()
-        for column in columns:
-            count = model.add_integer_variable(lb=0, ub=int(size))
-            counts[index, column] = count
-            used.append(int(bits[column]) * count)
-            excess.append(float(row[column] * scale) * count)
-            takers.get(column, []).append(count)
-        model.add_linear_constraint(
-            mathopt.fast_sum([counts[index, column] for column in columns]) == int(size)
-        )
-    most_unused = remaining if price * remaining <= limit else math.floor(limit / price)
-    if most_unused > 0:
-        unused = model.add_variable(lb=0.0, ub=most_unused)
-        used.append(unused)
-        excess.append(float(price * scale) * unused)
-    model.add_linear_constraint(mathopt.fast_sum(used) == remaining)
-    for column, options in takers.items():
-        if not (free & ~is_open & (choice == column)).any():
-            model.add_linear_constraint(mathopt.fast_sum(options) >= 1)
-    model.minimize(mathopt.fast_sum(excess))
+    takers = {
+        (int(index), int(column)): model.add_integer_variable(lb=0, ub=int(sizes[index]))
+        for index, column in np.argwhere(np.isfinite(costs))
+    }
+    of_row: list[list[Any]] = [[] for _ in sizes]
+    of_column: list[list[Any]] = [[] for _ in problem.widths]
+    for (index, column), count in takers.items():
+        of_row[index].append(count)
+        of_column[column].append(count)
+    for counts, size in zip(of_row, sizes, strict=True):
+        model.add_linear_constraint(mathopt.fast_sum(counts) == int(size))
+    for column in problem.floors:
+        model.add_linear_constraint(mathopt.fast_sum(of_column[column]) >= 1)
+    used = [int(problem.widths[column]) * count for (_, column), count in takers.items()]
+    model.add_linear_constraint(mathopt.fast_sum(used) <= _reachable_budget(problem))
+    model.minimize(mathopt.fast_sum([float(costs[i]) * count for i, count in takers.items()]))
 
     # A fixed seed and no parallel search: the same answer in every run. HiGHS refuses `threads`.
     parameters = mathopt.SolveParameters(
@@ -349,16 +244,36 @@ def _search(
     result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
         raise RuntimeError(f"HiGHS stopped without an optimum: {result.termination}")
-    members = np.flatnonzero(is_open)[np.argsort(group, kind="stable")]
-    repeats = [round(result.variable_values(count)) for count in counts.values()]
-    choice[members] = np.repeat([column for _, column in counts], repeats)
-    return choice
+    found = np.zeros(costs.shape, dtype=int)
+    for place, count in takers.items():
+        found[place] = round(result.variable_values(count))
+    return found
+
+
+def _reachable_budget(problem: _Problem) -> int:
+    """Round the budget down to a sum that widths can have: with 0, 2, 4 bits not to an odd one.
+
+    The solver would otherwise count on a last bit that nobody can use, and search without end.
+    """
+    narrowest, *wider = problem.widths.tolist()
+    allowed = np.isfinite(problem.costs)
+    least = int(np.where(allowed, problem.widths, problem.widths[-1]).min(axis=1).sum())
+    step = math.gcd(*(width - narrowest for width in wider)) or 1
+    return least + (problem.budget - least) // step * step
+
+
+def _narrowest(problem: _Problem, choice: np.ndarray) -> np.ndarray:
+    """Take bits back that an expert gains nothing from, unless it alone meets a floor."""
+    narrower = choice.copy()
+    for expert, (row, column) in enumerate(zip(problem.costs, choice, strict=True)):
+        if column not in problem.floors or (narrower == column).sum() > 1:
+            narrower[expert] = np.flatnonzero(row == row[column])[0]
+    # One that gave a floor's width up may have taken another's, which frees a third.
+    return choice if (narrower == choice).all() else _narrowest(problem, narrower)
 
 
 def _widest_first(costs: np.ndarray, choice: np.ndarray) -> np.ndarray:
     """Among experts with equal cost rows, give the lower index the larger column."""
-    if not len(choice):
-        return choice
     _, group = np.unique(costs, axis=0, return_inverse=True)
     group = group.reshape(-1)
     ordered = np.empty_like(choice)
@@ -432,7 +347,7 @@ def _require_costs_and_pins(
         raise UserError(f"Cannot allocate bits: {some(problems)}\nCorrect these entries.")
 
 
-def _require_feasible(problems: Sequence[_Problem], scope: Scope) -> None:
+def _require_feasible(problems: Sequence[_Problem], scope: Scope, floors: bool) -> None:
     ranges = [problem.possible_budgets for problem in problems]
     budget = problems[0].budget
     wrong = [
@@ -445,8 +360,8 @@ def _require_feasible(problems: Sequence[_Problem], scope: Scope) -> None:
         name = "layer_budget" if scope == "layer" else "total_budget"
         first = problems[0]
         raise UserError(
-            f"{name}={budget} is too small for candidate bits {list(first.candidates)}"
-            f"{', floors' if first.floors else ''} and pins; possible are {some(wrong)}\n"
+            f"{name}={budget} is too small for candidate bits {first.widths.tolist()}"
+            f"{', floors' if floors else ''} and pins; possible are {some(wrong)}\n"
             f"Raise {name} to at least {max(low for low, _ in ranges)}, "
             "add a narrower candidate, or remove pins."
         )

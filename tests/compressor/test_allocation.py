@@ -5,12 +5,12 @@ import itertools
 import json
 import math
 import os
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mcmoe_vllm.allocate import pmq
 from mcmoe_vllm.allocate.budget import budget_for_bits, parse_pins
 from mcmoe_vllm.allocate.factors import Factors, expert_costs, read_factors
 from mcmoe_vllm.allocate.pmq import allocate_bits, allocate_file, uniform_allocation
@@ -161,7 +161,7 @@ def test_global_scope_is_optimal_for_hundreds_of_experts(budget):
     assert result.objective == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-def test_288_layer_problems_are_optimal_and_fast():
+def test_288_layer_problems_are_optimal():
     bits = (1, 2, 3)
     costs = measured_like_costs(np.random.default_rng(5), 288, 8, bits)
     result = allocate_bits(costs, bits, scope="layer", layer_budget=17)
@@ -171,15 +171,12 @@ def test_288_layer_problems_are_optimal_and_fast():
         for row, widths in enumerate(result.bits)
     ]
     np.testing.assert_allclose(chosen, expected, rtol=1e-12)
-    assert result.seconds < 20
 
 
 @pytest.mark.parametrize("bits", [(1, 2, 3, 4), (0, 2, 4)], ids=str)
-def test_16_thousand_experts_solve_in_seconds(bits):
+def test_16_thousand_experts_are_solved(bits):
     costs = measured_like_costs(np.random.default_rng(7), 61, 256, bits)
-    start = time.perf_counter()
     result = allocate_bits(costs, bits, scope="global", total_budget=int(2.3 * 61 * 256) + 1)
-    assert time.perf_counter() - start < 10
     # A Lagrangian bound proves the answer without the code under test: no price exceeds it.
     used = sum(map(sum, result.bits))
     flat = costs.reshape(-1, len(bits))
@@ -224,11 +221,66 @@ def test_equal_costs_keep_the_fewest_bits():
     assert result.bits == ((1, 1, 1, 1),) * 2
 
 
-def test_thousands_of_equal_experts_with_a_remainder_do_not_stall():
+def test_bits_that_gain_nothing_are_not_spent():
+    # The second expert is never used; the first has the 3 bits that the floor asks for.
+    costs = np.array([[[3.0, 2, 1], [0, 0, 0], [2, 1, 1]]])
+    result = allocate_bits(costs, (1, 2, 3), scope="layer", layer_budget=9)
+    assert result.bits == ((3, 1, 2),)
+    without = allocate_bits(costs, (1, 2, 3), scope="global", total_budget=9)
+    assert without.bits == ((3, 1, 2),)
+
+
+def test_only_an_unused_expert_may_meet_a_floor_for_nothing():
+    costs = np.array([[[1.0, 2, 3], [1, 2, 3], [0, 0, 0], [0, 0, 0]]])
+    result = allocate_bits(costs, (1, 2, 3), scope="layer", layer_budget=12)
+    assert result.bits == ((1, 1, 3, 2),)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The costs of every integer program that is solved."""
+    seen = []
+
+    def count_takers(costs, *rest):
+        seen.append(costs)
+        return solve(costs, *rest)
+
+    solve = pmq._count_takers
+    monkeypatch.setattr(pmq, "_count_takers", count_takers)
+    return seen
+
+
+def test_equal_experts_share_a_variable(programs):
+    # With one each, an even split of 4000 would be searched without end.
     costs = np.ones((20, 200, 4)) * np.array([1.0, 0.9, 0.2, 0.1])
     result = allocate_bits(costs, (1, 2, 3, 4), scope="global", total_budget=10_001)
     assert sum(map(sum, result.bits)) == 10_001
-    assert result.seconds < 5
+    assert [costs.shape for costs in programs] == [(1, 4)]
+
+
+def test_costs_far_above_the_answer_are_left_out(programs):
+    # Beside 1e9, the solver would not tell 1e-6 from 2e-6. The answer costs 1e-6 more than the
+    # least of all: neither 1e9 nor the 3e-6 can be in a better one.
+    costs = np.array([[[1e9, 2e-6, 1e-6], [1e9, 3e-6, 0], [1e9, 1e-6, 1e-6]]])
+    result = allocate_bits(costs, (1, 2, 3), scope="global", total_budget=7)
+    assert result.bits == ((2, 3, 2),)
+    assert [np.isinf(costs).sum() for costs in programs] == [4]
+    # With floors no quick answer says so, the first of the solver does.
+    programs.clear()
+    result = allocate_bits(costs, (1, 2, 3), scope="layer", layer_budget=7)
+    assert result.bits == ((2, 3, 2),)
+    coarse, fine = programs
+    assert not np.isinf(coarse).any() and np.isinf(fine[:, 0]).all()
+
+
+def test_a_budget_that_no_sum_of_widths_reaches_is_rounded_down():
+    costs = measured_like_costs(np.random.default_rng(7), 4, 16, (0, 2, 4))
+    odd, even = (
+        allocate_bits(costs, (0, 2, 4), scope="global", total_budget=budget) for budget in (99, 98)
+    )
+    assert odd.bits == even.bits
+    problem = pmq._make_problem(np.array([[np.inf, 1.0], [1, 1]]), (1, 3), 7, False)
+    assert pmq._reachable_budget(problem) == 6
 
 
 @needs_reference
