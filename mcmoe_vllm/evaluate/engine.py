@@ -15,24 +15,6 @@ import torch
 
 from mcmoe_vllm.errors import UserError
 
-_VLLM_PROGRAM = """
-import json, os, sys
-job = json.load(open(sys.argv[1]))
-from vllm import LLM, SamplingParams
-llm = LLM(model=job["model"], max_model_len=job["length"] + 1, enforce_eager=True,
-          trust_remote_code=job["trust_remote_code"], enable_prefix_caching=False,
-          dtype="auto", additional_config=job["additional_config"])
-params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-outputs = llm.generate([{"prompt_token_ids": w} for w in job["windows"]], params)
-losses = []
-for window, output in zip(job["windows"], outputs):
-    rows = output.prompt_logprobs[1:]
-    losses.append(-sum(r[t].logprob for r, t in zip(rows, window[1:])) / len(rows))
-with open(sys.argv[2] + ".part", "w") as f:
-    json.dump(losses, f)
-os.rename(sys.argv[2] + ".part", sys.argv[2])
-"""
-
 
 def score_with_vllm(
     path: Path,
@@ -54,7 +36,7 @@ def score_with_vllm(
         "additional_config": {} if pruning is None else {"mcmoe": {"pruning": pruning}},
     }
     losses = run_engine_program(
-        _VLLM_PROGRAM,
+        "vllm_program",
         job,
         f"vLLM could not score {path}",
         # The engine insists on generating a token after a full window; nothing is computed at its
@@ -64,9 +46,9 @@ def score_with_vllm(
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def run_engine_program(program: str, job: Mapping[str, Any], failure: str, **settings: str) -> Any:
-    """What a Python program writes as JSON. It is given two files, of `job` and for its result,
-    and `settings` in its environment, where else what the user set stays.
+def run_engine_program(name: str, job: Mapping[str, Any], failure: str, **settings: str) -> Any:
+    """What a module of this folder writes as JSON. It is given two files, of `job` and for its
+    result, and `settings` in its environment, where else what the user set stays.
 
     Raises UserError with `failure` and the last lines of its stderr if it writes no result.
     """
@@ -75,8 +57,10 @@ def run_engine_program(program: str, job: Mapping[str, Any], failure: str, **set
         given, result = Path(folder, "job.json"), Path(folder, "result.json")
         given.write_text(json.dumps(job))
         process = subprocess.run(
-            [sys.executable, "-c", program, str(given), str(result)],
-            env={**defaults, **os.environ, **settings},
+            [sys.executable, "-P", "-m", f"{__package__}.{name}", str(given), str(result)],
+            # Neither the program nor what it starts imports from the working folder, which may be
+            # a model's, with code that came with it.
+            env={**defaults, **os.environ, **settings, "PYTHONSAFEPATH": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -37,7 +37,8 @@ ENGINES = ("transformers", "vllm")
 class Evaluation:
     """loss: mean negative log-likelihood per token (nats); stderr: of loss, over windows.
 
-    dropped_fraction: expert activations that online pruning dropped (transformers engine).
+    dropped_fraction: expert activations that online pruning dropped; None where vLLM dropped them,
+    which does not say.
     Against a base: kl: mean KL(base || model) per token; loss_difference = loss - base loss and
     its paired standard error. All None without one.
     """
@@ -50,7 +51,7 @@ class Evaluation:
     loss: float
     perplexity: float
     stderr: float
-    dropped_fraction: float = 0.0
+    dropped_fraction: float | None = 0.0
     base: str | None = None
     base_perplexity: float | None = None
     loss_difference: float | None = None
@@ -128,13 +129,14 @@ def evaluate(
                 )
             base_model = open_model(base_checkpoint, device)
         scores, base_scores = _score_streamed(scored, base_model, tokens, active)
+    dropped = active.dropped_fraction if active else 0.0
     return Evaluation(
         model=model,
         engine=engine,
         text=text,
         windows=tokens.shape[0],
         sequence_length=length,
-        dropped_fraction=active.dropped_fraction if active else 0.0,
+        dropped_fraction=None if active and engine == "vllm" else dropped,
         base=against,
         **_figures(scores, base_scores),
     )

@@ -23,22 +23,6 @@ NEEDED = {
 }
 
 
-_PROGRAM = """
-import json, os, sys
-job = json.load(open(sys.argv[1]))
-import lm_eval
-from lm_eval.tasks import TaskManager
-found = lm_eval.simple_evaluate(
-    model="vllm", model_args=job["engine"], tasks=job["tasks"], num_fewshot=job["num_fewshot"],
-    limit=job["limit"], task_manager=TaskManager(include_path=job["include_path"]),
-    batch_size="auto", log_samples=False)
-kept = {key: found[key] for key in ("results", "higher_is_better", "n-samples", "versions")}
-with open(sys.argv[2] + ".part", "w") as f:
-    json.dump(kept, f, default=str)
-os.rename(sys.argv[2] + ".part", sys.argv[2])
-"""
-
-
 @dataclass(frozen=True)
 class TaskScore:
     """One metric of one task; stderr and everything of the base are None where there is none.
@@ -151,7 +135,7 @@ def _run(model: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's results of one model."""
     path = resolve_model(model)
     given = {**job, "engine": {"pretrained": str(path), **job["engine"]}}
-    return dict(run_engine_program(_PROGRAM, given, f"lm-eval could not score {path}"))
+    return dict(run_engine_program("harness_program", given, f"lm-eval could not score {path}"))
 
 
 def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> None:

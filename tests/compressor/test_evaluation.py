@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.evaluate import perplexity
 from mcmoe_vllm.evaluate.perplexity import evaluate
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows
+from mcmoe_vllm.pruning.table import PruningTable
 
 
 def test_loss_and_error_follow_their_definition(tiny_models, evaluation_text):
@@ -55,3 +57,16 @@ def test_models_of_different_vocabularies_are_not_compared(tiny_models, evaluati
     other = make_tiny_model(tmp_path / "other", "mixtral", layers=1, vocab_size=9000)
     with pytest.raises(UserError, match="vocabulary of 8192"):
         evaluate(str(tiny_models("mixtral")), str(evaluation_text), against=str(other), windows=2)
+
+
+def test_what_vllm_drops_is_not_known(tiny_models, evaluation_text, monkeypatch):
+    table = PruningTable("median", 0.2, (0, 1), {0.2: (0.3, 0.3)})
+    losses = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(perplexity, "score_with_vllm", lambda *given: losses)
+    given = {"windows": 2, "sequence_length": 32, "engine": "vllm"}
+    path, text = str(tiny_models("mixtral")), str(evaluation_text)
+    assert evaluate(path, text, **given).dropped_fraction == 0.0
+    monkeypatch.setattr(perplexity, "read_table", lambda config: table)
+    pruned = evaluate(path, text, **given)
+    assert pruned.dropped_fraction is None and pruned.loss == 1.5
+    assert evaluate(path, text, **given, pruning="off").dropped_fraction == 0.0
