@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mcmoe_kernels.formats import WIDTHS
+from mcmoe_kernels.formats import FORMATS
 from mcmoe_vllm.checkpoint.files import Checkpoint, TensorInfo, open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, EXPERT_SCALES, QuantizationConfig
 from mcmoe_vllm.checkpoint.sizes import size
@@ -26,8 +26,6 @@ from mcmoe_vllm.model.architectures import Architecture, find_architecture
 from mcmoe_vllm.widths import average_width, bits_per_weight, count_matrices, in_words
 
 ROUTER = "gate.weight"  # of every supported architecture, in the MoE block
-
-
 OWN_SUFFIXES = (".weight_packed", ".weight_scale", ".qweight", ".scales")
 
 
@@ -352,7 +350,7 @@ def _wrong_codes(checkpoint: Checkpoint, pair: Pair) -> Iterator[str]:
         yield f"{pair.codes} is missing, config says {in_words(pair.bits)}"
     elif codes.dtype != "U8" or codes.shape != shape:
         held = codes.shape[1] * 8 / pair.columns if len(codes.shape) == 2 else 0
-        known = codes.shape[:1] == (pair.rows,) and held in WIDTHS
+        known = codes.shape[:1] == (pair.rows,) and held in FORMATS
         guess = f" ({in_words(int(held))})" if known else ""
         yield (
             f"{pair.codes} is {_describe(codes)}{guess}, config says U8 {list(shape)} "

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS, DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.disk import check_version
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.widths import average_width
+from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
+from mcmoe_vllm.widths import average_width, candidate_bits
 
 PLAN_VERSION = 1
 
@@ -131,7 +131,7 @@ def check_candidate_bits(bits: Sequence[int]) -> list[str]:
         wrong.append(f"candidate bits {list(bits)} hold no width above 0")
     if len(set(bits)) != len(bits):
         wrong.append(f"candidate bits {list(bits)} repeat a width")
-    bad = [b for b in bits if b not in CANDIDATE_BITS]
+    bad = [b for b in bits if b not in candidate_bits()]
     if bad:
-        wrong.append(f"candidate bits {bad} are not among {CANDIDATE_BITS}")
+        wrong.append(f"candidate bits {bad} are not among {candidate_bits()}")
     return wrong

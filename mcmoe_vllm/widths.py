@@ -14,6 +14,13 @@ Pair = tuple[int, int]
 SCALE_BITS = 16  # of a group of columns: its scale and zero in one word
 
 
+def candidate_bits() -> tuple[int, ...]:
+    """Widths that a plan may hold: 0, which drops an expert, and those of the formats."""
+    from mcmoe_kernels.formats import FORMATS
+
+    return (0, *sorted(FORMATS))
+
+
 def matrix_widths(pair: Pair) -> tuple[int, int, int]:
     """The widths of gate, up and down."""
     w13, w2 = pair

@@ -6,18 +6,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS
 from mcmoe_vllm.errors import UserError, some
+from mcmoe_vllm.widths import candidate_bits
 
 Scope = Literal["layer", "global"]
-
-
 SCOPES: tuple[Scope, ...] = ("layer", "global")
-
-
-WIDTHS = CANDIDATE_BITS  # 0: the expert is dropped
-
-
 BUDGET_SLACK = 1e-6  # 2.3 * 100 must give 230 although it is 229.99... in binary
 
 
@@ -105,11 +98,13 @@ def require_candidates(candidate_bits: Sequence[int]) -> tuple[int, ...]:
 
 def candidate_problems(bits: Any) -> list[str]:
     if not isinstance(bits, list) or not bits:
-        return [f"candidate_bits: {bits!r:.40} is not a list of widths out of {list(WIDTHS)}"]
+        return [
+            f"candidate_bits: {bits!r:.40} is not a list of widths out of {list(candidate_bits())}"
+        ]
     problems = [
-        f"candidate_bits[{index}]: {width!r:.40} is not one of {list(WIDTHS)}"
+        f"candidate_bits[{index}]: {width!r:.40} is not one of {list(candidate_bits())}"
         for index, width in enumerate(bits)
-        if not isinstance(width, int) or isinstance(width, bool) or width not in WIDTHS
+        if not isinstance(width, int) or isinstance(width, bool) or width not in candidate_bits()
     ]
     if not problems:
         twice = sorted({width for width in bits if bits.count(width) > 1})

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 EXACT_STEPS = 2_000_000_000  # beyond, a relaxation: seconds become minutes, and bytes gigabytes
-
-
 BISECTIONS = 100
 
 

@@ -29,14 +29,8 @@ from mcmoe_vllm.disk import explain_os_errors, replacing, require_file
 from mcmoe_vllm.errors import UserError, some
 
 FLOOR_WIDTHS = (3, 2)  # one expert of each per layer; the first is kept if only one can be
-
-
 OBJECTIVE_RANGE = 1e6  # of the costs that HiGHS sees; it ignores gains below 1e-6
-
-
 RESCALE = 100  # largest cost over the answer's, above which the answer is not sharp enough
-
-
 ROUNDING = 1e-9  # of a sum of costs, generously
 
 

@@ -9,29 +9,16 @@ from typing import Any
 
 import torch
 
-from mcmoe_kernels.formats import WIDTHS, packing
+from mcmoe_kernels.formats import packing
 from mcmoe_vllm.disk import check_version, is_integer
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
+from mcmoe_vllm.widths import candidate_bits
 
 QUANT_METHOD = "mcmoe"
-
-
 FORMAT_VERSION = 2
-
-
 # format_version -> dtype of an expert's weight_scale, and its numbers for each group of columns
 EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1)}
-
-
-CANDIDATE_BITS = (0, *WIDTHS)
-
-
-GROUP_SIZES = (32, 64, 128)
-
-
-DENSE_BITS = (4, 16)
-
-
 PROJECTION_GROUPS = ("w13", "w2", "dense")
 
 
@@ -78,9 +65,10 @@ class QuantizationConfig:
                 wrong.append(f"layer {layer} has {len(widths)} strings of widths, needs 2")
             for digits in widths:
                 lengths.add(len(digits))
-                if not digits or set(digits) - set(map(str, CANDIDATE_BITS)):
+                if not digits or set(digits) - set(map(str, candidate_bits())):
                     wrong.append(
-                        f"layer {layer} has widths {digits!r}, allowed digits are 0 to {WIDTHS[-1]}"
+                        f"layer {layer} has widths {digits!r}, allowed digits are 0 to "
+                        f"{candidate_bits()[-1]}"
                     )
             if len(widths) == 2 and any((a == "0") != (b == "0") for a, b in zip(*widths)):  # noqa: B905
                 wrong.append(f"layer {layer} drops an expert in w13 or w2 alone")
@@ -184,27 +172,13 @@ def _mistyped_fields(value: Mapping[str, Any]) -> list[str]:
 
 
 INDEX_FILE = "model.safetensors.index.json"
-
-
 SINGLE_FILE = "model.safetensors"
-
-
 MANIFEST_FILE = "mcmoe_manifest.json"
-
-
 MANIFEST_VERSION = 1
-
-
 # Side files that make a folder usable by tokenizers, engines and lawyers.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-
-
 SIDE_FILE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-
-
 OWN_FILES = ("config.json", INDEX_FILE, MANIFEST_FILE, "report.json", "plan.json")
-
-
 HUB_PATTERNS = ["*.safetensors", *(f"*{s}" for s in SIDE_FILE_SUFFIXES), "LICENSE*", "NOTICE*"]
 
 

@@ -13,11 +13,12 @@ import torch
 
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.files import open_checkpoint, resolve_model
-from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION, GROUP_SIZES
+from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import WORK_VERSION, WorkDirectory, open_work_directory
 from mcmoe_vllm.disk import read_json, require_parent
 from mcmoe_vllm.errors import UserError, some
+from mcmoe_vllm.limits import GROUP_SIZES
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
 from mcmoe_vllm.plan import Plan

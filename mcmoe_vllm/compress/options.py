@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mcmoe_vllm.checkpoint.format import CANDIDATE_BITS, DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.text import DEFAULT_DATASET
+from mcmoe_vllm.flags import flag, json_schema, not_allowed, too_small
+from mcmoe_vllm.limits import CANDIDATE_BITS, DEFAULT_DATASET, DENSE_BITS, GROUP_SIZES, MAX_DROP
 from mcmoe_vllm.plan import Plan, check_candidate_bits
-from mcmoe_vllm.pruning.table import MAX_DROP
-from mcmoe_vllm.recipes import RECIPES, Recipe
+from mcmoe_vllm.recipes import ALLOWED, RECIPES, Recipe
 
 RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
     "bits", "group_size", "dense_bits", "calibration", "samples",
@@ -31,64 +29,113 @@ OVERRIDES = (  # traits with a flag of their own
 )  # fmt: skip
 
 
+TARGET = "target"
+RECIPE = "recipe; its traits change one by one with the other flags"
+CALIBRATION = "calibration"
+RUNNING = "running"
+
+
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Everything that `mcmoe quantize` can be told; the names are those of its flags.
+    """Everything that `mcmoe quantize` can be told; a field is a flag with its default, its help
+    and what is allowed.
 
-    model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to
-    write; bits: average width over expert weights; recipe: one or its name, None = the plan's or
-    "best";
-    scope, candidate_bits, method, alpha, beta, gamma, tuning_passes: traits of the recipe, None =
-    as the recipe says;
-    pins: "layers.0.*=3"; plan: a plan.json to use instead of measuring; target_drop: share of
-    expert activations for online pruning, None = not calibrated; sequence_length: None =
-    min(2048, the model's maximum).
+    model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to write;
+    recipe: one or its name, None = the plan's or "best"; scope, candidate_bits, method, alpha,
+    beta, gamma, tuning_passes: None = as the recipe says.
     Raises UserError listing every value out of range.
     """
 
     model: str
     output: str
-    bits: float = 2.5
-    recipe: Recipe | str | None = None
-    scope: str | None = None
-    group_size: int = 128
-    candidate_bits: tuple[int, ...] | None = None
-    dense_bits: int = 4
-    calibration: str = DEFAULT_DATASET
-    samples: int = 128
-    sequence_length: int | None = None
-    method: str | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
-    tuning_passes: int | None = None
-    pins: tuple[str, ...] = ()
-    plan: str | None = None
-    target_drop: float | None = None
-    device: str = "auto"
-    seed: int = 0
-    work_dir: str | None = None
-    resume: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
+    bits: float = flag(
+        2.5,
+        "average width over expert weights, scales and zeros not counted (default 2.5)",
+        TARGET,
+    )
+    recipe: Recipe | str | None = flag(
+        None,
+        "best: the most accurate (default); paper: as MC-MoE was published",
+        RECIPE,
+        allowed=tuple(RECIPES),
+    )
+    scope: str | None = flag(
+        None,
+        "one budget per layer, as in the paper, or one over all layers",
+        TARGET,
+        allowed=ALLOWED["scope"],
+    )
+    group_size: int = flag(128, "32, 64 or 128 (default)", TARGET, allowed=GROUP_SIZES)
+    candidate_bits: tuple[int, ...] | None = flag(
+        None,
+        "widths to choose from, out of 0 (dropped) to 4 (default: of the recipe)",
+        TARGET,
+        metavar="1,2,3",
+        allowed=CANDIDATE_BITS,
+    )
+    dense_bits: int = flag(
+        4, "attention and shared experts: 4 (default) or 16", TARGET, allowed=DENSE_BITS
+    )
+    calibration: str = flag(
+        DEFAULT_DATASET,
+        "FILE.jsonl (field text), FILE.txt or a Hub dataset (default: C4 from the Hub)",
+        CALIBRATION,
+        metavar="SOURCE",
+    )
+    samples: int = flag(128, "windows of text", CALIBRATION, least=1)
+    sequence_length: int | None = flag(
+        None, "tokens in a window (default: 2048 or the model's maximum)", CALIBRATION, least=2
+    )
+    method: str | None = flag(
+        None,
+        "error compensation, or rounding to nearest",
+        RECIPE,
+        allowed=ALLOWED["method"],
+    )
+    alpha: float | None = flag(None, "exponent of the frequency", RECIPE, least=0)
+    beta: float | None = flag(None, "exponent of the routing weight", RECIPE, least=0)
+    gamma: float | None = flag(None, "exponent of the reconstruction error", RECIPE, least=0)
+    tuning_passes: int | None = flag(
+        None,
+        "passes over the calibration text that tune scales, norms and routers; 0 = none",
+        RECIPE,
+        allowed=ALLOWED["tuning_passes"],
+    )
+    pins: tuple[str, ...] = flag(
+        (),
+        "fix widths, e.g. 'layers.0.*=3' or 'layers.*.experts.5=1'; may be repeated",
+        TARGET,
+        metavar="PATTERN=BITS",
+        name="--pin",
+    )
+    plan: str | None = flag(None, "use the widths of this plan.json; nothing is measured")
+    target_drop: float | None = flag(
+        None,
+        "also calibrate online pruning: this share of expert activations is dropped when serving "
+        "(default: no pruning; `mcmoe calibrate-pruning` adds it later)",
+        metavar="SHARE",
+    )
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N", RUNNING)
+    seed: int = flag(0, "of the choice of windows (default 0)", CALIBRATION)
+    work_dir: str | None = flag(
+        None, "unfinished work lives here (default: beside the output)", RUNNING
+    )
+    resume: bool = flag(False, "continue an interrupted job", RUNNING)
+    revision: str | None = flag(None, "branch, tag or commit of a Hub model", RUNNING)
+    trust_remote_code: bool = flag(
+        False, "DANGER: run code that comes with the model's tokenizer", RUNNING
+    )
 
     def __post_init__(self) -> None:
-        allowed: list[tuple[str, Any, Sequence[Any]]] = [
-            ("group_size", self.group_size, GROUP_SIZES),
-            ("dense_bits", self.dense_bits, DENSE_BITS),
-        ]
+        wrong = not_allowed(self, ("group_size", "dense_bits"))
         if isinstance(self.recipe, str):
-            allowed.append(("recipe", self.recipe, tuple(RECIPES)))
-        wrong = [f"{n} is {v!r}, allowed are {list(a)}" for n, v, a in allowed if v not in a]
+            wrong += not_allowed(self, ("recipe",))
         wrong += check_candidate_bits(self.candidate_bits or (1,))
         if not wrong:
             wrong += self.traits.problems()
         if self.target_drop is not None and not 0 < self.target_drop <= MAX_DROP:
             wrong.append(f"target_drop is {self.target_drop}, allowed are shares up to {MAX_DROP}")
-        if self.samples < 1:
-            wrong.append(f"samples is {self.samples}, needs at least 1")
-        if self.sequence_length is not None and self.sequence_length < 2:
-            wrong.append(f"sequence_length is {self.sequence_length}, needs at least 2")
+        wrong += too_small(self)
         if not math.isfinite(self.bits):
             wrong.append(f"bits is {self.bits}, needs a finite number")
         elif not wrong and self.plan is None:
@@ -101,6 +148,11 @@ class QuantizeOptions:
                 )
         if wrong:
             raise UserError("\n".join(wrong))
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The fields as JSON Schema, for forms and for checks elsewhere."""
+        return json_schema(cls)
 
     @property
     def traits(self) -> Recipe:

@@ -13,7 +13,6 @@ import torch
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.errors import UserError
 
-DEFAULT_DATASET = "allenai/c4"
 DATASET_CONFIGS = {"allenai/c4": "en"}  # the subset meant when a dataset needs one
 TEXT_FIELDS = ("text", "content")
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".md")

@@ -22,11 +22,12 @@ from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.limits import MAX_DROP
 from mcmoe_vllm.model.divergence import mean_divergences
 from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel, open_model
 from mcmoe_vllm.model.runner import LayerProgress, Prune, States, run_layer, walk_layers
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
-from mcmoe_vllm.pruning.table import MAX_DROP, Pruning, PruningTable
+from mcmoe_vllm.pruning.table import Pruning, PruningTable
 from mcmoe_vllm.report.progress import Progress
 
 PROBE_DROP = 0.35  # more than targets ask for: little drops hide what many of them do together

@@ -22,6 +22,7 @@ import torch
 from mcmoe_kernels.pruning import Measure, beside_largest, pair_counts, prune
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.limits import MAX_DROP
 
 # --additional-config '{"mcmoe": {"pruning": ...}}'
 OPTION, SWITCH = "mcmoe", "pruning"
@@ -30,7 +31,6 @@ OPTION, SWITCH = "mcmoe", "pruning"
 RULES = ("sensitivity", "median")
 DECODE_ONLY = "decode-only"
 MODES = ("off", "on", DECODE_ONLY)
-MAX_DROP = 0.5
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ z = 0.5 at 1 bit, where that is sign(w) * s/2.
 
 import torch
 
-from mcmoe_kernels.formats import WIDTHS
+from mcmoe_kernels.formats import FORMATS
 from mcmoe_vllm.quantize.codes import Quantized, split_errors
 from mcmoe_vllm.quantize.gptq import FactoredHessian, factor_hessian, gptq
 from mcmoe_vllm.quantize.ranges import GroupFit, round_to_nearest
@@ -34,7 +34,7 @@ def quantize(
 
     weight: [B, N, K], any float dtype; hessian: [B, K, K] float32, undamped, or as factored
     for several widths;
-    bits: [B] numbers of formats (WIDTHS) or one for all; method: "gptq" or "rtn";
+    bits: [B] numbers of formats (FORMATS) or one for all; method: "gptq" or "rtn";
     symmetric: zero fixed at 2^(bits-1) (the dense int4 format);
     splits: stacked matrices in N that choose between GPTQ and rounding on their own;
     recipe: its traits of the quantizer, `method` apart.
@@ -50,8 +50,8 @@ def quantize(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, allowed are {METHODS}")
     widths = torch.as_tensor(bits, device=weight.device).expand(b)
-    if set(widths.tolist()) - set(WIDTHS):
-        raise ValueError(f"bits are {widths.tolist()}, allowed are {WIDTHS}")
+    if set(widths.tolist()) - set(FORMATS):
+        raise ValueError(f"bits are {widths.tolist()}, allowed are {tuple(FORMATS)}")
 
     w = weight.float().transpose(1, 2).contiguous()  # [B, K, N]: columns lie side by side
     hessian = hessian.float()

@@ -1,7 +1,12 @@
 """The command line: every bad input ends with one clear message, exit code 2 and no output."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mcmoe_vllm import cli
 from mcmoe_vllm.checkpoint.format import INDEX_FILE
+from mcmoe_vllm.compress.options import QuantizeOptions
 
 
 def run(capsys, *arguments):
@@ -269,6 +275,91 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert f"mcmoe {command}" in capsys.readouterr().out
 
 
+def test_flags_are_the_options(monkeypatch):
+    """Every field has its flag, of its own type, under its own name."""
+    asked = []
+    monkeypatch.setattr("mcmoe_vllm.compress.pipeline.quantize", asked.append)
+    given = {
+        "--bits": ("bits", 3.5), "--recipe": ("recipe", "paper"), "--scope": ("scope", "global"),
+        "--group-size": ("group_size", 64), "--candidate-bits": ("candidate_bits", (2, 3, 4)),
+        "--dense-bits": ("dense_bits", 16), "--calibration": ("calibration", "x.txt"),
+        "--samples": ("samples", 7), "--sequence-length": ("sequence_length", 9),
+        "--method": ("method", "rtn"), "--alpha": ("alpha", 0.5), "--beta": ("beta", 2.5),
+        "--gamma": ("gamma", 2.0), "--tuning-passes": ("tuning_passes", 3),
+        "--pin": ("pins", ("layers.0.*=3",)), "--plan": ("plan", "p.json"),
+        "--target-drop": ("target_drop", 0.25), "--device": ("device", "cpu"),
+        "--seed": ("seed", 5), "--work-dir": ("work_dir", "w"), "--resume": ("resume", True),
+        "--revision": ("revision", "main"), "--trust-remote-code": ("trust_remote_code", True),
+    }  # fmt: skip
+    assert {field for field, _ in given.values()} | {"model", "output"} == set(
+        QuantizeOptions.__dataclass_fields__
+    )
+    line = ["quantize", "m", "-o", "o"]
+    for flag, (_, value) in given.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        line += [flag] if value is True else [flag, text]
+    assert cli.main(["quantize", "m", "-o", "o"]) == cli.main([*line, "--pin", "b=1"]) == 0
+    assert asked[0] == QuantizeOptions("m", "o")
+    expected = QuantizeOptions("m", "o", **dict(given.values()))
+    assert asked[1] == replace(expected, pins=("layers.0.*=3", "b=1"))
+
+
+def test_plan_has_no_flags_that_only_quantize_knows(capsys):
+    for flag in ("--plan", "--target-drop"):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", "m", flag, "0.1"])
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_help_is_grouped(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        "positional arguments:", "options:", "target:",
+        "recipe; its traits change one by one with the other flags:", "calibration:", "running:",
+        "Example:",
+    ]  # fmt: skip
+    place = {h: i for i, h in enumerate(lines) if h in headings}
+    for flag, heading, following in (
+        ("--pin PATTERN=BITS", "target:", headings[3]),
+        ("--method {gptq,rtn}", headings[3], "calibration:"),
+        ("--seed SEED", "calibration:", "running:"),
+        ("--resume", "running:", "Example:"),
+    ):
+        assert any(flag in line for line in lines[place[heading] : place[following]])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--scope", "model", "argument --scope: invalid choice: 'model'"),
+        ("--candidate-bits", "1,x", "'1,x' is no list such as 1,2,3"),
+        ("--samples", "many", "argument --samples: invalid int value: 'many'"),
+    ],
+)
+def test_flags_that_cannot_be_read(capsys, flag, value, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["quantize", "m", "-o", "o", flag, value])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_loads_no_library():
+    code = (
+        "import sys\n"
+        "from mcmoe_vllm.arguments import build_parser\n"
+        "build_parser().format_help()\n"
+        "print(sorted({'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
 def test_nothing_is_unpickled(capsys, model, tmp_path):
     (model / "model.safetensors").unlink()
     torch.save({"weight": torch.zeros(1)}, model / "pytorch_model.bin")
@@ -286,6 +377,49 @@ def test_a_sweep_is_drawn(tiny_models, calibration_text, tmp_path, capsys):
     ]  # fmt: skip
     assert drawing.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.png"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "no-model", "--sweep", "2", "--plot"],
+        ["plan", "no-model", "-o"],
+        ["inspect", "no-model", "--heatmap"],
+        ["eval", "no-model", "--text", "no.txt", "--json"],
+        ["eval", "no-model", "--tasks", "none", "--json"],
+        ["allocate", "no.json", "--layer-budget", "8", "-o"],
+    ],
+    ids=lambda command: f"{command[0]} {command[-1]}",
+)
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("absent/x", "the folder for x, does not exist; create it first"), (".", "is a folder")],
+)
+def test_a_result_that_has_no_place_is_refused_before_the_work(
+    command, file, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *command, file)
+    assert code == 2 and message in err and not out
+    assert err.count("error: ") == 1 and "no-model" not in err and "no.json" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_sentence(
+    capsys, model, tmp_path, evaluation_text, monkeypatch
+):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    figures = tmp_path / "figures.json"
+    code, out, err = run(
+        capsys, "eval", model, "--text", evaluation_text, "--windows", "2", "--sequence-length",
+        "32", "--json", figures,
+    )  # fmt: skip
+    assert code == 2 and "perplexity" in out
+    assert f"error: writing {figures} failed: No space left on device" in err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""What may be chosen, where a format, the options and their checks have to agree. Imports nothing,
+so that the command line can state it at once."""
+
+CANDIDATE_BITS = (0, 1, 2, 3, 4)  # 0: the expert is dropped
+GROUP_SIZES = (32, 64, 128)
+DENSE_BITS = (4, 16)
+MAX_DROP = 0.5  # share of expert activations that online pruning may drop
+DEFAULT_DATASET = "allenai/c4"  # of the Hub, to calibrate on
