@@ -588,6 +588,13 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
         assert widths[1] > widths[2]
 
 
+def test_a_dropped_expert_saves_its_scales_too():
+    # In groups of 32, scale and zero take half a bit: 2.5 for one expert are 1.25 for two.
+    costs, pairs = projection_costs(np.array([[[[9.0, 9], [1, 1]], [[5, 5], [1, 1]]]]), [1], (0, 2))
+    chosen, _ = allocate_projections(costs, pairs, 0.75, 32, scope="layer")
+    assert chosen == (((2, 2), (0, 0)),)
+
+
 def test_pins_beyond_the_budget_of_projections_are_refused():
     costs, pairs = projection_costs(np.ones((1, 2, 3, 2)), np.ones(1), (1, 2, 3))
     pins = {(0, 0): 3, (0, 1): 3}

@@ -42,6 +42,10 @@ def test_equal_costs_leave_nothing_of_the_budget():
     assert sorted(choose(np.zeros((3, 2)), (1, 2), 5).tolist()) == [0, 1, 1]
 
 
+def test_of_equal_columns_the_first_is_taken():
+    assert choose(np.zeros((2, 3)), (2, 2, 1), 4).tolist() == [0, 0]
+
+
 def test_a_budget_that_is_too_small():
     with pytest.raises(ValueError, match="budget of 4"):
         choose(np.zeros((5, 2)), (1, 2), 4)
