@@ -23,7 +23,7 @@ from mcmoe_kernels.layer import (
     packed_offsets,
     split_flat,
 )
-from tests.expert_layers import (
+from tests.helpers.expert_layers import (
     experts_float64,
     experts_rounded,
     random_input,

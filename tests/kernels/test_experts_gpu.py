@@ -22,7 +22,7 @@ from mcmoe_kernels.gpu.pruning import prune_ids
 from mcmoe_kernels.gpu.tiled import tile_layer
 from mcmoe_kernels.layer import fused_experts_torch
 from mcmoe_kernels.pruning import pair_counts
-from tests.expert_layers import (
+from tests.helpers.expert_layers import (
     experts_float64,
     experts_rounded,
     random_input,

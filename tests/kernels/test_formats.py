@@ -27,7 +27,7 @@ from mcmoe_kernels.gpu.choice import (
 from mcmoe_kernels.gpu.experts import fused_experts
 from mcmoe_kernels.gpu.tiled import dequantize_slot, tile_layer
 from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, fused_experts_torch
-from tests.expert_layers import random_input, random_routing, relative_error, to_device
+from tests.helpers.expert_layers import random_input, random_routing, relative_error, to_device
 
 MADE_UP = (5, 6, 7)
 CONFIGS = {

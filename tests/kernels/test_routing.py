@@ -13,7 +13,7 @@ from mcmoe_kernels.gpu.experts import inline
 from mcmoe_kernels.gpu.routing import few_options, max_blocks, route_pairs, route_torch
 from mcmoe_kernels.gpu.tiled import tile_layer
 from mcmoe_kernels.pruning import pair_counts, prune
-from tests.expert_layers import random_layer, random_routing, to_device
+from tests.helpers.expert_layers import random_layer, random_routing, to_device
 
 BITS = (1, 3, 0, 2, 3, 2, 1)
 

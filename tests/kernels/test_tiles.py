@@ -17,7 +17,7 @@ from mcmoe_kernels.gpu.tiled import (
     tile_matrices,
 )
 from mcmoe_kernels.layer import ExpertMatrices
-from tests.expert_layers import random_layer, random_matrices
+from tests.helpers.expert_layers import random_layer, random_matrices
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from mcmoe_kernels.formats.packing import unpack_scale
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from tests.expert_layers import (
+from tests.helpers.expert_layers import (
     experts_float64,
     random_input,
     random_layer,

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("vllm")
 
 from mcmoe_vllm.plugin.gpu import logger, prepare_on_gpu
-from tests.expert_layers import (
+from tests.helpers.expert_layers import (
     experts_float64,
     random_input,
     random_layer,

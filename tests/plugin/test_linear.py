@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from mcmoe_kernels.formats.packing import dequantize_int4_linear, pack_int4_linear
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from tests.expert_layers import relative_error
+from tests.helpers.expert_layers import relative_error
 
 pytestmark = pytest.mark.vllm
 

@@ -13,7 +13,7 @@ from mcmoe_kernels.pruning import pair_counts, prune
 from mcmoe_vllm.plugin import metrics
 from mcmoe_vllm.plugin.metrics import PruningCounts
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from tests.expert_layers import random_routing
+from tests.helpers.expert_layers import random_routing
 
 pytestmark = pytest.mark.vllm
 

@@ -14,7 +14,7 @@ from mcmoe_vllm.plugin import operator
 from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from tests.expert_layers import (
+from tests.helpers.expert_layers import (
     experts_float64,
     random_input,
     random_layer,

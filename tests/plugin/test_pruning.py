@@ -11,7 +11,7 @@ from mcmoe_kernels.pruning import prune
 from mcmoe_vllm.model.architectures import ARCHITECTURES
 from mcmoe_vllm.plugin.pruning import LayerPruning
 from tests.conftest import SIZES, TINY_MODELS
-from tests.expert_layers import random_routing
+from tests.helpers.expert_layers import random_routing
 
 pytestmark = pytest.mark.vllm
 
