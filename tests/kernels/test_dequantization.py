@@ -16,13 +16,15 @@ from mcmoe_kernels.formats.scalar import HIGH  # noqa: E402
 
 EVERY_WORD = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(-1, 16)
 BITS = [1, 2, 3, 4]
+# Rows of 16 words for a program: Triton's interpreter takes as long for many as for few.
+ROWS = 64 if torch.cuda.is_available() else len(EVERY_WORD)
 
 
 @triton.jit
 def weights_kernel(words, metas, out, BITS: tl.constexpr, TILE: tl.constexpr,
                    BLOCK: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr,
-                   INLINE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0) * 64 + tl.arange(0, 64)
+                   ROWS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * 16 + tl.arange(0, 16)[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     result = weights_of(
@@ -33,8 +35,9 @@ def weights_kernel(words, metas, out, BITS: tl.constexpr, TILE: tl.constexpr,
 
 @triton.jit
 def bytes_kernel(first, second, out, size, BITS: tl.constexpr, TILE: tl.constexpr,
-                 INLINE: tl.constexpr):  # fmt: skip
-    at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+                 ROWS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
     low, high = tl.load(first + at), tl.load(second + at)
     # 3 bits: the shared plane comes first; 4 bits: both are the tile's own.
     planes = ((high,), (low,)) if BITS == 3 else ((low,), (high,))
@@ -45,18 +48,20 @@ def bytes_kernel(first, second, out, size, BITS: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def merge_kernel(low, high, as_bytes, as_words, LOW: tl.constexpr, HIGH: tl.constexpr,
-                 INLINE: tl.constexpr):  # fmt: skip
-    at = tl.program_id(0) * 1024 + tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+                 ROWS: tl.constexpr, INLINE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * 16 + tl.arange(0, 16)[None, :]
     words = merge_words(tl.load(low + at), tl.load(high + at), LOW, HIGH, INLINE)
     tl.store(as_words + at, words)
-    at = tl.program_id(0) * 2048 + tl.arange(0, 64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
     low8, high8 = low.to(tl.pointer_type(tl.int8)), high.to(tl.pointer_type(tl.int8))
     tl.store(as_bytes + at, merge_words(tl.load(low8 + at), tl.load(high8 + at), LOW, HIGH, INLINE))
 
 
 @triton.jit
-def meta_kernel(words, scale, zero, TILE: tl.constexpr, ZERO_STEPS: tl.constexpr):
-    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+def meta_kernel(words, scale, zero, TILE: tl.constexpr, ZERO_STEPS: tl.constexpr,
+                SIZE: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     s, z = split_meta(tl.load(words + at), TILE, ZERO_STEPS, scale.dtype.element_ty)
     tl.store(scale + at, s)
     tl.store(zero + at, z)
@@ -94,9 +99,9 @@ def test_weights_of_every_word(bits, tile, scaled, device):
             expected = (centered * scale[:, None] if scaled else centered).to(dtype)
             for inline in ways(device):
                 out = torch.full(words.shape, torch.nan, dtype=dtype, device=device)
-                weights_kernel[(len(words) // 64,)](
+                weights_kernel[(len(words) // ROWS,)](
                     words, metas, out, BITS=bits, TILE=tile, BLOCK=block, HALF=half,
-                    SCALED=scaled, INLINE=inline,
+                    SCALED=scaled, ROWS=ROWS, INLINE=inline,
                 )  # fmt: skip
                 assert torch.equal(out, expected), (dtype, block, half, inline)
 
@@ -112,8 +117,8 @@ def test_scale_and_zero_of_every_word(bits, tile, device):
     expected = unpack_scale(stored, bits)
     for dtype in (torch.float32, torch.float16):
         found = [torch.full(stored.shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
-        steps = find(bits).zero_steps
-        meta_kernel[(len(stored) // 1024,)](words, *found, TILE=tile, ZERO_STEPS=steps)
+        of = {"TILE": tile, "ZERO_STEPS": find(bits).zero_steps, "SIZE": 16 * ROWS}
+        meta_kernel[(len(stored) // of["SIZE"],)](words, *found, **of)
         for f, e in zip(found, expected, strict=True):
             assert torch.equal(f, e.to(dtype))
 
@@ -134,8 +139,8 @@ def test_bytes_of_every_word(bits, tile, device):
             expected.append((low.int() >> offset_of(bits, tile, block, 0)) & ((1 << bits) - 1))
     for inline in ways(device):
         out = torch.full((4, *low.shape), -1, dtype=torch.int8, device=device)
-        bytes_kernel[(low.numel() // 2048,)](
-            low, high, out, low.numel(), BITS=bits, TILE=tile, INLINE=inline
+        bytes_kernel[(len(low) // ROWS,)](
+            low, high, out, low.numel(), BITS=bits, TILE=tile, ROWS=ROWS, INLINE=inline
         )
         assert torch.equal(out.int(), torch.stack(expected)), inline
 
@@ -147,9 +152,9 @@ def test_merging_words_is_merging_their_bytes(low_shift, high_shift, device):
     results = []
     for inline in ways(device):
         as_words, as_bytes = torch.empty_like(low), torch.empty_like(low)
-        merge_kernel[(low.numel() // 1024,)](
+        merge_kernel[(len(low) // ROWS,)](
             low, high, as_bytes.view(torch.int8), as_words, LOW=low_shift, HIGH=high_shift,
-            INLINE=inline,
+            ROWS=ROWS, INLINE=inline,
         )  # fmt: skip
         results += [as_words & 0x7777, as_bytes]  # fourth bits of a word's nibbles are anything
     assert all(torch.equal(r, results[0]) for r in results)

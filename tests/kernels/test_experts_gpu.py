@@ -67,6 +67,9 @@ SINGLE = {
     "single, resting": SingleConfig(4, 96, 64, 8, 4, 1, 1, 1),
     "single, shared": SingleConfig(4, 64, 128, 16, 32, 1, 1, 1, 64, 64, 4, 4),
 }
+# For tests of what does not depend on the shape: one step of a program less without a GPU, and on
+# one the shape of the others, whose kernels are compiled.
+HIDDEN = 256 if torch.cuda.is_available() else 128
 # The interpreter rounds float32 to bfloat16 by cutting off, and multiplies no bfloat16.
 DTYPES = {"cpu": [torch.float16], "cuda": [torch.float16, torch.bfloat16]}
 
@@ -219,9 +222,9 @@ def with_tokens(configs, *numbers):
 @pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 1, 4), ONE_TOKEN[0]])
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
-    layer = random_layer(MIXED13, MIXED2)
+    layer = random_layer(MIXED13, MIXED2, HIDDEN)
     tiled = tile_layer(to_device(layer, device))
-    x = random_input(tokens, 256, torch.float16).to(device)
+    x = random_input(tokens, HIDDEN, torch.float16).to(device)
     weights, ids = (t.to(device) for t in random_routing(tokens, 7, 3))
     ids[-1], weights[-1] = torch.tensor([-1, 0, 3]), torch.tensor([9.0, 0.5, 0.25])
     pruned = prune_ids(weights, ids, 0.7)
@@ -250,14 +253,14 @@ def test_uneven_routing(config, routing, device):
     ids = torch.full((19, 2), 3, dtype=torch.int32)
     if routing == "skewed":
         ids[:, 1] = (torch.arange(19) % 9 == 0).int()
-    check(random_layer(MIXED13, MIXED2), 19, 2, config, device, ids)
+    check(random_layer(MIXED13, MIXED2, HIDDEN), 19, 2, config, device, ids)
 
 
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_other_activations(config, activation, device):
-    layer = random_layer(MIXED13, MIXED2, activation=activation)
-    x, (weights, ids) = random_input(5, 256, torch.float16), random_routing(5, 7, 2)
+    layer = random_layer(MIXED13, MIXED2, HIDDEN, activation=activation)
+    x, (weights, ids) = random_input(5, HIDDEN, torch.float16), random_routing(5, 7, 2)
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
@@ -265,8 +268,8 @@ def test_other_activations(config, activation, device):
 @pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 3), ONE_TOKEN[0]])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_hidden(value, config, tokens, device):
-    layer = random_layer(MIXED13, MIXED2)
-    x, (weights, ids) = random_input(tokens, 256, torch.float16), random_routing(tokens, 4, 2)
+    layer = random_layer(MIXED13, MIXED2, HIDDEN)
+    x, (weights, ids) = random_input(tokens, HIDDEN, torch.float16), random_routing(tokens, 4, 2)
     spoiled = torch.arange(tokens) == tokens // 2
     x[spoiled, 5] = value
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)

@@ -25,7 +25,8 @@ def blocks_of(block_info, block_pair):
 
 
 def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
-    """The table as the decode path makes it, pruned if there are weights."""
+    """The table as the decode path makes it, pruned if there are weights. One program makes it;
+    the others, one for each token, are left out here."""
     pairs = ids.numel()
     blocks = max_blocks(pairs, layer.num_slots, block_m)
     new = ids.new_empty
@@ -33,7 +34,7 @@ def route_in_prepare(ids, layer, block_m, weights=None, ratio=0.0, counts=None):
     x = torch.zeros(len(ids), 128, dtype=torch.float16, device=ids.device)
     digits = torch.empty(len(ids), 2, 128, dtype=torch.int8, device=ids.device)
     meta = torch.empty(len(ids), 1, 2, device=ids.device)
-    prepare_kernel[(1 + len(ids),)](
+    prepare_kernel[(1,)](
         x, digits, meta, ids, layer.lookup, ids if weights is None else weights, ratio,
         new(ids.shape), counts, new(16 + pairs), block_info, block_pair, pairs, blocks,
         COLUMNS=128, X_BLOCK=128, X_BLOCKS=1, PRUNED_TOP_K=0 if weights is None else ids.shape[1],
