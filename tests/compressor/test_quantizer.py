@@ -224,15 +224,22 @@ def test_error_is_the_undamped_objective_and_the_better_is_kept():
 
 
 def test_rounding_is_kept_where_it_is_better():
-    # The calibration Hessian is rank one and damping dominates it: compensation for the one
-    # direction that matters is as good as it gets, so RTN can win only through the selection.
+    # One bit and inputs that are nearly independent: compensation gains little, in rows of their
+    # own now and then nothing.
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(16, 8, 128, generator=generator)
-    x = torch.randn(16, 1, 128, generator=generator) * torch.logspace(-4, 4, 128)
-    hessian = x.transpose(1, 2) @ x
-    q = quantizer.quantize(weight, hessian, 2, 128)
-    rounded = quantizer.quantize(weight, hessian, 2, 128, method="rtn")
-    assert (q.error <= rounded.error).all()
+    weight = torch.randn(4, 32, 128, generator=generator)
+    x = torch.randn(4, 200, 128, generator=generator)
+    given = (weight, x.transpose(1, 2) @ x, 1, 128)
+    chosen = quantizer.quantize(*given, splits=32, recipe=GPTQ_ALONE)
+    always = replace(GPTQ_ALONE, keep_rounding=False)
+    compensated = quantizer.quantize(*given, splits=32, recipe=always)
+    rounded = quantizer.quantize(*given, splits=32, method="rtn")
+    kept = chosen.gptq_kept
+    assert torch.equal(kept, compensated.error <= rounded.error)
+    assert 0 < int((~kept).sum()) < int(kept.sum())
+    expected = torch.where(kept[..., None], compensated.dequantize(), rounded.dequantize())
+    assert torch.equal(chosen.dequantize(), expected)
+    assert torch.equal(chosen.error, torch.minimum(compensated.error, rounded.error))
 
 
 def test_widths_of_a_batch_do_not_touch_each_other():

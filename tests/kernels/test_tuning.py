@@ -19,6 +19,7 @@ from mcmoe_kernels.gpu.choice import (
     compiler,
     configs_for,
     dump_config,
+    fit,
     largest_share,
     parse_config,
     read_table,
@@ -48,9 +49,22 @@ def test_another_shape_takes_the_nearest_and_says_so(caplog):
     assert "4096" in caplog.text and "default" in caplog.text
     for tokens, config in configs.items():  # rows of 2 * 7200: blocks of 64 alone divide them
         assert config.block_n13 == (192 if tokens == 1 else 64)
-    fine = LayerShape(64, 6, 2048, 1408)
-    nearest = min(read_table("default"), key=fine.distance)
-    assert nearest.num_experts == 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "experts"),
+    [
+        ((64, 6, 2048, 1408), 128),
+        ((16, 2, 2048, 7168), 8),  # three factors of two; by plain differences it is the other
+        ((8, 2, 1024, 1024), 8),
+    ],
+)
+def test_the_nearest_shape_by_factors(shape, experts):
+    of = {s.num_experts: configs_for("default", s) for s in read_table("default")}
+    assert of.keys() == {8, 128} and of[8] != of[128]
+    shape = LayerShape(*shape)
+    expected = {tokens: fit(config, shape) for tokens, config in of[experts].items()}
+    assert configs_for("default", shape) == expected
 
 
 def test_the_nearest_number_of_tokens_by_factor():
