@@ -13,23 +13,20 @@ import contextlib
 import json
 import os
 import platform
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import server
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "serving.jsonl"
 EXAMPLE = ROOT / "examples" / "mixtral-6m"
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 START_SECONDS = 600
 COLUMNS = (
     ("model", "model", "{}"),
@@ -116,44 +113,22 @@ def compress(model: Path) -> Path:
 @contextlib.contextmanager
 def served(model: Path, dtype: str, flags: list[str]) -> Iterator[str]:
     """The address of a server that is ready, ended with all its processes afterwards."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
-        process = subprocess.Popen(
-            [
-                *(*VLLM, "serve", str(model), "--port", str(port), "--dtype", dtype),
-                *("--served-model-name", "model", "--no-enable-prefix-caching", *flags),
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
-        )
+    port = server.free_port()
+    command = [
+        *(*server.VLLM, "serve", str(model), "--port", str(port), "--dtype", dtype),
+        *("--served-model-name", "model", "--no-enable-prefix-caching", *flags),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        log, url = Path(folder) / "log.txt", f"http://127.0.0.1:{port}"
+        process = server.start(command, log, environment())
         try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + START_SECONDS
-            while not is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    tail = Path(log.name).read_text(errors="replace")[-3000:]
-                    sys.exit(f"bench: vllm serve {model} did not come up:\n{tail}")
-                time.sleep(0.5)
+            failure = server.wait_until_ready(process, url, START_SECONDS)
+            if failure:
+                tail = log.read_text(errors="replace")[-3000:]
+                sys.exit(f"bench: vllm serve {model} did not come up, {failure}:\n{tail}")
             yield url
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url + "/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
+            server.stop(process)
 
 
 def measure(
@@ -162,7 +137,7 @@ def measure(
     """One run of `vllm bench serve` on random prompts of a fixed length."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(*VLLM, "bench", "serve", "--base-url", url, "--model", "model"),
+            *(*server.VLLM, "bench", "serve", "--base-url", url, "--model", "model"),
             *("--tokenizer", str(model), "--dataset-name", "random", "--ignore-eos"),
             *("--random-input-len", str(arguments.input_len)),
             *("--random-output-len", str(arguments.output_len)),
