@@ -13,6 +13,7 @@ what it filled: a gap, a surplus or a shape that contradicts config.json is an e
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -249,7 +250,10 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
     def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
         param = torch.nn.Parameter(value, requires_grad=False)
         layer.register_parameter(name, param)
-        loader: Callable[..., bool | None] = functools.partial(self.load_weight, layer)
+        # vLLM keeps a parameter's attributes for as long as the layer lives, so one that held the
+        # layer would keep a deleted engine's weights.
+        held = weakref.proxy(layer)
+        loader: Callable[..., bool | None] = functools.partial(self.load_weight, held)
         set_weight_attrs(param, {"weight_loader": loader})
 
     def _check_groups(self) -> None:

@@ -1,6 +1,7 @@
 """Loading and running one layer's experts through vLLM's method interface, without an engine."""
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,17 @@ def lines(monkeypatch):
 def forget_layers():
     yield
     gc.collect()
+
+
+def test_a_deleted_engine_gives_its_layers_back(vllm_config, moe_config, fake_layer):
+    """vLLM keeps a parameter's attributes until the layer is gone, which they must not prevent."""
+    layer = fake_layer(8)
+    make_method(moe_config, layer)
+    loaders = [param.weight_loader for param in layer.parameters()]
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert len(loaders) == 4 and alive() is None
 
 
 @pytest.mark.parametrize("cache_gib", [0, 1])  # int4 codes, dequantized at load
