@@ -19,7 +19,7 @@ export DO_NOT_TRACK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile lint format bench test-gpu clean install-cpu install-gpu
+.PHONY: help demo test test-all test-compile lint format bench test-gpu clean install-cpu install-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -28,10 +28,13 @@ demo: .venv/ready  ## compress a small model to 2.5 bits, evaluate it, serve it 
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/ready  ## run the tests; ARGS="-k pattern" narrows them
-	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+test-all:  ## run also the tests that are too slow for every push
+	@$(MAKE) --no-print-directory test ARGS="--all $(ARGS)"
 
 test-compile: .venv/ready  ## compile every shipped kernel for every supported GPU (no GPU needed)
-	@MCMOE_COMPILE_ALL=1 .venv/bin/python -m pytest tests/kernels/test_compile.py $(ARGS)
+	@.venv/bin/python -m pytest tests/kernels/test_compile.py --all $(ARGS)
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

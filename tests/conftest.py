@@ -1,8 +1,11 @@
-"""Fixtures that every folder of tests shares: paths, texts, and tiny random models."""
+"""Fixtures that every folder of tests shares: paths, texts, models; and the order of tests."""
 
+import fcntl
 import json
 import os
 import shutil
+import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,19 +91,40 @@ def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: 
     return folder
 
 
-SLOWEST = ("e2e", "test_memory.py", "test_compile.py", "test_experts_gpu.py")
+# Files whose tests share nothing that is expensive to make, and are long enough to be spread over
+# the workers of pytest-xdist. Every other file is one worker's, for its fixtures.
+SPREAD = {
+    "test_columns.py",
+    "test_compile.py",
+    "test_dequantization.py",
+    "test_experts_gpu.py",
+    "test_routing.py",
+}
+# What takes minutes comes first, so that at the end no worker is alone with it.
+SLOWEST = ("e2e", "test_pipeline.py", "test_compile.py", "test_memory.py")
 EMPTY_PART = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", default="1/1", help="run the I-th of N parts")
+    parser.addoption("--all", action="store_true", help="also what is marked `nightly`")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.name not in SPREAD and not any(item.iter_markers("xdist_group")):
+        item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly") and not item.config.getoption("--all"):
+        pytest.skip("`make test-all` runs it")
 
 
 @pytest.hookimpl(trylast=True)  # of the tests that -m and -k leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that at the end no worker is alone with it. Neighbours by
-    the kernel's configuration take about as long, so they go to different parts."""
-    items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
+    """Neighbours by the kernel's configuration take about as long, so they go to different
+    parts."""
+    items.sort(key=lambda item: place(item.path))
     part, parts = map(int, config.getoption("--shard").split("/"))
     if parts > 1:
         items.sort(key=configuration)
@@ -108,6 +132,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[EMPTY_PART] = bool(items) and not chosen
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def place(path: Path) -> int:
+    """Small for what runs early."""
+    early = [i for i, name in enumerate(SLOWEST) if name in path.parts]
+    return early[0] if early else len(SLOWEST) + (path.name in SPREAD)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -120,35 +150,81 @@ def configuration(item: pytest.Item) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from model type ("mixtral", ...) to the folder of a tiny random model."""
-    made: dict[str, Path] = {}
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """once(name, make): the folder that make(folder) makes, for all workers of pytest-xdist. The
+    first that asks makes it, the others wait; nobody may change it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def get(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = make_tiny_model(
-                tmp_path_factory.mktemp("models") / model_type, model_type
-            )
-        return made[model_type]
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                made = Path(tempfile.mkdtemp(dir=shared)) / name  # a failure leaves nothing
+                make(made)
+                made.rename(folder)
+        return folder
 
     return get
 
 
 @pytest.fixture(scope="session")
+def tiny_models(
+    once: Callable[[str, Callable[[Path], None]], Path],
+) -> Callable[[str], Path]:
+    """A function from model type ("mixtral", ...) to the folder of a tiny random model."""
+
+    def get(model_type: str) -> Path:
+        return once(f"tiny-{model_type}", lambda folder: make_tiny_model(folder, model_type))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def compressed_example(
+    calibration_text: Path, once: Callable[[str, Callable[[Path], None]], Path]
+) -> Path:
+    """The bundled model at 2.5 bits, with matrices of every width in every layer."""
+    from mcmoe_vllm.compress.options import QuantizeOptions
+    from mcmoe_vllm.compress.pipeline import quantize
+
+    def make(folder: Path) -> None:
+        quantize(
+            QuantizeOptions(
+                model=str(EXAMPLE_MODEL),
+                output=str(folder),
+                calibration=str(calibration_text),
+                bits=2.5,
+                candidate_bits=(1, 2, 3, 4),
+                pins=("layers.*.experts.0=4",),
+                samples=8,
+                sequence_length=128,
+            )
+        )
+
+    return once("compressed-example", make)
+
+
+@pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text out of this project's own files as .jsonl, about 100,000 tokens."""
-    return _write_text(tmp_path_factory, "calibration", "mcmoe_vllm/**/*.py")
+    """Text as .jsonl, about 60,000 tokens, which no change of this project changes."""
+    names = ("argparse", "calendar", "heapq", "shlex", "statistics", "textwrap")
+    return _write_text(tmp_path_factory, "calibration", names)
 
 
 @pytest.fixture(scope="session")
 def evaluation_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other files than those of `calibration_text`."""
-    return _write_text(tmp_path_factory, "evaluation", "tests/**/*.py")
+    """Other files than those of `calibration_text`, about 55,000 tokens."""
+    names = ("difflib", "fractions", "optparse", "tempfile")
+    return _write_text(tmp_path_factory, "evaluation", names)
 
 
-def _write_text(factory: pytest.TempPathFactory, name: str, pattern: str) -> Path:
+def _write_text(factory: pytest.TempPathFactory, name: str, modules: tuple[str, ...]) -> Path:
+    """Modules of Python's standard library."""
     file = factory.mktemp("text") / f"{name}.jsonl"
-    documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(pattern))]
+    folder = Path(sysconfig.get_path("stdlib"))
+    documents = [(folder / f"{m}.py").read_text(encoding="utf-8") for m in modules]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return file
 

@@ -9,8 +9,6 @@ import torch
 
 from mcmoe_kernels.pruning import beside_largest, drop_mask
 from mcmoe_vllm.checkpoint.files import open_checkpoint
-from mcmoe_vllm.compress.options import QuantizeOptions
-from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate.perplexity import evaluate
 from mcmoe_vllm.model.divergence import mean_divergences
@@ -80,18 +78,6 @@ def test_probes_are_the_divergence_of_pruning_that_layer_alone(measured):
         assert layers[index].kl == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
-@pytest.fixture(scope="module")
-def compressed_example(tmp_path_factory, calibration_text):
-    output = tmp_path_factory.mktemp("pruning") / "example"
-    quantize(
-        QuantizeOptions(
-            model=str(EXAMPLE_MODEL), output=str(output), calibration=str(calibration_text),
-            samples=4, sequence_length=128, method="rtn",
-        )
-    )  # fmt: skip
-    return output
-
-
 def test_a_calibrated_checkpoint_drops_its_share(
     compressed_example, calibration_text, evaluation_text, tmp_path
 ):
@@ -137,6 +123,7 @@ def test_quantize_calibrates_and_inspect_shows_it(calibration_text, tmp_path, ca
     output = tmp_path / "example"
     arguments = ["quantize", str(EXAMPLE_MODEL), "-o", str(output), "--method", "rtn"]
     arguments += ["--calibration", str(calibration_text), "--samples", "4"]
+    arguments += ["--tuning-passes", "0"]
     assert cli.main([*arguments, "--sequence-length", "128", "--target-drop", "0.1"]) == 0
     table = PruningTable.from_dict(
         json.loads((output / "config.json").read_text())["quantization_config"]["pruning"]

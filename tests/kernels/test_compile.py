@@ -58,7 +58,7 @@ def test_the_kind_that_is_hoppers_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MCMOE_COMPILE_ALL" not in os.environ, reason="`make test-compile` runs it")
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("device", "capabilities"),
     [("default", (80, 86, 89, 90)), ("NVIDIA_H100_80GB_HBM3", (90,))],
