@@ -1,12 +1,10 @@
-"""Checkpoints, servers and engines for the end-to-end tests. One engine runs at a time, with
-pytest-xdist one for each of its workers."""
+"""Checkpoints, servers and engines for the end-to-end tests. With pytest-xdist one worker has the
+servers and another the engines, one at a time each."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.serving import server
 
 pytest.importorskip("vllm")
 
@@ -74,34 +74,11 @@ class Server:
 
 
 def start_server(model: Path, log_file: Path, *flags: str) -> subprocess.Popen[bytes]:
-    with log_file.open("wb") as log:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-                *("--served-model-name", "model", "--max-model-len", "256"),
-                *("--max-num-seqs", "4", *flags),
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=engine_environment(),
-            start_new_session=True,
-        )
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process that it started."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
-    process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    command = [
+        *(*server.VLLM, "serve", str(model), "--served-model-name", "model"),
+        *("--max-model-len", "256", "--max-num-seqs", "4", *flags),
+    ]
+    return server.start(command, log_file, engine_environment())
 
 
 @pytest.fixture(scope="session")
@@ -112,34 +89,22 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     def get(model: Path, *flags: str) -> Server:
         key = (str(model), *flags)
         if key not in current:
-            for server in current.values():
-                stop(server.process)
+            for other in current.values():
+                server.stop(other.process)
             current.clear()
-            port = free_port()
+            port = server.free_port()
             log_file = tmp_path_factory.mktemp("server") / "log.txt"
             process = start_server(model, log_file, "--port", str(port), *flags)
-            current[key] = Server(f"http://127.0.0.1:{port}", log_file, process)
-            _wait(current[key])
+            started = current[key] = Server(f"http://127.0.0.1:{port}", log_file, process)
+            failure = server.wait_until_ready(process, started.url, START_SECONDS)
+            if failure:
+                server.stop(process)
+                pytest.fail(f"vllm serve did not come up, {failure}:\n{started.log()[-4000:]}")
         return current[key]
 
     yield get
-    for server in current.values():
-        stop(server.process)
-
-
-def _wait(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            pytest.fail(
-                f"vllm serve ended with {server.process.returncode}:\n{server.log()[-4000:]}"
-            )
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(server.url + "/health", timeout=5).close()
-            return
-        time.sleep(0.5)
-    stop(server.process)
-    pytest.fail(f"no answer within {START_SECONDS} s:\n{server.log()[-4000:]}")
+    for last in current.values():
+        server.stop(last.process)
 
 
 @pytest.fixture
@@ -148,21 +113,65 @@ def refused_start(tmp_path: Path) -> Callable[..., str]:
 
     def get(model: Path, *flags: str) -> str:
         log_file = tmp_path / "log.txt"
-        process = start_server(model, log_file, "--port", str(free_port()), *flags)
+        process = start_server(model, log_file, "--port", str(server.free_port()), *flags)
         try:
             code = process.wait(START_SECONDS)
         finally:
-            stop(process)
+            server.stop(process)
         assert code != 0
         return log_file.read_text(errors="replace")
 
     return get
 
 
+class Engines:
+    """engine.py, given one job after another for as long as they agree on the environment."""
+
+    def __init__(self, environment: Mapping[str, str], log_file: Path) -> None:
+        self.environment = environment
+        self.log_file = log_file
+        command = [sys.executable, str(ENGINE)]
+        self.process = server.start(
+            command, log_file, engine_environment(**environment), stdin=subprocess.PIPE
+        )
+
+    def run(self, job: Mapping[str, Any], folder: Path) -> None:
+        """Return when job["output"] is there."""
+        (folder / "job.json").write_text(json.dumps(job))
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{folder / 'job.json'}\n".encode())
+        self.process.stdin.flush()
+        deadline = time.monotonic() + ENGINE_SECONDS
+        while not Path(job["output"]).exists():
+            ended = self.process.poll()
+            if ended is not None or time.monotonic() > deadline:
+                self.stop()
+                logs = [f for f in (self.log_file, Path(job["log"])) if f.exists()]
+                texts = [f.read_text(errors="replace")[-6000:] for f in logs]
+                pytest.fail("\n".join([f"no result, exit code {ended}", *texts]))
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        server.stop(self.process)
+
+
 @pytest.fixture(scope="session")
-def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+def run_engine(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., dict[str, Any]]]:
     """run_engine(folder, prompts, environment={}, max_tokens=16, then_alone=False, **LLM arguments)
-    -> what engine.py writes, and the log."""
+    -> what engine.py writes, and the log. An engine of one rank runs inside engine.py's process,
+    one of several has processes of its own, as behind a server."""
+    current: list[Engines] = []
+
+    def engines(environment: Mapping[str, str]) -> Engines:
+        usable = [e for e in current if e.environment == environment and e.process.poll() is None]
+        if not usable:
+            for other in current:
+                other.stop()
+            log_file = tmp_path_factory.mktemp("engines") / "log.txt"
+            current[:] = [Engines(environment, log_file)]
+        return current[0]
 
     def run(
         model: Path,
@@ -173,6 +182,8 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
         **arguments: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
+        alone = arguments.get("tensor_parallel_size", 1) == 1
+        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if alone else "1", **(environment or {})}
         llm = {
             "model": str(model),
             "dtype": "float32",
@@ -187,31 +198,16 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
             "prompts": prompts,
             "max_tokens": max_tokens,
             "then_alone": then_alone,
+            "log": str(folder / "log.txt"),
             "output": str(folder / "result.json"),
         }
-        (folder / "job.json").write_text(json.dumps(job))
-        log_file = folder / "log.txt"
-        with log_file.open("wb") as log:  # a file: a pipe would wait for every child of the engine
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).parent / "engine.py"),
-                    str(folder / "job.json"),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=engine_environment(**(environment or {})),
-                start_new_session=True,
-            )
-        try:
-            code = process.wait(ENGINE_SECONDS)
-        finally:
-            stop(process)
-        written = log_file.read_text(errors="replace")
-        assert code == 0, written[-6000:]
-        return {**json.loads((folder / "result.json").read_text()), "log": written}
+        engines(settings).run(job, folder)
+        log = (folder / "log.txt").read_text(errors="replace")
+        return {**json.loads((folder / "result.json").read_text()), "log": log}
 
-    return run
+    yield run
+    for last in current:
+        last.stop()
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +216,7 @@ def compressed(
     calibration_text: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """compressed("qwen2_moe", **options): a tiny model compressed; "example": the bundled one."""
+    """compressed("qwen2_moe", **options): a tiny model compressed."""
     made: dict[tuple[str, str], Path] = {}
 
     def get(name: str, **options: Any) -> Path:
@@ -229,15 +225,15 @@ def compressed(
 
         key = (name, repr(sorted(options.items())))
         if key not in made:
-            source = EXAMPLE_MODEL if name == "example" else tiny_models(name)
             output = tmp_path_factory.mktemp("compressed") / name
-            values: dict[str, Any] = {"bits": 2.5, "samples": 8, "sequence_length": 128, **options}
             quantize(
                 QuantizeOptions(
-                    model=str(source),
+                    model=str(tiny_models(name)),
                     output=str(output),
                     calibration=str(calibration_text),
-                    **values,
+                    samples=4,
+                    sequence_length=128,
+                    **options,
                 )
             )
             made[key] = output
@@ -248,19 +244,20 @@ def compressed(
 
 @pytest.fixture(scope="session")
 def calibrated(
-    compressed: Callable[..., Path],
+    compressed_example: Path,
     calibration_text: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    once: Callable[[str, Callable[[Path], None]], Path],
 ) -> Path:
     """The bundled model, compressed and calibrated to prune a quarter of its pairs."""
     from mcmoe_vllm.pruning.calibration import calibrate_checkpoint
 
-    folder = tmp_path_factory.mktemp("pruned") / "example"
-    shutil.copytree(compressed("example"), folder)
-    calibrate_checkpoint(
-        str(folder), str(calibration_text), target_drop=0.25, samples=8, sequence_length=128
-    )
-    return folder
+    def make(folder: Path) -> None:
+        shutil.copytree(compressed_example, folder)
+        calibrate_checkpoint(
+            str(folder), str(calibration_text), target_drop=0.25, samples=8, sequence_length=128
+        )
+
+    return once("calibrated", make)
 
 
 @pytest.fixture(scope="session")
@@ -358,17 +355,21 @@ def prompts(evaluation_text: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def transformers_logprobs() -> Callable[[Path, list[list[int]]], torch.Tensor]:
-    """Log-probabilities of each prompt token but the first by transformers in float32, [P, L-1].
-    ratios: of the layers whose experts are pruned, which is to give them no weight."""
+    """Log-probabilities of each prompt token but the first by transformers, float32 [P, L-1].
+    ratios: of the layers whose experts are pruned, which is to give them no weight; dtype: of the
+    weights and of what is computed."""
 
     def get(
-        folder: Path, prompts: list[list[int]], ratios: Mapping[int, float] | None = None
+        folder: Path,
+        prompts: list[list[int]],
+        ratios: Mapping[int, float] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         from transformers import AutoModelForCausalLM
 
         from mcmoe_kernels.pruning import drop_mask
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         for layer, ratio in (ratios or {}).items():
 
             def prune(_: Any, given: tuple[torch.Tensor, ...], ratio: float = ratio) -> Any:
@@ -380,7 +381,7 @@ def transformers_logprobs() -> Callable[[Path, list[list[int]]], torch.Tensor]:
         with torch.inference_mode():
             for prompt in prompts:
                 ids = torch.tensor([prompt])
-                logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+                logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
                 rows.append(logprobs.gather(1, ids[0, 1:, None])[:, 0])
         return torch.stack(rows)
 

@@ -1,20 +1,34 @@
-"""Run one offline engine and exit: `python engine.py job.json`, the result goes to job["output"].
+"""Run offline engines one after another: `python engine.py`, a line of stdin names each job's file.
 
-An engine wants a process of its own; the job is {"llm": arguments of vllm.LLM, "prompts": token
-ids, "max_tokens": greedy ones for each prompt, "then_alone": whether to ask each prompt again by
-itself, "output": file}. The result has "logprobs" of each prompt token but the first (none with
+Importing vLLM takes most of an engine's start, so those that agree on the environment share a
+process. The job is {"llm": arguments of vllm.LLM, "prompts": token ids, "max_tokens": greedy ones
+for each prompt, "then_alone": whether to ask each prompt again by itself, "log": the file for what
+is printed, "output": file}. The result has "logprobs" of each prompt token but the first (none with
 "then_alone"), "tokens" and "output_logprobs" of what followed, "alone", tokens again, and
 "metrics", as a server would show them.
 """
 
+import gc
 import json
+import os
 import sys
-import time
 from pathlib import Path
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    for line in sys.stdin:
+        job = json.loads(Path(line.strip()).read_text())
+        with open(job["log"], "wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        result = run(job)
+        gc.collect()  # the engine and its memory
+        part = Path(job["output"] + ".part")
+        part.write_text(json.dumps(result))
+        part.rename(job["output"])
+
+
+def run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["llm"])
@@ -39,9 +53,8 @@ def main() -> None:
         plain = SamplingParams(**greedy)
         alone = [llm.generate(p, plain, use_tqdm=False)[0] for p in prompts]
         result["alone"] = tokens_of(alone)
-        time.sleep(1)  # until the plugin has published its counts
         result["metrics"] = metrics()
-    Path(job["output"]).write_text(json.dumps(result))
+    return result
 
 
 def tokens_of(outputs: list) -> list[list[int]]:
@@ -49,6 +62,7 @@ def tokens_of(outputs: list) -> list[list[int]]:
 
 
 def metrics() -> dict[str, float]:
+    """Of all engines of this process that count: `disable_log_stats` is False for those."""
     from prometheus_client import REGISTRY
 
     return {

@@ -4,12 +4,12 @@ import pytest
 
 from mcmoe_vllm.evaluate.perplexity import evaluate
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 
 
-def test_both_engines_agree(compressed, evaluation_text):
+def test_both_engines_agree(compressed_example, evaluation_text):
     arguments = {"windows": 6}  # full windows: the model's maximum of 512 tokens
-    model = str(compressed("example"))
+    model = str(compressed_example)
     streamed = evaluate(model, str(evaluation_text), **arguments)
     served = evaluate(model, str(evaluation_text), engine="vllm", **arguments)
     assert (served.windows, served.sequence_length) == (6, 512)

@@ -9,9 +9,9 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.pruning.table import Pruning, PruningTable
-from tests.logprobs import assert_equal_numbers, difference
+from tests.helpers.logprobs import assert_equal_numbers, difference
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]
 
 
 @dataclass

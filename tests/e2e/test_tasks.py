@@ -9,7 +9,12 @@ from mcmoe_vllm.cli import main
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows
 from tests.conftest import EXAMPLE_MODEL
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.nightly,
+    pytest.mark.xdist_group("servers"),
+]
 
 DOCUMENTS = 40
 TASK = """
@@ -29,7 +34,7 @@ metric_list:
 """
 
 
-def test_recovery_on_a_task_of_ones_own(compressed, evaluation_text, tmp_path, capsys):
+def test_recovery_on_a_task_of_ones_own(compressed_example, evaluation_text, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     tokenizer = load_tokenizer(EXAMPLE_MODEL)
     windows = strided_windows(str(evaluation_text), tokenizer, DOCUMENTS, 48)
@@ -48,7 +53,7 @@ def test_recovery_on_a_task_of_ones_own(compressed, evaluation_text, tmp_path, c
     (tmp_path / "continuation.yaml").write_text(TASK.format(file=tmp_path / "documents.jsonl"))
     code = main(
         [
-            *("eval", str(compressed("example")), "--against", str(EXAMPLE_MODEL)),
+            *("eval", str(compressed_example), "--against", str(EXAMPLE_MODEL)),
             *("--tasks", "continuation", "--include-path", str(tmp_path), "--limit", "32"),
             *("--engine-args", '{"enforce_eager": true, "max_num_seqs": 8}'),
             *("--json", str(tmp_path / "scores.json")),
