@@ -53,7 +53,7 @@ def _run_plan(parsed: argparse.Namespace) -> None:
         print(parsed.output)
         return
     points = sweep(options, parsed.sweep)
-    print(" bits  expected KL (nats per token, before tuning)")
+    print(" bits  expected KL (nats per token, before finetuning)")
     for bits, divergence in points:
         print(f"{bits:5.2f}  {divergence:.4f}")
     if parsed.plot is not None:

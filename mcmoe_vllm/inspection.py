@@ -23,7 +23,7 @@ from mcmoe_vllm.checkpoint.sizes import size
 from mcmoe_vllm.checkpoint.verification import Pair, wrong_content
 from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.model.architectures import Architecture, find_architecture
-from mcmoe_vllm.widths import average_width, bits_per_weight, count_matrices, in_words
+from mcmoe_vllm.widths import average_width, bits_per_weight, code_bits, count_matrices, in_words
 
 ROUTER = "gate.weight"  # of every supported architecture, in the MoE block
 OWN_SUFFIXES = (".weight_packed", ".weight_scale", ".qweight", ".scales")
@@ -345,7 +345,7 @@ def _wrong_experts(promised: _Promised) -> Iterator[str]:
 
 def _wrong_codes(checkpoint: Checkpoint, pair: Pair) -> Iterator[str]:
     codes = checkpoint.tensors.get(pair.codes)
-    shape = (pair.rows, pair.columns * pair.bits // 8)
+    shape = (pair.rows, pair.columns * code_bits(pair.bits) // 8)
     if codes is None:
         yield f"{pair.codes} is missing, config says {in_words(pair.bits)}"
     elif codes.dtype != "U8" or codes.shape != shape:

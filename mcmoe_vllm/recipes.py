@@ -50,9 +50,9 @@ class Recipe:
     exact_targets: whether int4 linears and experts are fitted to what they give the 16-bit model,
         instead of to what their weights would make of the quantized layers' outputs (QEP, arXiv
         2504.09629); no difference unless sequential.
-    tuning_passes: over the calibration text, to tune the quantized model's scales, norms and
+    finetune_passes: over the calibration text, to finetune the quantized model's scales, norms and
         routers towards the 16-bit model's predictions; 0 to 99.
-    tuning_rate: the largest step of tuning, relative.
+    finetune_rate: the largest step of finetuning, relative.
     keep_rounding: whether a matrix that rounding serves better than GPTQ is rounded.
     router_bits: 16 (untouched) or 4 (GPTQ, stored dequantized).
     """
@@ -79,8 +79,8 @@ class Recipe:
     answers: bool = True
     sequential: bool = True
     exact_targets: bool = False
-    tuning_passes: int = 0
-    tuning_rate: float = 2e-3
+    finetune_passes: int = 0
+    finetune_rate: float = 2e-3
     keep_rounding: bool = True
     router_bits: int = 16
 
@@ -112,7 +112,7 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "binary_scale": ("mean", "hessian"),
     "refinements": range(100),
     "error_refinements": range(100),
-    "tuning_passes": range(100),
+    "finetune_passes": range(100),
     "zeros": ("integer", "half"),
     "answers": (True, False),
     "sequential": (True, False),
@@ -151,7 +151,7 @@ PAPER = Recipe(
     answers=False,
     sequential=True,
     exact_targets=False,
-    tuning_passes=0,
+    finetune_passes=0,
     keep_rounding=False,
     router_bits=4,
 )
@@ -164,7 +164,7 @@ BEST = Recipe(
     scope="global",
     error_refinements=1,
     exact_targets=True,
-    tuning_passes=1,
+    finetune_passes=1,
 )
 
 

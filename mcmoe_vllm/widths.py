@@ -21,6 +21,13 @@ def candidate_bits() -> tuple[int, ...]:
     return (0, *sorted(FORMATS))
 
 
+def code_bits(width: int) -> int:
+    """Bits of a code: those of the format that a width names, which is its number."""
+    from mcmoe_kernels.formats.format import find
+
+    return find(width).width if width else 0
+
+
 def matrix_widths(pair: Pair) -> tuple[int, int, int]:
     """The widths of gate, up and down."""
     w13, w2 = pair
@@ -29,8 +36,8 @@ def matrix_widths(pair: Pair) -> tuple[int, int, int]:
 
 def average_width(pairs: Iterable[Pair]) -> float:
     """Bits per expert weight, codes alone, as the paper counts them."""
-    widths = [width for pair in pairs for width in matrix_widths(pair)]
-    return sum(widths) / len(widths)
+    bits = [code_bits(width) for pair in pairs for width in matrix_widths(pair)]
+    return sum(bits) / len(bits)
 
 
 def count_matrices(pairs: Iterable[Pair]) -> dict[int, int]:
@@ -42,7 +49,7 @@ def count_matrices(pairs: Iterable[Pair]) -> dict[int, int]:
 def group_words(pair: Pair, group_size: int) -> int:
     """Words of 16 bits that a group of columns takes in a row of all three matrices."""
     return sum(
-        width * group_size // SCALE_BITS + 1  # codes, and the word of scale and zero
+        code_bits(width) * group_size // SCALE_BITS + 1  # codes, and the word of scale and zero
         for width in matrix_widths(pair)
         if width
     )
@@ -55,7 +62,7 @@ def true_bits(pairs: Iterable[Pair], group_size: int, group_size_w2: int | None 
     """
     sizes = matrix_widths((group_size, group_size_w2 or group_size))
     bits = [
-        width + SCALE_BITS / size if width else 0.0
+        code_bits(width) + SCALE_BITS / size if width else 0.0
         for pair in pairs
         for width, size in zip(matrix_widths(pair), sizes, strict=True)
     ]

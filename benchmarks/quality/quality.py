@@ -8,7 +8,7 @@ and prints it. A point whose row is in the file already is not measured again.
 
 Every layer is calibrated on what the quantized layers before it put out, as `mcmoe quantize` does:
 one compression a point. With --compose, calibration is on the 16-bit model instead: the model is
-compressed once at every width without tuning, kept in --cache, and points are put together from
+compressed once at every width without finetuning, kept in --cache, and points are put together from
 these.
 
 --methods are ways to choose the widths for one budget:
@@ -293,7 +293,7 @@ def main() -> None:
     for name in arguments.recipes:
         recipe = replace(RECIPES[name], **changes)
         if arguments.compose:
-            recipe = replace(recipe, sequential=False, tuning_passes=0)
+            recipe = replace(recipe, sequential=False, finetune_passes=0)
         points = [
             (method, bits, seed, draw)
             for seed in arguments.seeds

@@ -104,9 +104,9 @@ def compress(folder: Path, name: str, bits: float, samples: int, length: int) ->
     options = replace(options, plan=str(folder / "plan.json"))
     report = quantize(options)
     tuning_seconds = tuning_again = 0.0
-    if recipe.tuning_passes:
+    if recipe.finetune_passes:
         again = quantize(replace(options, output=f"{options.output}-again"))
-        tuning_seconds, tuning_again = (r["tuning"]["seconds"] for r in (report, again))
+        tuning_seconds, tuning_again = (r["finetuning"]["seconds"] for r in (report, again))
     return {
         "measure_seconds": round(seconds, 1),
         "quantize_seconds": report["layers"][0]["seconds"],

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from mcmoe_kernels.formats import packing
+from mcmoe_kernels.formats.format import find
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import INDEX_FILE, MANIFEST_FILE
 from mcmoe_vllm.checkpoint.manifest import file_sha256, read_manifest, tensor_sha256
@@ -99,14 +100,14 @@ def _wrong_values(tensor: torch.Tensor, pair: Pair) -> Iterator[str]:
             yield f"{pair.scales} has {int(inexact.sum())} scales that {name} cannot hold"
     if zero is None:
         return
-    if pair.bits == 1:
+    format_ = find(pair.bits)
+    if format_.levels == 2:
         bad, allowed = zero != 0.5, "0.5"
     else:
-        most = (1 << pair.bits) - 1
-        steps = 2 if pair.bits == 2 else 1
+        most, steps = format_.levels - 1, format_.zero_steps
         # A comparison with NaN is false: written so that NaN is bad.
         bad = ~((zero >= 0) & (zero <= most) & (steps * zero == (steps * zero).round()))
-        allowed = f"multiples of 0.5 in 0..{most}" if steps == 2 else f"integers 0..{most}"
+        allowed = f"multiples of {1 / steps} in 0..{most}" if steps > 1 else f"integers 0..{most}"
     if bad.any():
         yield (
             f"{pair.scales} has {int(bad.sum())} zeros out of range, allowed at "

@@ -43,8 +43,8 @@ def matrix_costs(plan: Plan) -> list[Cost]:
 def summarize_costs(costs: Sequence[Cost]) -> dict[str, Any] | None:
     """What report.json says of them; None if there are none or they cost nothing.
 
-    nats: their sum, which tuning has not lessened yet; layers, projections: shares of it, largest
-    first; matrices: the costliest.
+    nats: their sum, which finetuning has not lessened yet; layers, projections: shares of it,
+    largest first; matrices: the costliest.
     """
     total = sum(cost.nats for cost in costs)
     if total <= 0:

@@ -65,8 +65,8 @@ def finetune(
             open_model(compressed, str(source.device), source.dtype),
             windows,
             teacher,
-            passes=recipe.tuning_passes,
-            rate=recipe.tuning_rate,
+            passes=recipe.finetune_passes,
+            rate=recipe.finetune_rate,
             seed=seed,
             report=lambda step, steps, loss: say(f"finetuning step {step}/{steps}: KL {loss:.4f}"),
         )

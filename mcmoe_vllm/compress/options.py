@@ -25,7 +25,7 @@ PLAN_TRAITS = (  # traits that a given plan has already decided
 
 
 OVERRIDES = (  # traits with a flag of their own
-    "alpha", "beta", "gamma", "scope", "method", "candidate_bits", "tuning_passes",
+    "alpha", "beta", "gamma", "scope", "method", "candidate_bits", "finetune_passes",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class QuantizeOptions:
 
     model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to write;
     recipe: one or its name, None = the plan's or "best"; scope, candidate_bits, method, alpha,
-    beta, gamma, tuning_passes: None = as the recipe says.
+    beta, gamma, finetune_passes: None = as the recipe says.
     Raises UserError listing every value out of range.
     """
 
@@ -95,11 +95,11 @@ class QuantizeOptions:
     alpha: float | None = flag(None, "exponent of the frequency", RECIPE, least=0)
     beta: float | None = flag(None, "exponent of the routing weight", RECIPE, least=0)
     gamma: float | None = flag(None, "exponent of the reconstruction error", RECIPE, least=0)
-    tuning_passes: int | None = flag(
+    finetune_passes: int | None = flag(
         None,
-        "passes over the calibration text that tune scales, norms and routers; 0 = none",
+        "passes over the calibration text that finetune scales, norms and routers; 0 = none",
         RECIPE,
-        allowed=ALLOWED["tuning_passes"],
+        allowed=ALLOWED["finetune_passes"],
     )
     pins: tuple[str, ...] = flag(
         (),

@@ -142,10 +142,11 @@ def _finish(
     """From quantized shards to a whole checkpoint: finetuned, calibrated, hashed."""
     options, folder = summary.options, work.checkpoint
     result = write_output(folder, summary)
-    if options.traits.tuning_passes:
+    if options.traits.finetune_passes:
         states = final_states(work)
-        result["tuning"] = finetune(summary.model, windows, states, options.traits, options.seed,
-                                    work, progress.say)  # fmt: skip
+        result["finetuning"] = finetune(
+            summary.model, windows, states, options.traits, options.seed, work, progress.say
+        )
     if options.target_drop is not None:
         progress.say("calibrating online pruning on the compressed model")
         compressed = open_checkpoint(folder)

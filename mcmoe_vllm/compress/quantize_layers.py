@@ -70,7 +70,7 @@ def final_states(work: WorkDirectory) -> list[torch.Tensor]:
 def _states_of(recipe: Recipe) -> list[str]:
     """Whose states go from layer to layer: those that the quantized layers before leave, and those
     of the 16-bit model. A recipe that is not sequential calibrates on the latter."""
-    follows_exact = recipe.exact_targets or recipe.tuning_passes > 0
+    follows_exact = recipe.exact_targets or recipe.finetune_passes > 0
     return (["compressed"] if recipe.sequential else []) + (
         ["exact"] if follows_exact or not recipe.sequential else []
     )

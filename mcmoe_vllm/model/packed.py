@@ -12,6 +12,7 @@ from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import Architecture
 from mcmoe_vllm.model.experts import Expert
+from mcmoe_vllm.widths import code_bits
 
 
 class PackedExperts:
@@ -44,7 +45,8 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
     found = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"])
     packed, scale = found[prefix + "weight_packed"], found[prefix + "weight_scale"]
     scale = stored_scale(scale, bits, prefix + "weight_scale")
-    if packed.shape[1] % bits or (packed.shape[1] * 8 // bits) % scale.shape[1]:
+    width = code_bits(bits)
+    if packed.shape[1] % width or (packed.shape[1] * 8 // width) % scale.shape[1]:
         raise UserError(
             f"{prefix}weight_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
             f"config.json says {bits} bits, which does not fit"

@@ -36,6 +36,7 @@ from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
 from mcmoe_vllm.plugin.prepared import PreparedExperts
+from mcmoe_vllm.widths import code_bits
 
 try:
     from vllm.model_executor.layers.fused_moe.router import cpu_router  # noqa: F401
@@ -285,7 +286,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
         full = self.intermediate_size * self.moe.moe_parallel_config.tp_size
         rows, columns = (self.hidden_size, full) if group == "w2" else (full, self.hidden_size)
-        expected, dtype = (rows, columns * bits // 8), torch.uint8
+        expected, dtype = (rows, columns * code_bits(bits) // 8), torch.uint8
         if kind == "weight_scale":
             stored, per_group = EXPERT_SCALES[self.config.format_version]
             expected = (rows, per_group * columns // self.group_size[group])

@@ -11,6 +11,7 @@ import torch
 from vllm.logger import init_logger
 
 import mcmoe_vllm
+from mcmoe_vllm import widths
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.metrics import PruningCounts
@@ -19,19 +20,15 @@ from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_ta
 
 logger = init_logger("vllm.mcmoe")
 
-SCALE_BITS = 16  # of a group: scale and zero
-
 
 def true_bits(config: QuantizationConfig) -> float:
-    """Bits per expert weight with scales and zeros counted; w13 holds two thirds of the weights."""
-    total = sum(
-        share * (width + SCALE_BITS / config.group_size[group])
-        for group, share in (("w13", 2 / 3), ("w2", 1 / 3))
+    """Bits per expert weight with scales and zeros counted."""
+    pairs = [
+        pair
         for layer in config.expert_bits
-        for width in config.bits(layer, group)
-        if width
-    )
-    return total / (len(config.expert_bits) * config.num_experts)
+        for pair in zip(config.bits(layer, "w13"), config.bits(layer, "w2"), strict=True)
+    ]
+    return widths.true_bits(pairs, config.group_size["w13"], config.group_size["w2"])
 
 
 class Launch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.widths import Pair, average_width, in_words
 
 # Okabe-Ito colours: told apart by colour-blind readers and in grey.
-WIDTH_COLOURS = {0: "#000000", 1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#0072B2"}
+WIDTH_COLOURS = {
+    0: "#000000", 1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#0072B2", 5: "#009E73",
+    6: "#CC79A7", 7: "#F0E442",
+}  # fmt: skip
 
 # Of a digit on them, with a contrast of at least 4.5 to 1.
-DIGIT_COLOURS = {0: "white", 1: "black", 2: "black", 3: "black", 4: "white"}
+DIGIT_COLOURS = {w: "white" if w in (0, 4) else "black" for w in WIDTH_COLOURS}
+SHIPPED = 4  # the widest format
 
 NUMBERED_EXPERTS = 16  # above this the cells of a panel are too small for digits
 
@@ -150,7 +155,8 @@ def _label_layers(axes: Any, layers: Sequence[int], numbered: bool) -> None:
 def _draw_averages(axes: Any, averages: Sequence[float], numbered: bool) -> None:
     """Beside a panel: a bar for each row's average, with its number where there is room."""
     axes.barh(range(len(averages)), averages, height=0.8 if numbered else 1.0, color="#BBBBBB")
-    axes.set_xlim(0, max(WIDTH_COLOURS))
+    widest = max(SHIPPED, math.ceil(max(averages)))
+    axes.set_xlim(0, widest)
     axes.set_xlabel("average", fontsize=10)
     axes.tick_params(axis="y", which="both", left=False, labelleft=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -159,7 +165,7 @@ def _draw_averages(axes: Any, averages: Sequence[float], numbered: bool) -> None
         for row, average in enumerate(averages):
             axes.text(0.15, row, f"{average:.2f}", va="center_baseline", fontsize=9)
     else:
-        axes.set_xticks(sorted(WIDTH_COLOURS))
+        axes.set_xticks(range(widest + 1))
         axes.tick_params(axis="x", labelsize=9)
         axes.grid(axis="x", color="white", linewidth=1)
 

@@ -285,7 +285,7 @@ def test_flags_are_the_options(monkeypatch):
         "--dense-bits": ("dense_bits", 16), "--calibration": ("calibration", "x.txt"),
         "--samples": ("samples", 7), "--sequence-length": ("sequence_length", 9),
         "--method": ("method", "rtn"), "--alpha": ("alpha", 0.5), "--beta": ("beta", 2.5),
-        "--gamma": ("gamma", 2.0), "--tuning-passes": ("tuning_passes", 3),
+        "--gamma": ("gamma", 2.0), "--finetune-passes": ("finetune_passes", 3),
         "--pin": ("pins", ("layers.0.*=3",)), "--plan": ("plan", "p.json"),
         "--target-drop": ("target_drop", 0.25), "--device": ("device", "cpu"),
         "--seed": ("seed", 5), "--work-dir": ("work_dir", "w"), "--resume": ("resume", True),

@@ -21,7 +21,7 @@ from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.recipes import BEST
 model, output, text = sys.argv[1:]
 result = quantize(QuantizeOptions(model=model, output=output, calibration=text, bits=2.0,
-                                  candidate_bits=(2,), tuning_passes=0, samples=4,
+                                  candidate_bits=(2,), finetune_passes=0, samples=4,
                                   sequence_length=128, method="rtn",
                                   recipe=replace(BEST, error_method="rtn")))
 print(json.dumps({"peak": result["peak_rss_bytes"], "bytes": result["bytes"]["original"]}))

@@ -61,7 +61,7 @@ def test_every_architecture_becomes_a_checkpoint_that_computes(
                 packed = checkpoint.tensors[name.replace(".weight", ".weight_packed")]
                 original = open_checkpoint(source).tensors[name].shape
                 assert packed.shape == (original[0], original[1] * width // 8)
-    # Everything that is neither quantized nor tuned is carried over bit for bit.
+    # Everything that is neither quantized nor finetuned is carried over bit for bit.
     kept = [n for n in checkpoint.tensors if n in open_checkpoint(source)]
     before, after = open_checkpoint(source).read(kept), checkpoint.read(kept)
     changed = {n for n in kept if not torch.equal(before[n], after[n])}
@@ -76,7 +76,7 @@ def test_every_architecture_becomes_a_checkpoint_that_computes(
         result["average_bits"]["codes"] + 0.125  # 16 bits of scale and zero per 128 weights
     )
     assert 2.5 - 3 / (3 * 2 * experts) < result["average_bits"]["codes"] <= 2.5
-    assert result["tuning"]["after"] <= result["tuning"]["before"]
+    assert result["finetuning"]["after"] <= result["finetuning"]["before"]
     assert final_logits(output).isfinite().all()
 
 
@@ -103,7 +103,7 @@ def test_four_bits_everywhere_is_almost_the_original(
             assert close(original.w2, restored.w2, 0.2)
         restored = dict(after.load_layer(layer).module.named_parameters())
         for name, weight in before.load_layer(layer).module.named_parameters():
-            quantized = name.endswith("proj.weight")  # the others are tuned
+            quantized = name.endswith("proj.weight")  # the others are finetuned
             assert close(weight.detach(), restored[name], 0.2 if quantized else 0.02)
 
 
@@ -257,7 +257,7 @@ def test_sequential_calibration_is_a_trait(tiny_models, tmp_path, calibration_te
     for sequential in (True, False):
         output = tmp_path / str(sequential)
         traits = replace(
-            RECIPES[recipe], sequential=sequential, exact_targets=False, tuning_passes=0
+            RECIPES[recipe], sequential=sequential, exact_targets=False, finetune_passes=0
         )
         quantize(options(tiny_models("mixtral"), output, calibration_text, bits=2, recipe=traits))
         shards.append(shard_bytes(output))
@@ -278,7 +278,10 @@ def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calib
         for sequential in (True, False):
             output = tmp_path / f"{exact_targets}-{sequential}"
             traits = replace(
-                RECIPES["best"], exact_targets=exact_targets, sequential=sequential, tuning_passes=0
+                RECIPES["best"],
+                exact_targets=exact_targets,
+                sequential=sequential,
+                finetune_passes=0,
             )
             given = {"bits": 1, "recipe": traits, "samples": 32}
             quantize(options(source, output, calibration_text, **given))

@@ -123,7 +123,7 @@ def test_quantize_calibrates_and_inspect_shows_it(calibration_text, tmp_path, ca
     output = tmp_path / "example"
     arguments = ["quantize", str(EXAMPLE_MODEL), "-o", str(output), "--method", "rtn"]
     arguments += ["--calibration", str(calibration_text), "--samples", "4"]
-    arguments += ["--tuning-passes", "0"]
+    arguments += ["--finetune-passes", "0"]
     assert cli.main([*arguments, "--sequence-length", "128", "--target-drop", "0.1"]) == 0
     table = PruningTable.from_dict(
         json.loads((output / "config.json").read_text())["quantization_config"]["pruning"]

@@ -34,8 +34,8 @@ def test_the_papers_traits():
         "answers": False,
         "exact_targets": False,
         "sequential": True,
-        "tuning_passes": 0,
-        "tuning_rate": 2e-3,  # of no effect
+        "finetune_passes": 0,
+        "finetune_rate": 2e-3,  # of no effect
         "keep_rounding": False,
         "router_bits": 4,
     }
@@ -60,8 +60,8 @@ def test_options_change_single_traits_of_a_recipe():
     assert QuantizeOptions("m", "o", recipe="paper").traits == PAPER
     changed = QuantizeOptions("m", "o", recipe="paper", gamma=2.0, scope="global").traits
     assert changed == replace(PAPER, gamma=2.0, scope="global")
-    nothing = QuantizeOptions("m", "o", alpha=0.0, tuning_passes=0).traits
-    assert nothing == replace(BEST, alpha=0.0, tuning_passes=0)
+    nothing = QuantizeOptions("m", "o", alpha=0.0, finetune_passes=0).traits
+    assert nothing == replace(BEST, alpha=0.0, finetune_passes=0)
 
 
 def test_unknown_recipes_and_traits_are_refused():
@@ -118,7 +118,7 @@ def test_the_schema_of_the_options_says_what_is_allowed():
     }
     assert found["samples"]["minimum"] == 1
     assert found["recipe"]["anyOf"][0] == {"type": "string", "enum": ["paper", "best"]}
-    assert found["tuning_passes"]["anyOf"] == [
+    assert found["finetune_passes"]["anyOf"] == [
         {"type": "integer", "minimum": 0, "maximum": 99},
         {"type": "null"},
     ]

@@ -4,7 +4,7 @@ import torch
 
 # Of the two layers of tiny models: one is left alone, most of the other's experts are pruned.
 RATIOS = {0: 0.0, 1: 0.7}
-TINY = {"method": "rtn", "candidate_bits": (0, 1, 2, 3, 4), "bits": 2.25, "tuning_passes": 0}
+TINY = {"method": "rtn", "candidate_bits": (0, 1, 2, 3, 4), "bits": 2.25, "finetune_passes": 0}
 
 
 def difference(measured, reference):

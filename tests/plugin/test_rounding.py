@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory, calibration_text):
             bits=2.5,
             candidate_bits=(1, 2, 3, 4),
             method="rtn",  # any codes do: what is bounded is the error of computing with them
-            tuning_passes=0,
+            finetune_passes=0,
             pins=("layers.*.experts.0=4",),
             samples=8,
             sequence_length=128,
