@@ -22,8 +22,6 @@ from mcmoe_vllm.plugin.prepared import PreparedExperts, add_pruning
 from mcmoe_vllm.plugin.pruning import LayerPruning
 
 logger = init_logger("vllm.mcmoe")
-
-
 _layers: weakref.WeakValueDictionary[str, PreparedExperts] = weakref.WeakValueDictionary()
 
 

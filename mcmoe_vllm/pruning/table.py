@@ -3,7 +3,7 @@
 The rule, in plain torch; whatever serves it must give the same bits. Of a token's experts, one
 whose weight is below `ratio` times the token's largest is dropped (Huang et al., arXiv 2410.06270,
 section 3.3, for two experts a token). The largest always stays. `ratio` belongs to a layer; it is
-calibrated (`pruning_calibration`) and stored in the checkpoint as a `PruningTable`.
+calibrated (`pruning.calibration`) and stored in the checkpoint as a `PruningTable`.
 
 A dropped expert is marked by the id -1, which every kernel skips. Weights of the others stay as
 they are unless the table says `renormalize`: handing the dropped weight to the experts that stay

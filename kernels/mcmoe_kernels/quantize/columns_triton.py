@@ -116,7 +116,7 @@ def fit_group(
     symmetric: bool,
     weighted_binary: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero [B, N] of one group w [B, G, N] by search, as `quantizer._GroupFit.search`.
+    """Scale and zero [B, N] of one group w [B, G, N] by search, as `columns.fit_group_torch`.
 
     importance [B, G]; shrink [S, B]: shares of the range to try; max_code [B]; zero_steps [B]:
     zeros are multiples of 1/steps.
