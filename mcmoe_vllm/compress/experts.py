@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mcmoe_kernels.formats import packing
+from mcmoe_vllm.model.expert_reader import LayerExperts
 from mcmoe_vllm.model.experts import Expert, Routing, count_tokens, experts_output
 from mcmoe_vllm.model.moe_model import DecoderLayer
 from mcmoe_vllm.quantize import quantizer
@@ -84,7 +85,7 @@ def quantize_experts(
     kept = [e for e in range(layer.num_experts) if widths[e][0]]
     share = partial(shared_gram, routing, recipe.shared_tokens, layer.device)
     shared, shared_cross = share(), None if exact is None else share(exact)
-    for chunk in expert_chunks(len(kept), *_shape(layer)):
+    for chunk in expert_chunks(len(kept), *_shape(layer.experts)):
         experts = [kept[i] for i in chunk]
         batch = [layer.experts.present(e).to(layer.device, torch.float32) for e in experts]
         w13, w2 = torch.stack([e.w13 for e in batch]), torch.stack([e.w2 for e in batch])
@@ -149,7 +150,7 @@ def pack_expert(
     return tensors
 
 
-def _shape(layer: DecoderLayer) -> tuple[int, int]:
-    """Hidden size and width of the layer's experts."""
-    hidden, width = layer.experts.present(0).w2.shape
+def _shape(experts: LayerExperts) -> tuple[int, int]:
+    """Hidden size and width of a layer's experts."""
+    hidden, width = experts.present(0).w2.shape
     return hidden, width

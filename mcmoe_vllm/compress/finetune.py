@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
 from mcmoe_vllm.checkpoint.writing import write_shard
+from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.student import Student
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
-from mcmoe_vllm.recipes import Recipe
 
 HELD_OUT = 8  # one window in so many decides whether finetuning helped
 FITTED = 2  # one in so many of the others is learned from: all of them take twice the time
@@ -43,31 +43,31 @@ class Finetuned:
 
 
 def finetune(
-    source: MoeModel,
     windows: torch.Tensor,
     teacher: Sequence[torch.Tensor],
-    recipe: Recipe,
-    seed: int,
+    options: QuantizeOptions,
+    device: torch.device,
+    dtype: torch.dtype,
     work: WorkDirectory,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Finetune the finished checkpoint in its place; the mean KL before and after, and its seconds.
 
-    source: the 16-bit model, on whose device and in whose dtype it is done; windows, teacher: as in
-    `finetune_model`. What changed is kept in a file of its own first, so that a job killed while it
-    rewrites shards learns nothing twice.
+    windows, teacher: as in `finetune_model`; device, dtype: where and in what it is computed. What
+    changed is kept in a file of its own first, so that a job killed while it rewrites shards learns
+    nothing twice.
     """
     kept, summary = work.path / "finetuned.safetensors", work.path / "finetuned.json"
     compressed = open_checkpoint(work.checkpoint)
     if not summary.exists():
         began = time.perf_counter()
         found = finetune_model(
-            open_model(compressed, str(source.device), source.dtype),
+            open_model(compressed, str(device), dtype),
             windows,
             teacher,
-            passes=recipe.finetune_passes,
-            rate=recipe.finetune_rate,
-            seed=seed,
+            passes=options.traits.finetune_passes,
+            rate=options.traits.finetune_rate,
+            seed=options.seed,
             report=lambda step, steps, loss: say(f"finetuning step {step}/{steps}: KL {loss:.4f}"),
         )
         dtypes = compressed.read(list(found.tensors)) if found.tensors else {}

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from mcmoe_vllm import __version__
-from mcmoe_vllm.checkpoint.files import open_checkpoint, resolve_model
+from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, resolve_model
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import WORK_VERSION, WorkDirectory, open_work_directory
 from mcmoe_vllm.disk import read_json, require_parent
 from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.limits import GROUP_SIZES
-from mcmoe_vllm.model.moe_model import MoeModel, open_model
+from mcmoe_vllm.model.moe_model import MoeModel, Outline, open_model
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
 from mcmoe_vllm.plan import Plan
 
@@ -42,21 +42,22 @@ def open_source(options: QuantizeOptions) -> MoeModel:
             f"{options.model} has no tensors {model.architecture.expert_prefix(0, 0)}.*: "
             "its experts are missing or stored in a layout that is not supported"
         )
-    _require_shapes(model)
-    _require_whole_groups(model, options.group_size, options.dense_bits)
+    _require_shapes(model.outline)
+    _require_whole_groups(model.outline, options.group_size, options.dense_bits)
     return model
 
 
-def read_windows(options: QuantizeOptions, model: MoeModel) -> torch.Tensor:
+def read_windows(options: QuantizeOptions, checkpoint: Checkpoint, vocabulary: int) -> torch.Tensor:
     """Calibration tokens [S, L]; the first windows stand for all where fewer are enough.
+
+    checkpoint: of the model, whose tokenizer it has; vocabulary: how many tokens the model knows.
 
     Raises UserError for unusable text and for a tokenizer of another model.
     """
-    path = model.checkpoint.path
-    length = window_length(model.checkpoint, options.sequence_length)
+    path = checkpoint.path
+    length = window_length(checkpoint, options.sequence_length)
     tokenizer = load_tokenizer(path, options.trust_remote_code)
     windows = sample_windows(options.calibration, tokenizer, options.samples, length, options.seed)
-    vocabulary = int(model.config.vocab_size)
     if int(windows.max()) >= vocabulary:
         raise UserError(
             f"the tokenizer in {path} gives token {int(windows.max())}, the model "
@@ -66,7 +67,7 @@ def read_windows(options: QuantizeOptions, model: MoeModel) -> torch.Tensor:
     return windows[order]
 
 
-def read_plan(path: str, model: MoeModel) -> Plan:
+def read_plan(path: str, model: Outline) -> Plan:
     """A plan.json. Raises UserError if it is not for this model."""
     plan = Plan.from_dict(read_json(path), path)
     wrong = [
@@ -84,20 +85,25 @@ def read_plan(path: str, model: MoeModel) -> Plan:
 
 
 def open_work(
-    options: QuantizeOptions, model: MoeModel, windows: torch.Tensor, path: Path, command: str
+    options: QuantizeOptions,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    windows: torch.Tensor,
+    path: Path,
+    command: str,
 ) -> WorkDirectory:
     """The job's folder, new or taken up again; its description is all that decides the result."""
-    shards = {n: (t.shard, t.shape, t.dtype) for n, t in model.checkpoint.tensors.items()}
+    shards = {n: (t.shard, t.shape, t.dtype) for n, t in checkpoint.tensors.items()}
     description = {
         "work_version": WORK_VERSION,
         "command": command,
         "mcmoe_version": __version__,
         "format_version": FORMAT_VERSION,
         "torch_version": torch.__version__,
-        "device": model.device.type,
+        "device": device.type,
         "threads": torch.get_num_threads(),
-        "model": str(model.checkpoint.path.resolve()),
-        "model_fingerprint": _fingerprint([model.checkpoint.config, shards]),
+        "model": str(checkpoint.path.resolve()),
+        "model_fingerprint": _fingerprint([checkpoint.config, shards]),
         "calibration_fingerprint": _fingerprint(windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
         **{name: getattr(options, name) for name in RESULT_FIELDS},
@@ -107,7 +113,7 @@ def open_work(
     return open_work_directory(path, json.loads(json.dumps(description)), options.resume)
 
 
-def _require_shapes(model: MoeModel) -> None:
+def _require_shapes(model: Outline) -> None:
     """Every expert's matrix exists in the shape that config.json says."""
     tensors, hidden, width = model.checkpoint.tensors, model.hidden_size, model.expert_width
     shapes = ((width, hidden), (width, hidden), (hidden, width))
@@ -126,7 +132,7 @@ def _require_shapes(model: MoeModel) -> None:
         raise UserError(f"{model.checkpoint.path} has unusable experts: {some(wrong)}")
 
 
-def _require_whole_groups(model: MoeModel, group_size: int, dense_bits: int) -> None:
+def _require_whole_groups(model: Outline, group_size: int, dense_bits: int) -> None:
     """The columns of every matrix that is quantized are a multiple of the group size."""
     columns = {
         "the experts' gate and up projections (hidden size)": model.hidden_size,

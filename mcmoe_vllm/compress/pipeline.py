@@ -61,7 +61,7 @@ def plan(options: QuantizeOptions) -> Plan:
     with explain_os_errors(f"writing {output}"):
         write_json(output, result.to_dict())
     work.remove()
-    print_plan(result, count_sizes(model, result))
+    print_plan(result, count_sizes(model.outline, result))
     return result
 
 
@@ -72,7 +72,7 @@ def measure(options: QuantizeOptions) -> list[LayerSignificance]:
     """
     with Progress() as progress, tempfile.TemporaryDirectory() as folder:
         model, windows = _open(options, progress, allocates=False)
-        work = open_work(options, model, windows, Path(folder), "measure")
+        work = open_work(options, model.checkpoint, model.device, windows, Path(folder), "measure")
         traits = options.traits
         candidates = sorted(traits.candidate_bits)
         return measure_layers(
@@ -116,10 +116,10 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     options = _with_plan(options)
     with Progress() as progress:
         model, windows = _open(options, progress)
-        given = None if options.plan is None else read_plan(options.plan, model)
+        given = None if options.plan is None else read_plan(options.plan, model.outline)
         work = _open_work(options, model, windows, "quantize", progress)
         chosen = given or measure_and_choose(options, model, windows, work, progress)
-        sizes = count_sizes(model, chosen)
+        sizes = count_sizes(model.outline, chosen)
         require_free_space(work, sizes.total_bytes)
         layers = quantize_layers(model, windows, chosen, options.traits, work, progress)
         summary = Summary(options, model, windows.shape, chosen, sizes, layers)
@@ -145,7 +145,7 @@ def _finish(
     if options.traits.finetune_passes:
         states = final_states(work)
         result["finetuning"] = finetune(
-            summary.model, windows, states, options.traits, options.seed, work, progress.say
+            windows, states, options, summary.model.device, summary.model.dtype, work, progress.say
         )
     if options.target_drop is not None:
         progress.say("calibrating online pruning on the compressed model")
@@ -168,7 +168,8 @@ def _open(
     if allocates and options.plan is None:
         require_budget(options, model.moe_layers, model.num_experts)
     progress.say(f"reading calibration text {options.calibration}")
-    return model, read_windows(options, model)
+    windows = read_windows(options, model.checkpoint, int(model.config.vocab_size))
+    return model, windows
 
 
 def _open_work(
@@ -179,7 +180,7 @@ def _open_work(
     progress: Progress,
 ) -> WorkDirectory:
     path = Path(options.work_dir or f"{options.output}.work")
-    work = open_work(options, model, windows, path, command)
+    work = open_work(options, model.checkpoint, model.device, windows, path, command)
     progress.say(f"work directory {path}")
     return work
 

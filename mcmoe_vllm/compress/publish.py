@@ -20,7 +20,7 @@ from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.memory import peak_rss_bytes
-from mcmoe_vllm.model.moe_model import MoeModel
+from mcmoe_vllm.model.moe_model import MoeModel, Outline
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.report.card import write_model_card
 from mcmoe_vllm.report.plots import write_heatmap
@@ -140,7 +140,7 @@ def _report(folder: Path, summary: Summary) -> dict[str, Any]:
     }
 
 
-def count_sizes(model: MoeModel, plan: Plan) -> Sizes:
+def count_sizes(model: Outline, plan: Plan) -> Sizes:
     """Bytes of the checkpoint that a plan leads to."""
     hidden, width, group = model.hidden_size, model.expert_width, plan.group_size
     expert_bytes = sum(

@@ -99,6 +99,19 @@ class DecoderLayer:
         return output, routing
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What config.json and headers say of a model, before any weight is read."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    num_layers: int
+    moe_layers: list[int]
+    num_experts: int
+    hidden_size: int
+    expert_width: int
+
+
 @dataclass(frozen=True, eq=False)
 class MoeModel:
     """Embedding, decoder layers and head of a checkpoint, each in memory only while in use.
@@ -139,6 +152,18 @@ class MoeModel:
     def moe_layers(self) -> list[int]:
         """The decoder layers with routed experts."""
         return self.architecture.moe_layers(self.checkpoint.tensors)
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(
+            self.checkpoint,
+            self.architecture,
+            self.num_layers,
+            self.moe_layers,
+            self.num_experts,
+            self.hidden_size,
+            self.expert_width,
+        )
 
     @property
     def activation(self) -> Activation:

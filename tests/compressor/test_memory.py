@@ -23,7 +23,7 @@ model, output, text = sys.argv[1:]
 result = quantize(QuantizeOptions(model=model, output=output, calibration=text, bits=2.0,
                                   candidate_bits=(2,), finetune_passes=0, samples=4,
                                   sequence_length=128, method="rtn",
-                                  recipe=replace(BEST, error_method="rtn")))
+                                  recipe=replace(BEST, error_method="minmax")))
 print(json.dumps({"peak": result["peak_rss_bytes"], "bytes": result["bytes"]["original"]}))
 """
 

@@ -22,7 +22,7 @@ def main() -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         result = run(job)
-        gc.collect()  # the engine and its memory
+        gc.collect()  # the engine and its weights
         part = Path(job["output"] + ".part")
         part.write_text(json.dumps(result))
         part.rename(job["output"])
@@ -54,6 +54,7 @@ def run(job: dict) -> dict:
         alone = [llm.generate(p, plain, use_tqdm=False)[0] for p in prompts]
         result["alone"] = tokens_of(alone)
         result["metrics"] = metrics()
+    llm.llm_engine.engine_core.shutdown()  # until then nothing of it is collected
     return result
 
 
