@@ -14,7 +14,7 @@ _EXPORTS = {
     "UserError": "mcmoe_vllm.errors",
     "plan": "mcmoe_vllm.compress.pipeline",
     "quantize": "mcmoe_vllm.compress.pipeline",
-    "QuantizeOptions": "mcmoe_vllm.compress.pipeline",
+    "QuantizeOptions": "mcmoe_vllm.compress.options",
     "allocate": "mcmoe_vllm.allocate.pmq:allocate_file",
     "inspect": "mcmoe_vllm.inspection:inspect_checkpoint",
     "evaluate": "mcmoe_vllm.evaluate.perplexity:evaluate",

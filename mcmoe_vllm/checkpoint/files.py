@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: read lazily and warily, write atomically, with a hash of every tensor.
+"""Safetensors checkpoints, opened and read: lazily, and warily.
 
 A checkpoint is a folder with config.json and safetensors shards, with or without
 model.safetensors.index.json. Only headers are read until a tensor is asked for, and nothing is

@@ -1,4 +1,4 @@
-"""The values that travel between the steps and into config.json, and every check on them."""
+"""The format of a compressed checkpoint: names of files, `quantization_config`, and its checks."""
 
 from __future__ import annotations
 

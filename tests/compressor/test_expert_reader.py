@@ -1,0 +1,94 @@
+"""Experts come from their checkpoint once a phase, whoever asks how often."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from mcmoe_vllm.checkpoint import manifest
+from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.compress.pipeline import quantize
+from mcmoe_vllm.model import expert_reader
+from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.expert_reader import ExpertsOnDevice, LayerExperts, SeparateExperts
+from mcmoe_vllm.model.experts import Expert, run_expert
+
+
+class Counting:
+    """Expert 1 was dropped."""
+
+    def __init__(self):
+        self.reads = Counter()
+
+    def read(self, layer, expert):
+        self.reads[layer, expert] += 1
+        return None if expert == 1 else Expert(torch.ones(4, 2), torch.full((2, 2), float(expert)))
+
+
+def test_an_open_layer_reads_each_expert_once():
+    reader = Counting()
+    layer = LayerExperts(reader, 3)
+    for _ in range(2):
+        assert [layer(e) is None for e in range(3)] == [False, True, False]
+    assert layer.on(torch.device("cpu"), torch.float64)(2).w2.dtype == torch.float64
+    assert reader.reads == {(3, 0): 1, (3, 1): 1, (3, 2): 1}
+    layer.release()
+    assert float(layer(2).w2[0, 0]) == 2 and reader.reads[3, 2] == 2
+
+
+def test_what_there_is_no_room_for_is_read_again(monkeypatch):
+    monkeypatch.setattr(expert_reader, "KEPT_BYTES", 40)  # of 48 that an expert takes
+    reader = Counting()
+    layer = LayerExperts(reader, 0)
+    assert layer(0) is not None and layer(0) is not None and layer(1) is layer(1) is None
+    assert reader.reads == {(0, 0): 2, (0, 1): 1}
+
+
+def test_gate_lies_above_up_as_the_checkpoint_has_them(tiny_models):
+    checkpoint = open_checkpoint(tiny_models("mixtral"))
+    reader = SeparateExperts(checkpoint, find_architecture(checkpoint.config))
+    prefix = "model.layers.1.block_sparse_moe.experts.2"
+    stored = checkpoint.read([f"{prefix}.{m}.weight" for m in ("w1", "w3", "w2")])
+    gate, up, down = stored.values()
+    expert = reader.read(1, 2)
+    assert torch.equal(expert.w13, torch.cat([gate, up])) and torch.equal(expert.w2, down)
+    there = ExpertsOnDevice(reader, torch.device("cpu"), torch.float32).read(1, 2)
+    assert there.w13.dtype == torch.float32 and torch.equal(there.w2, down.float())
+
+
+def test_biases_are_added():
+    generator = torch.Generator().manual_seed(0)
+    w13, w2, b13, b2, x = (
+        torch.randn(*shape, generator=generator) for shape in ((6, 4), (4, 3), (6,), (4,), (5, 4))
+    )
+    got = run_expert(x, Expert(w13, w2, b13, b2), torch.nn.functional.silu)
+    gate, up = (x @ w13.t() + b13).chunk(2, dim=1)
+    torch.testing.assert_close(got, (torch.nn.functional.silu(gate) * up) @ w2.t() + b2)
+
+
+@pytest.mark.slow
+def test_a_job_reads_an_expert_once_a_phase_and_hashes_a_shard_once(
+    tiny_models, tmp_path, calibration_text, monkeypatch
+):
+    reads, hashes = Counter(), Counter()
+    read, file_sha256 = SeparateExperts.read, manifest.file_sha256
+
+    def counted(self, layer, expert):
+        reads[layer, expert] += 1
+        return read(self, layer, expert)
+
+    def hashed(path):
+        hashes[path.name] += 1
+        return file_sha256(path)
+
+    monkeypatch.setattr(SeparateExperts, "read", counted)
+    monkeypatch.setattr(manifest, "file_sha256", hashed)
+    quantize(
+        QuantizeOptions(
+            str(tiny_models("mixtral")), str(tmp_path / "out"), bits=2.5, candidate_bits=(2, 3),
+            calibration=str(calibration_text), samples=4, sequence_length=64,
+        )
+    )  # fmt: skip
+    assert set(reads.values()) == {2}  # measured, quantized: probes and exact states read no more
+    assert len(reads) == 2 * 4 and set(hashes.values()) == {1} and len(hashes) == 3
