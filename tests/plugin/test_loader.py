@@ -213,7 +213,7 @@ def test_files_outside_the_folder_are_never_read(tmp_path, file):
 def test_a_shard_that_is_missing_or_cut_short(tmp_path):
     shard = write(tmp_path) / "b.safetensors"
     shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(UserError, match="b.safetensors holds .* truncated or corrupted"):
+    with pytest.raises(UserError, match="b.safetensors is truncated or corrupted"):
         read(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match="lacks 1 shard: b.safetensors"):
