@@ -8,6 +8,7 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.compress.finetune import HELD_OUT, finetune_model, shorten
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
+from mcmoe_vllm.compress.student import Student
 from mcmoe_vllm.model.divergence import mean_divergences
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
@@ -128,3 +129,19 @@ def test_steps_that_are_too_long_are_shortened(best, kept, tried):
     after = shorten(moves, best**2, measure)
     assert after == pytest.approx((kept - best) ** 2) and len(seen) == tried
     assert moves[0].tolist() == [2 * kept] and moves[1].tolist() == [[4 * kept, -4 * kept]]
+
+
+def test_gradients_of_the_first_layer_are_those_of_small_steps(quantized):
+    """Through every layer behind it: a gradient that skips them points elsewhere."""
+    checkpoint, windows, states = first_windows(quantized, 2)
+    student = Student(open_model(checkpoint, "cpu", torch.float64))
+    teacher = [state for block in states for state in block]
+    student.divergence(windows, teacher, True)
+    move = student.moves[0]  # of a norm in layer 0
+    direction, slope = move.grad / move.grad.norm(), float(move.grad.norm())
+    ends = []
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            move += step * direction
+        ends.append(student.divergence(windows, teacher, False))
+    assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
