@@ -109,3 +109,11 @@ def test_a_broken_table_names_its_file(tmp_path, monkeypatch):
 )
 def test_shares_of_rows(rows, at_most, warps, share):
     assert largest_share(rows, at_most, warps) == share
+
+
+def test_a_warp_keeps_at_least_16_rows():
+    """Rows are cut to what divides them, and warps with them, in either product."""
+    fitted = fit(WarpConfig(4, 256, 128, 16, 8, 1, 2, 2), LayerShape(8, 2, 64, 32))
+    assert (fitted.block_n13, fitted.block_n2) == (64, 64)
+    assert fitted.warps13 == 64 // 16 * fitted.parts13 < 16
+    assert fitted.warps2 == 64 // 16 * fitted.parts2 < 8
