@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ class _Losses:
     signal: float = 0.0
     rounding_kept: int = 0
     matrices: int = 0
-    damping: float = field(default=0.0)
+    damping: float = 0.0
 
     def add(self, weight: torch.Tensor, hessian: torch.Tensor, q: Quantized) -> None:
         self.error += float(q.error.sum())

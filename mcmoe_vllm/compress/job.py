@@ -67,9 +67,8 @@ def read_windows(options: QuantizeOptions, checkpoint: Checkpoint, vocabulary: i
     return windows[order]
 
 
-def read_plan(path: str, model: Outline) -> Plan:
-    """A plan.json. Raises UserError if it is not for this model."""
-    plan = Plan.from_dict(read_json(path), path)
+def require_plan_fits(plan: Plan, path: str | None, model: Outline) -> None:
+    """Raises UserError if the plan of a file is not for this model."""
     wrong = [
         f"it is for {of_plan}, the model {verb} {of_model}"
         for of_plan, verb, of_model in (
@@ -81,7 +80,6 @@ def read_plan(path: str, model: Outline) -> Plan:
     ]
     if wrong:
         raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")
-    return plan
 
 
 def open_work(

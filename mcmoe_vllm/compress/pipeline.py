@@ -22,7 +22,7 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_choose, require_budget
 from mcmoe_vllm.compress.expected_loss import describe_costs
 from mcmoe_vllm.compress.finetune import finetune
-from mcmoe_vllm.compress.job import open_source, open_work, read_plan, read_windows
+from mcmoe_vllm.compress.job import open_source, open_work, read_windows, require_plan_fits
 from mcmoe_vllm.compress.measure import measure_layers
 from mcmoe_vllm.compress.options import QuantizeOptions, recipe_of
 from mcmoe_vllm.compress.publish import (
@@ -113,10 +113,14 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not empty; choose another folder")
     require_parent(output)
-    options = _with_plan(options)
+    given = None
+    if options.plan is not None:
+        given = Plan.from_dict(read_json(options.plan), options.plan)
+        options = _with_plan(options, given)
     with Progress() as progress:
         model, windows = _open(options, progress)
-        given = None if options.plan is None else read_plan(options.plan, model.outline)
+        if given is not None:
+            require_plan_fits(given, options.plan, model.outline)
         work = _open_work(options, model, windows, "quantize", progress)
         chosen = given or measure_and_choose(options, model, windows, work, progress)
         sizes = count_sizes(model.outline, chosen)
@@ -185,11 +189,8 @@ def _open_work(
     return work
 
 
-def _with_plan(options: QuantizeOptions) -> QuantizeOptions:
+def _with_plan(options: QuantizeOptions, given: Plan) -> QuantizeOptions:
     """The options with what a given plan has decided."""
-    if options.plan is None:
-        return options
-    given = Plan.from_dict(read_json(options.plan), options.plan)
     return replace(
         options,
         bits=given.nominal_bits,
