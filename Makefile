@@ -28,7 +28,7 @@ demo: .venv/ready  ## compress a small model to 2.5 bits, evaluate it, serve it 
 	@.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/ready  ## run the tests; ARGS="-k pattern" narrows them
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-all:  ## run also the tests that are too slow for every push
 	@$(MAKE) --no-print-directory test ARGS="--all $(ARGS)"

@@ -6,8 +6,9 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def make_tiny_model(folder: Path, model_type: str, layers: int = 2, **settings: 
 
 
 # Files whose tests share nothing that is expensive to make, and are long enough to be spread over
-# the workers of pytest-xdist. Every other file is one worker's, for its fixtures.
+# the workers of pytest-xdist. Every other file is one worker's, for its fixtures; what is in one
+# group shares a server or an engine.
 SPREAD = {
     "test_columns.py",
     "test_compile.py",
@@ -100,6 +102,7 @@ SPREAD = {
     "test_experts_gpu.py",
     "test_routing.py",
 }
+GROUPS = {"test_evaluate.py": "servers", "test_serve.py": "servers", "test_tasks.py": "servers"}
 # What takes minutes comes first, so that at the end no worker is alone with it.
 SLOWEST = ("e2e", "test_pipeline.py", "test_compile.py", "test_memory.py")
 EMPTY_PART = pytest.StashKey[bool]()
@@ -110,9 +113,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also what is marked `nightly`")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.path.name not in SPREAD and not any(item.iter_markers("xdist_group")):
-        item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Own, because the one of `--dist loadgroup` reads groups from names that pytest 9.2 does not
+    let it write, and then spreads everything."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = PurePath(nodeid.partition("::")[0])
+            if file.name in SPREAD:
+                return nodeid
+            alone = "engines" if file.parent.name == "e2e" else str(file)
+            return GROUPS.get(file.name, alone)
+
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -124,6 +138,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Neighbours by the kernel's configuration take about as long, so they go to different
     parts."""
+    mark_samples(items)
     items.sort(key=lambda item: place(item.path))
     part, parts = map(int, config.getoption("--shard").split("/"))
     if parts > 1:
@@ -132,6 +147,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[EMPTY_PART] = bool(items) and not chosen
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def mark_samples(items: Sequence[pytest.Item]) -> None:
+    """Of a test marked `sampled(n)`, all cases but n, evenly spread over those of its grid that can
+    run here, are nightly. A GPU runs them all."""
+    if torch.cuda.is_available():
+        return
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        can_run = not any(True in mark.args for mark in item.iter_markers("skipif"))
+        if can_run and item.get_closest_marker("sampled"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        (kept,) = cases[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        chosen = {round((i + 0.5) * len(cases) / kept - 0.5) for i in range(kept)}
+        for number, case in enumerate(cases):
+            if number not in chosen:
+                case.add_marker(pytest.mark.nightly)
 
 
 def place(path: Path) -> int:

@@ -173,6 +173,7 @@ def test_288_layer_problems_are_optimal():
     np.testing.assert_allclose(chosen, expected, rtol=1e-12)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bits", [(1, 2, 3, 4), (0, 2, 4)], ids=str)
 def test_16_thousand_experts_are_solved(bits):
     costs = measured_like_costs(np.random.default_rng(7), 61, 256, bits)

@@ -32,7 +32,7 @@ print(json.dumps({"peak": result["peak_rss_bytes"], "bytes": result["bytes"]["or
 EXACT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_peak_memory_does_not_grow_with_depth(tmp_path, calibration_text):
     peaks = {}
     for layers in (2, 6):

@@ -266,6 +266,7 @@ def test_sequential_calibration_is_a_trait(tiny_models, tmp_path, calibration_te
     assert "model-00003-of-00003.safetensors" not in same
 
 
+@pytest.mark.nightly
 def test_exact_targets_undo_what_layers_before_lost(tiny_models, tmp_path, calibration_text):
     """With 1-bit experts in front, layers fitted to the 16-bit model's outputs end nearer to them
     on the text they were fitted to; nothing changes where every layer is given exact inputs."""

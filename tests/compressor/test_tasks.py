@@ -63,6 +63,7 @@ def test_missing_packages_are_named(monkeypatch):
         evaluate_tasks("model", ["arc_easy"])
 
 
+@pytest.mark.nightly
 def test_unknown_tasks_are_all_named_with_near_ones(monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(tasks, "find_spec", lambda name: True)

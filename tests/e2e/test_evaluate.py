@@ -4,9 +4,10 @@ import pytest
 
 from mcmoe_vllm.evaluate.perplexity import evaluate
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
+@pytest.mark.nightly
 def test_both_engines_agree(compressed_example, evaluation_text):
     arguments = {"windows": 6}  # full windows: the model's maximum of 512 tokens
     model = str(compressed_example)

@@ -14,7 +14,6 @@ PROGRAM = Path(__file__).parent / "made_up" / "program.py"
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.xdist_group("engines")
 def test_a_made_up_architecture_in_a_made_up_format_is_compressed_checked_and_served(
     tmp_path, calibration_text
 ):

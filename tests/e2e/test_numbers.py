@@ -5,10 +5,11 @@ import torch
 
 from tests.helpers.logprobs import RATIOS, TINY, assert_equal_numbers, difference
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe", "qwen3_moe"])
 def test_other_architectures(
     compressed, with_ratios, dequantized, prompts, transformers_logprobs, run_engine, model_type
 ):

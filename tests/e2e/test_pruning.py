@@ -11,7 +11,7 @@ from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.pruning.table import Pruning, PruningTable
 from tests.helpers.logprobs import assert_equal_numbers, difference
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @dataclass
@@ -62,6 +62,7 @@ def test_a_calibrated_checkpoint_is_pruned_by_default(
     assert difference(result["logprobs"], streamed(prompts, {})).mean() > 0.01
 
 
+@pytest.mark.nightly
 def test_pieces_and_guesses_are_pruned_alike(calibrated, table, prompts, run_engine, streamed):
     """Another share at the launch; prompts that arrive in chunks beside others' decoding; output
     that is guessed from the prompt and checked several tokens at a time."""
@@ -97,6 +98,7 @@ def test_decode_only_leaves_prompts_alone(calibrated, table, prompts, run_engine
     assert difference(result["output_logprobs"], streamed(sequences, {})[:, 59:]).mean() > 0.01
 
 
+@pytest.mark.nightly
 def test_neighbours_and_lack_of_memory_change_no_text(
     calibrated, table, prompts, run_engine, streamed
 ):

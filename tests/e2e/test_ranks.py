@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.logprobs import RATIOS, TINY, assert_equal_numbers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def test_one_rank(one_rank, unpruned, dequantized, prompts, transformers_logprob
     assert_equal_numbers(one_rank["logprobs"], expected)
 
 
-@pytest.mark.parametrize("expert_parallel", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("expert_parallel", [False, True])
 def test_two_ranks(pruned, prompts, run_engine, one_rank, expert_parallel):
     """Both prune the same, or the sum of their parts would be another."""
     two = run_engine(

@@ -14,7 +14,7 @@ from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.pruning.table import Pruning, read_table
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 COMPILED = ("--quantization", "mcmoe", "--chat-template", CHAT_TEMPLATE)
@@ -121,6 +121,7 @@ class TestEagerWithTheCheckedLoader:
         assert server.log().count("compute path = CPU") == 1
 
 
+@pytest.mark.nightly
 def test_a_corrupted_shard_is_named(compressed_example, tmp_path, refused_start):
     """What the plugin refuses is in the log that a user reads, whatever it is."""
     damaged = tmp_path / "damaged"

@@ -13,7 +13,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.nightly,
-    pytest.mark.xdist_group("servers"),
 ]
 
 DOCUMENTS = 40

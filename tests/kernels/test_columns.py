@@ -97,6 +97,7 @@ def test_fit_group_symmetric(device):
 
 
 # 96 columns: three times what a program holds, so that errors of all before move onto the third.
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("count", [32, 96])
 @pytest.mark.parametrize("moved", [1.0, 0.0])
 def test_compensate(device, moved, count):

@@ -54,6 +54,7 @@ def test_one_of_each_kind_for_every_chip(capabilities):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_kind_that_is_hoppers_alone():
     rows = compile_variants("NVIDIA_H100_80GB_HBM3", (90,), "warpgroup")
     assert {"gate_up_warpgroup", "down_warpgroup"} == {r["kernel"] for r in rows}

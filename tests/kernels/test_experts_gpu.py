@@ -95,6 +95,7 @@ def check(layer, tokens, top_k, config, device, ids=None, seed=0):
         assert relative_error(out, reference) <= 1.1 * granted, dtype
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("config", EACH)
 @pytest.mark.parametrize(
     ("tokens", "top_k"),
@@ -104,6 +105,7 @@ def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
     check(random_layer(MIXED13, MIXED2), tokens, top_k, config, device)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "group_size"),
@@ -140,6 +142,7 @@ def set_scale(matrices, rows, value, zero=None):
     words.copy_(pack_scale(torch.full_like(scale, value), zeros, bits))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_integers_come_out_exact(bits, config, device):
@@ -159,6 +162,7 @@ def test_integers_come_out_exact(bits, config, device):
     assert len(out.unique()) > 20
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
 @pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(384, 320, 64), (192, 96, 32)])
 def test_one_token(config, hidden, intermediate, group_size, device):
@@ -166,6 +170,7 @@ def test_one_token(config, hidden, intermediate, group_size, device):
     check(layer, 1, 2, fit(config, LayerShape(4, 2, hidden, intermediate)), device)
 
 
+@pytest.mark.sampled(0)
 def test_one_token_of_more_experts_than_threads(device):
     """Every thread holds the entries of several experts."""
     layer = random_layer((1, 2, 0, 3, 4) * 15, (2, 1, 0, 4, 3) * 15, 128, 64, 64)
@@ -177,6 +182,7 @@ def test_one_token_of_more_experts_than_threads(device):
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(256, 256, 128), (192, 96, 32)])
 def test_one_token_alone_gives_the_same_bits(hidden, intermediate, group_size, dtype, device):
@@ -219,6 +225,7 @@ def with_tokens(configs, *numbers):
     ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 1, 4), ONE_TOKEN[0]])
 def test_pruning_is_skipping_the_pairs(config, tokens, device):
     """The same bits as with ids that were pruned before; padding among them."""
@@ -247,6 +254,7 @@ def test_nothing_to_compute_gives_zeros(config, tokens, device):
     assert torch.equal(out, torch.zeros(tokens, 256, dtype=torch.bfloat16))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("routing", ["one expert", "skewed"])
 def test_uneven_routing(config, routing, device):
@@ -256,6 +264,7 @@ def test_uneven_routing(config, routing, device):
     check(random_layer(MIXED13, MIXED2, HIDDEN), 19, 2, config, device, ids)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_other_activations(config, activation, device):
@@ -265,6 +274,7 @@ def test_other_activations(config, activation, device):
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 3), ONE_TOKEN[0]])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_hidden(value, config, tokens, device):

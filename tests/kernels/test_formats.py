@@ -145,6 +145,7 @@ def test_device_functions_say_what_the_file_holds(number, tile, scaled, device):
         assert torch.equal(out16.cpu().permute(1, 0, 2).reshape(64, 128), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_kernels_multiply_them(config, device):
     numbers = ((5, 2, 6, 3), (6, 5, 3, 5))
