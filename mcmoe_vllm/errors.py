@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -10,9 +11,11 @@ class UserError(ValueError):
     and the remedy. The command line prints it without a traceback and exits with 2."""
 
 
-def some(offenders: Sequence[str], most: int = 20) -> str:
-    """A list of offenders, one a line, the rest counted."""
-    return "".join(f"\n  - {line}" for line in _first(offenders, most))
+def some(offenders: Sequence[str], most: int = 20, characters: int = 700) -> str:
+    """A list of offenders, one a line, the rest counted: as many as `characters` have room for."""
+    lengths = itertools.accumulate(len(line) for line in offenders)
+    fitting = sum(length <= characters for length in lengths)
+    return "".join(f"\n  - {line}" for line in _first(offenders, max(1, min(most, fitting))))
 
 
 def count(names: Sequence[str], noun: str) -> str:

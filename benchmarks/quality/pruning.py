@@ -121,7 +121,7 @@ class Importance:
     def __init__(self, loaded: MoeModel, kind: str) -> None:
         self.kind, self.tapped = kind, {}
         tap = getattr(self, f"_tap_{kind}", None)
-        layers = loaded.skeleton.model.layers if tap else ()
+        layers = loaded.skeleton.body.layers if tap else ()
         self.hooks = [tap(index, layer) for index, layer in enumerate(layers)]
 
     def __call__(self, layer: int, topk_weights: torch.Tensor) -> torch.Tensor:

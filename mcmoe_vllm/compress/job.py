@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import WORK_VERSION, WorkDirectory, open_work_directory
 from mcmoe_vllm.disk import read_json, require_parent
-from mcmoe_vllm.errors import UserError, some
+from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.limits import GROUP_SIZES
 from mcmoe_vllm.model.moe_model import MoeModel, Outline, open_model
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
@@ -37,12 +37,6 @@ def open_source(options: QuantizeOptions) -> MoeModel:
             f"{options.model} is already quantized ({method}); give the original 16-bit model"
         )
     model = open_model(checkpoint, options.device, None, as_stored=True)
-    if not model.moe_layers:
-        raise UserError(
-            f"{options.model} has no tensors {model.architecture.expert_prefix(0, 0)}.*: "
-            "its experts are missing or stored in a layout that is not supported"
-        )
-    _require_shapes(model.outline)
     _require_whole_groups(model.outline, options.group_size, options.dense_bits)
     return model
 
@@ -109,25 +103,6 @@ def open_work(
     }
     require_parent(path)
     return open_work_directory(path, json.loads(json.dumps(description)), options.resume)
-
-
-def _require_shapes(model: Outline) -> None:
-    """Every expert's matrix exists in the shape that config.json says."""
-    tensors, hidden, width = model.checkpoint.tensors, model.hidden_size, model.expert_width
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
-
-    def problems() -> Iterator[str]:
-        for layer in model.moe_layers:
-            for expert in range(model.num_experts):
-                names = model.architecture.expert_weights(layer, expert)
-                for name, shape in zip(names, shapes, strict=True):
-                    if name not in tensors:
-                        yield f"{name} is missing"
-                    elif tensors[name].shape != shape:
-                        yield f"{name} is {list(tensors[name].shape)}, config says {list(shape)}"
-
-    if wrong := list(problems()):
-        raise UserError(f"{model.checkpoint.path} has unusable experts: {some(wrong)}")
 
 
 def _require_whole_groups(model: Outline, group_size: int, dense_bits: int) -> None:

@@ -4,7 +4,6 @@ A new architecture is a new row of `ARCHITECTURES`; nothing else in the compress
 one of its modules, by name.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ class Architecture:
     num_experts, expert_width, top_k: the attributes of the Hugging Face config.
     dense: the parents of the linears that become int4, attention and shared experts.
     dense_linears: those linears, grouped by the input that they share.
-    router, experts: names in the MoE block; activation: the config's attribute.
+    router, experts: names in the MoE block; activation: the config's attribute; activations: the
+    values of it that vLLM's class computes, whatever config.json says.
     layers, embedding, norm, head: names in the whole model, the same on disk and in transformers.
     """
 
@@ -38,6 +38,8 @@ class Architecture:
     router: str = "gate"
     experts: str = "experts"
     activation: str = "hidden_act"
+    activations: tuple[str, ...] = ("silu",)
+    top_k: str = "num_experts_per_tok"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -70,15 +72,13 @@ class Architecture:
         """Whether a tensor belongs to a decoder layer."""
         return name.startswith(f"{self.layers}.")
 
-    def moe_layers(self, names: Iterable[str]) -> list[int]:
-        """The decoder layers that have routed experts, from a checkpoint's tensor names."""
-        first = f".{self.block}.{self.experts}.0.{self.projections[0]}."
-        place = self.layers.count(".") + 1
-        return sorted(
-            int(name.split(".")[place])
-            for name in names
-            if first in name and self.is_of_layers(name)
-        )
+    def split_parameter(self, parameter: str) -> tuple[int | None, str]:
+        """The decoder layer of a parameter of transformers, and its name in that layer; of one
+        outside the layers, None and its whole name."""
+        if not self.is_of_layers(parameter):
+            return None, parameter
+        layer, _, inside = parameter.removeprefix(f"{self.layers}.").partition(".")
+        return int(layer), inside
 
     def module_name(self, tensor: str) -> str:
         """The transformers parameter that holds a (non-expert) checkpoint tensor."""

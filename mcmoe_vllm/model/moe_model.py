@@ -18,6 +18,7 @@ from torch import nn
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.agreement import require_agreement, require_one_head
 from mcmoe_vllm.model.architectures import Architecture, find_architecture
 from mcmoe_vllm.model.expert_reader import (
     ExpertReader,
@@ -28,6 +29,7 @@ from mcmoe_vllm.model.expert_reader import (
 from mcmoe_vllm.model.experts import Activation, Routing
 from mcmoe_vllm.model.memory import return_freed_memory
 from mcmoe_vllm.model.packed import DequantizedLinears, PackedExperts, with_original_names
+from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
 
 BLOCK_TOKENS = 8192  # tokens that go through a layer at once
 
@@ -122,8 +124,7 @@ class MoeModel:
 
     checkpoint: Checkpoint
     architecture: Architecture
-    config: Any
-    skeleton: Any
+    skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
     experts: ExpertReader
@@ -134,24 +135,24 @@ class MoeModel:
 
     @property
     def num_layers(self) -> int:
-        return len(self._body.layers)
+        return self.skeleton.num_layers
 
     @property
     def num_experts(self) -> int:
-        return int(getattr(self.config, self.architecture.num_experts))
+        return self.skeleton.num_experts
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
+        return self.skeleton.hidden_size
 
     @property
     def expert_width(self) -> int:
-        return int(getattr(self.config, self.architecture.expert_width))
+        return self.skeleton.expert_width
 
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers with routed experts."""
-        return self.architecture.moe_layers(self.checkpoint.tensors)
+        return self.skeleton.moe_layers
 
     @property
     def outline(self) -> Outline:
@@ -171,6 +172,11 @@ class MoeModel:
         from transformers.activations import ACT2FN
 
         return ACT2FN[getattr(self.config, self.architecture.activation)]
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config object."""
+        return self.skeleton.config
 
     def with_experts(self, experts: ExpertReader) -> MoeModel:
         """The same model with experts from elsewhere."""
@@ -202,11 +208,7 @@ class MoeModel:
         self.release_layer(index)
 
     def load_layer(self, index: int) -> DecoderLayer:
-        """Decoder layer `index` with its weights; its routed experts are read when needed.
-
-        Raises UserError if the checkpoint lacks a parameter of the layer or has it in another
-        shape.
-        """
+        """Decoder layer `index` with its weights; its routed experts are read when needed."""
         module = self._body.layers[index]
         block = getattr(module, self.architecture.module)
         tap = None
@@ -254,8 +256,7 @@ class MoeModel:
 
     @property
     def _body(self) -> Any:
-        """Transformers' model without its head."""
-        return self.skeleton.get_submodule(self.architecture.layers.rpartition(".")[0])
+        return self.skeleton.body
 
     def _load_parameters(self, module: nn.Module, index: int) -> None:
         prefix = self.architecture.layer_prefix(index)
@@ -264,17 +265,7 @@ class MoeModel:
             for name in self.parameter_names(index)
         }
         wanted = dict(module.named_parameters())
-        missing = sorted(set(wanted) - set(names))
-        if missing:
-            raise UserError(f"{self.checkpoint.path} lacks {prefix}{{{', '.join(missing)}}}")
         tensors = self.read([names[name] for name in wanted])
-        wrong = [
-            f"{names[name]} is {tuple(tensors[names[name]].shape)}, needs {tuple(p.shape)}"
-            for name, p in wanted.items()
-            if tensors[names[name]].shape != p.shape
-        ]
-        if wrong:
-            raise UserError(f"{self.checkpoint.path} contradicts its config: {'; '.join(wrong)}")
         state = {name: tensors[names[name]].to(self.device, self.dtype) for name in wanted}
         module.load_state_dict(state, strict=False, assign=True)
 
@@ -287,8 +278,8 @@ class MoeModel:
 
     def _read_head(self) -> torch.Tensor:
         names = self.architecture
-        tied = f"{names.head}.weight" not in self.checkpoint
-        norm, head = f"{names.norm}.weight", f"{names.embedding if tied else names.head}.weight"
+        source = names.embedding if self.skeleton.ties_head else names.head
+        norm, head = f"{names.norm}.weight", f"{source}.weight"
         tensors = self.read([norm, head])
         weight = tensors[norm].to(self.device, self.dtype)
         self._body.norm.load_state_dict({"weight": weight}, assign=True)
@@ -308,21 +299,24 @@ def open_model(
     dtype: float32 on every device unless asked otherwise, so that figures do not depend on it;
     None: float32 on a CPU, bfloat16 on a GPU. as_stored: leave experts in main memory as they are
     stored, for callers that need them exactly and seldom.
-    Raises UserError for unsupported architectures, other quantization methods and unusable configs.
+    Raises UserError for unsupported architectures, other quantization methods, unusable configs,
+    and for any tensor that is not as config.json says.
     """
     architecture = find_architecture(checkpoint.config)
     settings = checkpoint.config.get("quantization_config")
     quantization = None if settings is None else QuantizationConfig.from_dict(settings)
     place = choose_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    config, skeleton = _make_skeleton(checkpoint, architecture, place, dtype)
+    skeleton = make_skeleton(checkpoint, architecture, dtype)
+    require_agreement(checkpoint, skeleton, quantization)
+    require_one_head(checkpoint, skeleton)
+    _make_tables(skeleton, place)
     reader: ExpertReader = SeparateExperts(checkpoint, architecture)
     if quantization is not None:
         reader = PackedExperts(checkpoint, architecture, quantization)
     return MoeModel(
         checkpoint if quantization is None else with_original_names(checkpoint),
         architecture,
-        config,
         skeleton,
         place,
         dtype,
@@ -345,25 +339,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _make_skeleton(
-    checkpoint: Checkpoint, architecture: Architecture, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """Transformers' config and its model on the meta device, but for the rotary tables."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", dtype=dtype
-            ).eval()
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{checkpoint.path}/config.json cannot be used: {e}") from None
-    body = skeleton.get_submodule(architecture.layers.rpartition(".")[0])
+def _make_tables(skeleton: Skeleton, device: torch.device) -> None:
+    """The rotary tables, which no checkpoint stores, on the device."""
     with torch.device(device):
-        body.rotary_emb = type(body.rotary_emb)(config=config)
-    return config, skeleton
+        skeleton.body.rotary_emb = type(skeleton.body.rotary_emb)(config=skeleton.config)
 
 
 def _record_layer_arguments(body: Any, block: torch.Tensor) -> list[dict[str, Any]]:

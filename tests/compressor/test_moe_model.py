@@ -31,7 +31,7 @@ def test_layers_leave_no_memory_behind(tiny_models):
     loaded = open_model(open_checkpoint(tiny_models("mixtral")), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.long)
     final_hidden(loaded, tokens)
-    layers = loaded.skeleton.model.layers
+    layers = loaded.skeleton.body.layers
     assert all(parameter.is_meta for parameter in layers.parameters())
 
 
