@@ -7,6 +7,7 @@ are read when it is opened and dropped after it. Hidden states live in blocks of
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -330,12 +331,17 @@ def choose_device(name: str) -> torch.device:
     """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Raises UserError for others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device is {name!r}, allowed are auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r} but torch finds no CUDA GPU; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise UserError(f"device is {name!r:.60}, allowed are auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device is {name!r} but torch finds no CUDA GPU; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"device is {name!r}, this machine's are cuda:0 to "
+                f"cuda:{torch.cuda.device_count() - 1}"
+            )
     return device
 
 

@@ -6,7 +6,7 @@ import torch
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import ARCHITECTURES, REFUSED, find_architecture
-from mcmoe_vllm.model.moe_model import open_model
+from mcmoe_vllm.model.moe_model import choose_device, open_model
 from mcmoe_vllm.model.runner import final_hidden
 
 
@@ -54,3 +54,22 @@ def test_other_models_are_refused(config, message):
     with pytest.raises(UserError, match=message) as error:
         find_architecture(config)
     assert all(name in str(error.value) for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mps", "xpu", "meta", "privateuseone", "hpu:0", "cpu:1x", "cuda:-1", "", "cuda:" + "9" * 500],
+)
+def test_devices_that_cannot_compute_are_refused(name):
+    with pytest.raises(UserError, match="allowed are auto, cpu, cuda, cuda:N") as e:
+        choose_device(name)
+    assert len(str(e.value)) < 200
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto").type == "cuda" and choose_device("cuda:1").index == 1
+    with pytest.raises(UserError, match="'cuda:2', this machine's are cuda:0 to cuda:1"):
+        choose_device("cuda:2")
