@@ -1,19 +1,25 @@
-"""Programs that run vLLM in a process of their own."""
+"""Programs that run vLLM in a process of their own, which never outlives the one that asked."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from mcmoe_vllm.errors import UserError
+
+TAIL_BYTES = 1 << 16  # of what an engine said last
+TAIL_LINES = 15
 
 
 def score_with_vllm(
@@ -22,8 +28,8 @@ def score_with_vllm(
     trust_remote_code: bool,
     pruning: str | float | None = None,
 ) -> torch.Tensor:
-    """Mean loss of each window from vLLM's prompt logprobs; in a process of its own, which gives
-    the engine's memory back."""
+    """Mean loss of each window from vLLM's prompt logprobs, float64 [S]; in a process of its own,
+    which gives the engine's memory back."""
     from importlib.util import find_spec
 
     if find_spec("vllm") is None:
@@ -43,31 +49,84 @@ def score_with_vllm(
         # position, so the model's maximum still holds.
         VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",
     )
-    return torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
 
 
 def run_engine_program(name: str, job: Mapping[str, Any], failure: str, **settings: str) -> Any:
-    """What a module of this folder writes as JSON. It is given two files, of `job` and for its
-    result, and `settings` in its environment, where else what the user set stays.
+    """What a module of this folder makes of `job`, both JSON. `settings` are added to its
+    environment, where else what the user set stays.
 
-    Raises UserError with `failure` and the last lines of its stderr if it writes no result.
+    It and all that it started are gone when this returns, raises, or is ended by a signal; so are
+    the files between them, which have no names.
+    Raises UserError with `failure` and the last lines of its stderr if it gives no result.
     """
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder, "job.json"), Path(folder, "result.json")
-        given.write_text(json.dumps(job))
-        process = subprocess.run(
-            [sys.executable, "-P", "-m", f"{__package__}.{name}", str(given), str(result)],
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as result,
+        tempfile.TemporaryFile() as said,
+        _unwinding_on_signals(),
+    ):
+        given.write(json.dumps(job).encode())
+        given.seek(0)
+        files = given.fileno(), result.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"{__package__}.{name}", *map(str, (*files, os.getpid()))],
             # Neither the program nor what it starts imports from the working folder, which may be
             # a model's, with code that came with it.
             env={**defaults, **os.environ, **settings, "PYTHONSAFEPATH": "1"},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=said,
+            pass_fds=files,
+            start_new_session=True,  # the leader of a group, of which whatever it starts is a part
         )
-        # The result is renamed into place when it is whole. What an engine's threads do after
-        # that, while the process ends, is not asked: some abort.
-        if not result.exists():
-            tail = "\n".join(process.stderr.strip().splitlines()[-15:])
-            raise UserError(f"{failure}:\n{tail}")
-        return json.loads(result.read_text())
+        try:
+            # The process stays a zombie, so that no other gets its number before the group ends.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        # A result that can be read is whole. What an engine's threads do after it, while the
+        # process ends, is not asked: some abort.
+        result.seek(0)
+        try:
+            return json.load(result)
+        except ValueError:
+            raise UserError(f"{failure}:\n{_tail(said)}") from None
+
+
+def _tail(said: IO[bytes]) -> str:
+    said.seek(max(0, said.seek(0, os.SEEK_END) - TAIL_BYTES))
+    return "\n".join(said.read().decode(errors="replace").strip().splitlines()[-TAIL_LINES:])
+
+
+class _EndedError(BaseException):
+    """A signal asks the process to end."""
+
+
+@contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+    """While this lasts, SIGTERM and SIGHUP unwind the stack as Ctrl-C does, and then end the
+    process as they would have. A handler of the user's stays."""
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # no other thread may ask for signals
+    taken = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+
+    def unwind(number: int, frame: object) -> None:
+        raise _EndedError(number)
+
+    for number in taken:
+        signal.signal(number, unwind)
+    ended = 0
+    try:
+        yield
+    except _EndedError as e:
+        ended = e.args[0]
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+    if ended:
+        os.kill(os.getpid(), ended)

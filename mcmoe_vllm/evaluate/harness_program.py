@@ -1,18 +1,14 @@
 """A process of its own: lm-evaluation-harness scores a model that vLLM runs.
 
-    python -P -m mcmoe_vllm.evaluate.harness_program JOB.json RESULT.json
-
 The result is what the harness found, its samples left out.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-from mcmoe_vllm.disk import write_json
+from mcmoe_vllm.evaluate.program import run_program
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
@@ -34,4 +30,4 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write_json(sys.argv[2], score(json.loads(Path(sys.argv[1]).read_text())))
+    run_program(score)

@@ -1,21 +1,16 @@
 """A process of its own: vLLM scores windows of tokens.
 
-    python -P -m mcmoe_vllm.evaluate.vllm_program JOB.json RESULT.json
-
-The result is the mean loss of each window.
+The result is the mean loss of each window, as text: it may be "nan".
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-from mcmoe_vllm.disk import write_json
+from mcmoe_vllm.evaluate.program import run_program
 
 
-def score(job: dict[str, Any]) -> list[float]:
+def score(job: dict[str, Any]) -> list[str]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -33,9 +28,9 @@ def score(job: dict[str, Any]) -> list[float]:
     for window, output in zip(job["windows"], outputs, strict=True):
         rows = output.prompt_logprobs[1:]
         logprobs = [row[token].logprob for row, token in zip(rows, window[1:], strict=True)]
-        losses.append(-sum(logprobs) / len(logprobs))
+        losses.append(str(-sum(logprobs) / len(logprobs)))
     return losses
 
 
 if __name__ == "__main__":
-    write_json(sys.argv[2], score(json.loads(Path(sys.argv[1]).read_text())))
+    run_program(score)

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -130,3 +134,74 @@ def test_tasks_are_given_to_the_harness(here):
         "n-samples": {},
         "versions": {"t": "<class 'torch.VERSION'>"},
     }
+
+
+ENDLESS = """
+import os, subprocess, sys, time
+class SamplingParams: pass
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(os.environ["SEEN"], "w").write(f"{os.getpid()} {child.pid}")
+time.sleep(600)
+"""
+ASK = """
+import signal
+from mcmoe_vllm.evaluate.engine import run_engine_program
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have both ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_engine_program("vllm_program", {}, "nothing came back")
+"""
+
+
+def is_running(process):
+    """A zombie that nobody has asked after is not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_an_engine_ends_with_the_one_who_asked(here, tmp_path, number):
+    """And with it what it has started, and every file between them."""
+    (tmp_path / "libraries" / "vllm.py").write_text(ENDLESS)
+    (scratch := tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    asking = subprocess.Popen([sys.executable, "-P", "-c", ASK], env=environment, stderr=-3)
+    seen = Path(os.environ["SEEN"])
+    wait_for(lambda: seen.exists() and len(seen.read_text().split()) == 2)
+    processes = [int(process) for process in seen.read_text().split()]
+    assert all(map(is_running, processes))
+    asking.send_signal(number)
+    ended = asking.wait(20)
+    assert ended == -number or (number == signal.SIGINT and ended in (1, 130))
+    wait_for(lambda: not any(map(is_running, processes)))
+    assert not list(scratch.iterdir())
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_what_an_engine_leaves_running_is_ended(here, tmp_path):
+    (tmp_path / "libraries" / "vllm.py").write_text(
+        ENDLESS.replace("time.sleep(600)\n", "raise SystemExit('gone')\n").replace("600", "601")
+    )
+    with pytest.raises(UserError, match=":\ngone$"):
+        score_with_vllm(here, torch.tensor([[9, 1]]), trust_remote_code=False)
+    (_, child) = Path(os.environ["SEEN"]).read_text().split()
+    wait_for(lambda: not is_running(child))
+
+
+def test_a_loss_that_is_no_number_arrives_as_one(here, tmp_path):
+    (tmp_path / "libraries" / "vllm.py").write_text(VLLM.replace("-float(t)", "float('nan')"))
+    losses = score_with_vllm(here, torch.tensor([[9, 1, 3]]), trust_remote_code=False)
+    assert losses.isnan().all()
+
+
+def test_signals_are_as_before_when_an_engine_is_done(here):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    score_with_vllm(here, torch.tensor([[9, 1]]), trust_remote_code=False)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
