@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,11 @@ def check_version(version: Any, source: str, newest: int) -> None:
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of JSON's that a float can hold; NaN and infinity are none."""
+    return (is_integer(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from mcmoe_vllm.checkpoint.format import (
     QuantizationConfig,
 )
 from mcmoe_vllm.disk import explain_os_errors, read_json
-from mcmoe_vllm.errors import UserError, count
+from mcmoe_vllm.errors import UserError, count, reason_of
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """A local folder as it is, or a Hub repository's safetensors and side files downloaded.
 
-    Raises UserError if it is neither, or the Hub cannot be reached.
+    Raises UserError if it is neither, or the Hub cannot be reached, and for a revision of a folder.
     """
     if os.path.isdir(model):
+        if revision is not None:
+            raise UserError(
+                f"revision is {revision!r}, but {model} is a local folder, which has none"
+            )
         return Path(model)
     if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"{model} is not a folder with a checkpoint")
@@ -177,11 +181,10 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     except HFValidationError as e:
         raise UserError(f"{model} is neither a folder nor the name of a Hub model: {e}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise UserError(
             f"{model} is no local folder and could not be fetched from the Hugging Face Hub "
-            f"({type(e).__name__}: {reason}); give a local folder, or check the name, the network "
-            "and `hf auth login`"
+            f"({type(e).__name__}: {reason_of(e)}); give a local folder, or check the name, the "
+            "network and `hf auth login`"
         ) from None
 
 
@@ -259,3 +262,13 @@ def read_config(checkpoint: Checkpoint) -> QuantizationConfig:
         return QuantizationConfig.from_dict(raw)
     except UserError as e:
         raise UserError(f"{checkpoint.path / 'config.json'}: {e}") from None
+
+
+def own_config(checkpoint: Checkpoint) -> QuantizationConfig | None:
+    """`quantization_config` of a checkpoint that mcmoe made; None for a 16-bit model and for what
+    another tool made. Raises UserError for what is none of these."""
+    raw = checkpoint.config.get("quantization_config")
+    method = raw.get("quant_method") if isinstance(raw, dict) else None
+    if raw is None or (isinstance(method, str) and method != QUANT_METHOD):
+        return None
+    return read_config(checkpoint)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mcmoe_kernels.formats import packing
-from mcmoe_vllm.disk import check_version, is_integer
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.checkpoint.pruning_table import PruningTable
+from mcmoe_vllm.disk import check_version, is_integer, is_number
+from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.widths import candidate_bits
 
@@ -41,7 +42,7 @@ class QuantizationConfig:
     expert_bits: Mapping[int, tuple[str, str]]
     dense_bits: int = 16
     dense_modules: tuple[str, ...] = ()
-    pruning: Mapping[str, Any] | None = None
+    pruning: PruningTable | None = None
     average_bits: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -74,8 +75,15 @@ class QuantizationConfig:
                 wrong.append(f"layer {layer} drops an expert in w13 or w2 alone")
         if len(lengths) > 1:
             wrong.append(f"layers have different numbers of experts: {sorted(lengths)}")
+        if self.pruning is not None:
+            strange = sorted(set(self.pruning.layers) ^ set(self.expert_bits))
+            if strange:
+                wrong.append(
+                    f"pruning and expert_bits disagree on layers {strange}: the folder mixes two "
+                    "checkpoints; calibrate again with `mcmoe calibrate-pruning`"
+                )
         if wrong:
-            raise UserError("quantization_config is not valid:\n  - " + "\n  - ".join(wrong))
+            raise UserError(f"quantization_config is not valid:{some(wrong)}")
 
     @property
     def num_experts(self) -> int:
@@ -96,6 +104,7 @@ class QuantizationConfig:
         value = asdict(self)
         value["expert_bits"] = {str(i): list(w) for i, w in self.expert_bits.items()}
         value["dense_modules"] = list(self.dense_modules)
+        value["pruning"] = None if self.pruning is None else self.pruning.to_dict()
         return {"quant_method": QUANT_METHOD, **value}
 
     @classmethod
@@ -126,9 +135,9 @@ class QuantizationConfig:
             )
         mistyped = _mistyped_fields(value)
         if mistyped:
-            raise UserError(
-                "quantization_config has mistyped fields:\n  - " + "\n  - ".join(mistyped)
-            )
+            raise UserError(f"quantization_config has mistyped fields:{some(mistyped)}")
+        if value.get("pruning") is not None:
+            value["pruning"] = PruningTable.from_dict(value["pruning"])
         value["expert_bits"] = {int(layer): tuple(w) for layer, w in value["expert_bits"].items()}
         value["dense_modules"] = tuple(value.get("dense_modules", ()))
         return cls(**value)
@@ -152,11 +161,7 @@ def _mistyped_fields(value: Mapping[str, Any]) -> list[str]:
     need("dense_bits", is_integer, "an integer")
     need("dense_modules", is_strings, "a list of strings")
     need("pruning", lambda v: v is None or isinstance(v, Mapping), "null or an object")
-    need(
-        "average_bits",
-        is_object_of(lambda v: is_integer(v) or isinstance(v, float)),
-        "an object of numbers",
-    )
+    need("average_bits", is_object_of(is_number), "an object of numbers")
     need("recipe", lambda v: isinstance(v, Mapping), "an object")
     need("expert_bits", lambda v: isinstance(v, Mapping), "an object")
     if isinstance(value["expert_bits"], Mapping):

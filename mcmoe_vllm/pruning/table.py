@@ -14,106 +14,21 @@ doubled the damage on the models measured, whatever the router does when it choo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from mcmoe_kernels.pruning import Measure, beside_largest, pair_counts, prune
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.pruning_table import PruningTable as PruningTable
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.limits import MAX_DROP
 
 # --additional-config '{"mcmoe": {"pruning": ...}}'
 OPTION, SWITCH = "mcmoe", "pruning"
 
 
-RULES = ("sensitivity", "median")
 DECODE_ONLY = "decode-only"
 MODES = ("off", "on", DECODE_ONLY)
-
-
-@dataclass(frozen=True)
-class PruningTable:
-    """`pruning` in a checkpoint's quantization_config (docs/FORMAT.md).
-
-    rule: "sensitivity" (least measured KL) or "median" (the paper's).
-    target_drop: share of expert activations that is dropped unless the launch says otherwise.
-    ratios: for each calibrated share, a ratio for each layer of `layers`, ascending by share.
-    renormalize: whether the weights that stay are scaled up to the sum of all.
-
-    Raises UserError listing every field that is out of range.
-    """
-
-    rule: str
-    target_drop: float
-    layers: tuple[int, ...]
-    ratios: Mapping[float, tuple[float, ...]]
-    renormalize: bool = False
-
-    def __post_init__(self) -> None:
-        wrong = []
-        if self.rule not in RULES:
-            wrong.append(f"rule is {self.rule!r}, allowed are {RULES}")
-        if not self.ratios:
-            wrong.append("ratios is empty")
-        for share, row in self.ratios.items():
-            if not 0 <= share <= MAX_DROP:
-                wrong.append(f"ratios has the share {share}, allowed are 0 to {MAX_DROP}")
-            if len(row) != len(self.layers):
-                wrong.append(f"ratios of {share} has {len(row)} layers, needs {len(self.layers)}")
-            wrong += [
-                f"ratios of {share} has {r}, allowed are 0 to 1" for r in row if not 0 <= r <= 1
-            ]
-        if list(self.ratios) != sorted(self.ratios):
-            wrong.append("ratios is not ascending")
-        if self.ratios and not 0 <= self.target_drop <= max(self.ratios):
-            wrong.append(f"target_drop is {self.target_drop}, allowed are 0 to {max(self.ratios)}")
-        if wrong:
-            raise UserError("pruning in config.json is not valid:\n  - " + "\n  - ".join(wrong))
-
-    def layer_ratios(self, target_drop: float | None = None) -> dict[int, float]:
-        """The ratio of each layer for a share, between two calibrated ones by interpolation.
-
-        Raises UserError for a share beyond what was calibrated.
-        """
-        share = self.target_drop if target_drop is None else target_drop
-        if not 0 <= share <= max(self.ratios):
-            raise UserError(
-                f"the share of dropped experts is {share}, calibrated are 0 to "
-                f"{max(self.ratios)}; calibrate again with a larger --target-drop"
-            )
-        points = {0.0: (0.0,) * len(self.layers), **self.ratios}
-        below = max(s for s in points if s <= share)
-        above = min(s for s in points if s >= share)
-        part = 0.0 if above == below else (share - below) / (above - below)
-        pairs = zip(points[below], points[above], strict=True)
-        row = [low + part * (high - low) for low, high in pairs]
-        return dict(zip(self.layers, row, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        value = asdict(self)
-        value["layers"] = list(self.layers)
-        value["ratios"] = {str(share): list(row) for share, row in self.ratios.items()}
-        return value
-
-    @classmethod
-    def from_dict(cls, value: Any) -> PruningTable:
-        """The inverse of `to_dict`. Raises UserError for missing, unknown or mistyped fields."""
-        try:
-            fields = dict(value)
-            fields["layers"] = tuple(int(layer) for layer in fields["layers"])
-            fields["ratios"] = {
-                float(share): tuple(float(r) for r in row)
-                for share, row in fields["ratios"].items()
-            }
-            fields["target_drop"] = float(fields["target_drop"])
-            return cls(**fields)
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise UserError(
-                f"pruning in config.json cannot be read ({e!r}); calibrate again with "
-                "`mcmoe calibrate-pruning`"
-            ) from None
 
 
 def lone_tokens(query_starts: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -154,20 +69,8 @@ class Pruning:
 
 
 def read_table(quantization: QuantizationConfig | None) -> PruningTable | None:
-    """The table of a checkpoint, None if it is not calibrated.
-
-    Raises UserError if it is broken or is for other layers than the checkpoint's.
-    """
-    if quantization is None or quantization.pruning is None:
-        return None
-    table = PruningTable.from_dict(quantization.pruning)
-    strange = sorted(set(table.layers) ^ set(quantization.expert_bits))
-    if strange:
-        raise UserError(
-            f"pruning in config.json and expert_bits disagree on layers {strange}: the folder "
-            "mixes two checkpoints; calibrate again with `mcmoe calibrate-pruning`"
-        )
-    return table
+    """The table of a checkpoint, None if it is not calibrated."""
+    return None if quantization is None else quantization.pruning
 
 
 def switch_of(additional_config: object) -> object:

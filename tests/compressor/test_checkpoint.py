@@ -92,6 +92,8 @@ def test_not_a_folder(folder):
     with pytest.raises(UserError, match="is not a folder"):
         resolve_model(str(folder / "gone"))
     assert resolve_model(str(folder)) == folder
+    with pytest.raises(UserError, match="revision is 'main', but .* is a local folder"):
+        resolve_model(str(folder), "main")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_ratios_between_two_shares_are_interpolated():
 def test_the_table_survives_json():
     value = json.loads(json.dumps(TABLE.to_dict()))
     assert PruningTable.from_dict(value) == TABLE
-    with pytest.raises(UserError, match="calibrate again"):
+    with pytest.raises(UserError, match="Calibrate again"):
         PruningTable.from_dict({**value, "more": 1})
 
 
@@ -109,12 +109,12 @@ def test_a_table_for_other_layers_is_refused():
         return QuantizationConfig(
             group_size={"w13": 128, "w2": 128, "dense": 128},
             expert_bits=dict.fromkeys(layers, ("23", "23")),
-            pruning=TABLE.to_dict(),
+            pruning=TABLE,
         )
 
     assert read_table(quantization(0, 3)) == TABLE and read_table(None) is None
     with pytest.raises(UserError, match=r"disagree on layers \[3, 4\]"):
-        read_table(quantization(0, 4))
+        quantization(0, 4)
 
 
 def test_the_switch_of_a_launch():
@@ -137,3 +137,55 @@ def test_the_switch_in_the_additional_config():
     for wrong in ("off", {"prune": "off"}):
         with pytest.raises(UserError, match="only key"):
             switch_of({"mcmoe": wrong})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"renormalize": "no"}, "renormalize is 'no', needs true or false"),
+        ({"renormalize": 0}, "renormalize is 0, needs"),
+        ({"rule": ["median"]}, "rule is .'median'., needs a string"),
+        ({"target_drop": "0.1"}, "target_drop is '0.1', needs a number"),
+        ({"target_drop": True}, "target_drop is True, needs a number"),
+        ({"target_drop": 10**400}, "target_drop is 1000.*, needs a number"),
+        ({"layers": [0, 0]}, r"layers repeats \[0\]"),
+        ({"layers": [0.0, 3]}, "layers is .*, needs a list of the numbers"),
+        ({"layers": [True, 3]}, "needs a list of the numbers"),
+        ({"layers": [-1, 3]}, "needs a list of the numbers"),
+        ({"layers": {"0": 1, "3": 2}}, "needs a list of the numbers"),
+        ({"ratios": {"0.2": [0.1, "0.2"]}}, "ratios of '0.2' is .*, needs a list of numbers"),
+        ({"ratios": {"0.2": [0.1, float("nan")]}}, "needs a list of numbers"),
+        ({"ratios": {"0.2": "00"}}, "needs a list of numbers"),
+        ({"ratios": {"0.2": [0.1, 0.1], "2e-1": [0.3, 0.3]}}, "one share as '0.2' and as '2e-1'"),
+        ({"ratios": {"0_2": [0.1, 0.1]}}, "the key '0_2', needs a share"),
+        ({"ratios": {" 0.2": [0.1, 0.1]}}, "needs a share"),
+        ({"ratios": {"nan": [0.1, 0.1]}}, "needs a share"),
+        ({"ratios": {"1e999": [0.1, 0.1]}}, "has the share inf, allowed are 0 to 0.5"),
+        ({"ratios": [[0.2, [0.1, 0.1]]]}, "ratios is .*, needs an object"),
+    ],
+)
+def test_nothing_in_a_table_is_converted(changes, message):
+    """By every reader: what quantization_config says, its table says too."""
+    value = {**json.loads(json.dumps(TABLE.to_dict())), **changes}
+    settings = QuantizationConfig(
+        group_size={"w13": 128, "w2": 128, "dense": 128}, expert_bits={0: ("2", "2")}
+    ).to_dict()
+    with pytest.raises(UserError, match=message) as refusal:
+        QuantizationConfig.from_dict({**settings, "pruning": value})
+    assert "UserError" not in str(refusal.value) and len(str(refusal.value)) < 1000
+
+
+def test_all_that_a_table_lacks_is_named():
+    with pytest.raises(UserError) as refusal:
+        PruningTable.from_dict({"rule": 5, "layers": None, "colour": "red"})
+    for part in (
+        "target_drop is missing",
+        "ratios is missing",
+        "'colour'",
+        "rule is 5",
+        "layers is",
+    ):
+        assert part in str(refusal.value)
+    for value in ([], "none", 0):
+        with pytest.raises(UserError, match="needs an object"):
+            PruningTable.from_dict(value)
