@@ -3,16 +3,96 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 from mcmoe_vllm import __version__
-from mcmoe_vllm.compress.options import QuantizeOptions
-from mcmoe_vllm.flags import add_flags, json_object, numbers, share_or_word, words
+from mcmoe_vllm.compress.options import DECIDED_BY_PLAN, QuantizeOptions, plan_decides
+from mcmoe_vllm.errors import UserError, brief
+from mcmoe_vllm.flags import add_flags, flag_name, json_object, numbers, share_or_word, words
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Flags of a command that mean nothing, or another thing, beside one of its flags.
+
+    why: says what to do, given the flags that contradict it.
+    """
+
+    command: str
+    flag: str
+    others: Sequence[str]
+    why: Callable[[Sequence[str]], str]
+
+
+def _beside(flag: str, reason: str) -> Callable[[Sequence[str]], str]:
+    return lambda names: f"{_flags(names)} cannot be given with {flag}: {reason}"
+
+
+CONTRADICTIONS = (
+    Contradiction("quantize", "plan", DECIDED_BY_PLAN, plan_decides),
+    Contradiction(
+        "plan",
+        "sweep",
+        ("output", "bits", "pins", "work_dir", "resume"),
+        _beside("--sweep", "it prints what averages cost and writes no plan"),
+    ),
+    Contradiction(
+        "eval",
+        "tasks",
+        ("windows", "sequence_length", "device"),
+        _beside("--tasks", "the tasks bring their own text, and vLLM runs the model"),
+    ),
+    Contradiction(
+        "eval",
+        "text",
+        ("num_fewshot", "limit", "include_path", "engine_args"),
+        _beside("--text", "they are about --tasks"),
+    ),
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What a command line asks for: its `command`, and of the flags those that were given.
+
+    Raises UserError for flags that contradict each other, all of them named.
+    """
+    parsed = build_parser().parse_args(arguments)
+    given = set(vars(parsed))
+    wrong = [
+        row.why(both)
+        for row in CONTRADICTIONS
+        if row.command == parsed.command and row.flag in given
+        if (both := [name for name in row.others if name in given])
+    ]
+    if parsed.command == "eval" and "tasks" in given:
+        wrong += ["--engine is transformers, but vLLM runs --tasks"] * (
+            getattr(parsed, "engine", "vllm") != "vllm"
+        )
+    if parsed.command == "plan" and "plot" in given and "sweep" not in given:
+        wrong.append("--plot draws what --sweep prints; give --sweep 1.5,2,2.5,3 too")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    if parsed.command == "plan" and "output" not in given:
+        parsed.output = "plan.json"
+    return parsed
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join({"output": "-o", "pins": "--pin"}.get(n, flag_name(n)) for n in names)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in a brief way what it cannot read; a value may be long."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(brief(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `mcmoe`; what it parses names its `command`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mcmoe", description="Compress Mixture-of-Experts models; serve them with vLLM."
     )
     parser.add_argument("--version", action="version", version=f"mcmoe {__version__}")
@@ -24,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=summary,
             epilog=f"Example:\n  mcmoe {name}{example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,  # so that what is parsed was given
         )
         add_arguments(command)
         command.set_defaults(command=name)
@@ -39,7 +120,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local folder or a Hugging Face Hub name")
-    parser.add_argument("-o", "--output", default="plan.json", help="file to write (plan.json)")
+    parser.add_argument("-o", "--output", help="file to write (plan.json)")
     parser.add_argument(
         "--sweep",
         type=numbers,
@@ -54,13 +135,13 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("factors_path", metavar="FACTORS.json")
     add("-o", "--output", dest="out_path", metavar="FILE", required=True)
-    add("--scope", choices=("layer", "global"), default="layer")
+    add("--scope", choices=("layer", "global"), help="of a budget: layer (default) or global")
     add("--layer-budget", type=int, help="bits summed over a layer's experts")
     add("--total-budget", type=int, help="bits summed over all layers")
-    add("--alpha", type=float, default=1.0)
-    add("--beta", type=float, default=1.5)
-    add("--gamma", type=float, default=1.0)
-    add("--pin", action="append", default=[], dest="pins", metavar="PATTERN=BITS")
+    add("--alpha", type=float, help="exponent of the frequency (default 1)")
+    add("--beta", type=float, help="exponent of the routing weight (default 1.5)")
+    add("--gamma", type=float, help="exponent of the reconstruction error (default 1)")
+    add("--pin", action="append", dest="pins", metavar="PATTERN=BITS")
 
 
 def _add_calibrate_pruning(parser: argparse.ArgumentParser) -> None:
@@ -70,16 +151,14 @@ def _add_calibrate_pruning(parser: argparse.ArgumentParser) -> None:
     add(
         "--target-drop",
         type=float,
-        default=0.15,
         help="share of expert activations to drop, up to 0.5 (default 0.15)",
     )
     add(
         "--rule",
         choices=("sensitivity", "median"),
-        default="sensitivity",
         help="least measured KL (default), or the paper's median of every layer",
     )
-    add("--samples", type=int, default=64, help="windows of text (default 64)")
+    add("--samples", type=int, help="windows of text (default 64)")
     _add_running(parser)
 
 
@@ -102,8 +181,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="tasks of lm-evaluation-harness, scored through vLLM",
     )
     add = parser.add_argument
-    add("--engine", choices=("transformers", "vllm"), default="transformers")
-    add("--windows", type=int, default=256, help="windows to score (default 256)")
+    add("--engine", choices=("transformers", "vllm"), help="what runs the model (transformers)")
+    add("--windows", type=int, help="windows to score (default 256)")
     add(
         "--pruning",
         type=share_or_word,
@@ -125,8 +204,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sequence-length", type=int, help="tokens in a window")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--trust-remote-code", action="store_true")
 
 

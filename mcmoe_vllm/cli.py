@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcmoe_vllm.arguments import build_parser
+from mcmoe_vllm.arguments import parse
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.disk import explain_os_errors, require_file, write_json
 from mcmoe_vllm.errors import UserError
@@ -19,8 +19,8 @@ from mcmoe_vllm.flags import from_flags
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parsed = build_parser().parse_args(arguments)
     try:
+        parsed = parse(arguments)
         return int(COMMANDS[parsed.command](parsed) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -35,20 +35,18 @@ def _run_quantize(parsed: argparse.Namespace) -> None:
     from mcmoe_vllm.compress.pipeline import quantize
 
     result = quantize(options)
-    if parsed.json:
+    if "json" in parsed:
         print(json.dumps(result, indent=2))
 
 
 def _run_plan(parsed: argparse.Namespace) -> None:
     options = from_flags(QuantizeOptions, parsed)
-    if parsed.plot is not None:
-        if not parsed.sweep:
-            raise UserError("--plot draws what --sweep prints; give --sweep 1.5,2,2.5,3 too")
+    if "plot" in parsed:
         require_file(parsed.plot)
     from mcmoe_vllm.compress.pipeline import plan, sweep
     from mcmoe_vllm.report.plots import write_sweep
 
-    if not parsed.sweep:
+    if "sweep" not in parsed:
         plan(options)
         print(parsed.output)
         return
@@ -56,7 +54,7 @@ def _run_plan(parsed: argparse.Namespace) -> None:
     print(" bits  expected KL (nats per token, before finetuning)")
     for bits, divergence in points:
         print(f"{bits:5.2f}  {divergence:.4f}")
-    if parsed.plot is not None:
+    if "plot" in parsed:
         with explain_os_errors(f"writing {parsed.plot}"):
             write_sweep(points, Path(parsed.plot))
 
@@ -80,30 +78,30 @@ def _run_calibrate_pruning(parsed: argparse.Namespace) -> None:
 
 
 def _run_inspect(parsed: argparse.Namespace) -> None:
-    if parsed.heatmap is not None:
+    if "heatmap" in parsed:
         require_file(parsed.heatmap)
     from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
     from mcmoe_vllm.report.plots import write_bits_heatmap
 
-    found = inspect_checkpoint(parsed.model, check=parsed.check)
-    if parsed.json:
+    found = inspect_checkpoint(parsed.model, check="check" in parsed)
+    if "json" in parsed:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         print_inspection(found)
-    if parsed.heatmap:
+    if "heatmap" in parsed:
         name = found.path.absolute().name
         with explain_os_errors(f"writing {parsed.heatmap}"):
             pairs = list(found.pairs().values())
             write_bits_heatmap(found.layers, pairs, Path(parsed.heatmap), name)
-    if parsed.check:
+    if "check" in parsed:
         print("all checks passed", file=sys.stderr)
 
 
 def _run_eval(parsed: argparse.Namespace) -> None:
-    if parsed.json is not None:
+    if "json" in parsed:
         require_file(parsed.json)
-    figures = _scores_of_tasks(parsed) if parsed.tasks else _figures_of_text(parsed)
-    if parsed.json is not None:
+    figures = _scores_of_tasks(parsed) if "tasks" in parsed else _figures_of_text(parsed)
+    if "json" in parsed:
         with explain_os_errors(f"writing {parsed.json}"):
             write_json(parsed.json, figures)
 
@@ -111,18 +109,16 @@ def _run_eval(parsed: argparse.Namespace) -> None:
 def _scores_of_tasks(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     from mcmoe_vllm.evaluate.tasks import evaluate_tasks, print_scores
 
-    shared = {name: getattr(parsed, name) for name in ("against", "pruning", "trust_remote_code")}
-    own = {name: getattr(parsed, name) for name in ("num_fewshot", "limit", "include_path")}
-    scores = evaluate_tasks(parsed.model, parsed.tasks, engine=parsed.engine_args, **shared, **own)
-    print_scores(parsed.model, scores, parsed.against)
+    arguments = _given(parsed, "json", "engine", "engine_args")
+    scores = evaluate_tasks(engine=getattr(parsed, "engine_args", None), **arguments)
+    print_scores(parsed.model, scores, getattr(parsed, "against", None))
     return [score.to_dict() for score in scores]
 
 
 def _figures_of_text(parsed: argparse.Namespace) -> dict[str, Any]:
     from mcmoe_vllm.evaluate.perplexity import evaluate, print_evaluation
 
-    of_tasks = ("tasks", "num_fewshot", "limit", "include_path", "engine_args")
-    result = evaluate(**_given(parsed, "json", *of_tasks))
+    result = evaluate(**_given(parsed, "json"))
     print_evaluation(result)
     return result.to_dict()
 

@@ -2,24 +2,29 @@
 
 class Options:
     samples: int = flag(128, "windows of text", "calibration", least=1)
+
+What is parsed holds the flags that were given and no others, so that one who asks can tell a
+default from the same value, asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from mcmoe_vllm.disk import is_integer, is_number
 
 
 @dataclass(frozen=True)
 class Flag:
     """What a field is called, said to be, and allowed to be on the command line.
 
-    allowed: all values, or all members of a list; a range stands for its ends. least: a number's.
+    allowed: all values, or all members of a list; a range stands for its ends. least, most: a
+    number's.
     """
 
     help: str
@@ -28,6 +33,7 @@ class Flag:
     metavar: str | None
     allowed: Sequence[Any] | None
     least: int | None
+    most: int | None
 
 
 def flag(
@@ -39,45 +45,70 @@ def flag(
     metavar: str | None = None,
     allowed: Sequence[Any] | None = None,
     least: int | None = None,
+    most: int | None = None,
 ) -> Any:
     """A dataclass's field with a flag; `name` where the flag is not the field's name."""
-    described = Flag(help, group, name, metavar, allowed, least)
+    described = Flag(help, group, name, metavar, allowed, least, most)
     return field(default=default, metadata={"flag": described})
 
 
 def add_flags(
     parser: argparse.ArgumentParser, options: type, without: Collection[str] = ()
 ) -> None:
-    """Add the flags of a dataclass, group by group; each sets its field's name."""
+    """Add the flags of a dataclass, group by group; each sets its field's name if it is given."""
     groups: dict[str | None, Any] = {None: parser}
-    for name, described, kind, default in _flags(options):
+    for name, described, kind, _ in _flags(options):
         if name in without:
             continue
         if described.group not in groups:
             groups[described.group] = parser.add_argument_group(described.group)
-        how: dict[str, Any] = {"default": default, "help": described.help, "dest": name}
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": described.help, "dest": name}
         if kind is bool:
             how["action"] = "store_true"
         elif get_origin(kind) is tuple:
             how["metavar"] = described.metavar
             of_words = get_args(kind)[0] is str
-            how |= {"action": "append", "default": []} if of_words else {"type": integers}
+            how |= {"action": "append"} if of_words else {"type": integers}
         else:
             how |= {"metavar": described.metavar, "type": kind}
             if kind is str:
                 how["choices"] = described.allowed
-        groups[described.group].add_argument(described.name or "--" + name.replace("_", "-"), **how)
+        groups[described.group].add_argument(described.name or flag_name(name), **how)
+
+
+def given_flags(options: type, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options that a command line asked for, by their fields; defaults are not among them."""
+    held = {f.name: getattr(parsed, f.name) for f in fields(options) if hasattr(parsed, f.name)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in held.items()}
 
 
 def from_flags(options: Callable[..., Any], parsed: argparse.Namespace) -> Any:
-    """The options that a command line asked for."""
-    given = {f.name: getattr(parsed, f.name) for f in fields(options) if hasattr(parsed, f.name)}  # type: ignore[arg-type]
-    return options(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+    """The options that a command line asked for, the others as they are by default."""
+    return options(**given_flags(options, parsed))  # type: ignore[arg-type]
+
+
+def flag_name(field: str) -> str:
+    """`--group-size` of group_size."""
+    return "--" + field.replace("_", "-")
+
+
+def flag_names(options: type, fields_: Collection[str]) -> str:
+    """The flags of fields, as a list for a message."""
+    return ", ".join(_flag_of(options, name).name or flag_name(name) for name in fields_)
+
+
+def differing(options: Any, names: Collection[str]) -> dict[str, Any]:
+    """Those of the named fields whose values are not their defaults."""
+    defaults = {f.name: f.default for f in fields(options)}
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def not_allowed(options: Any, names: Sequence[str]) -> list[str]:
     """A sentence for each of the named fields whose value is none of those allowed."""
-    values = {name: (getattr(options, name), _flag_of(options, name).allowed) for name in names}
+    values = {
+        name: (getattr(options, name), _flag_of(type(options), name).allowed) for name in names
+    }
     return [
         f"{name} is {value!r}, allowed are {list(allowed or ())}"
         for name, (value, allowed) in values.items()
@@ -85,14 +116,39 @@ def not_allowed(options: Any, names: Sequence[str]) -> list[str]:
     ]
 
 
-def too_small(options: Any) -> list[str]:
-    """A sentence for each number below its least, and for each that is no finite one."""
-    return [
-        f"{name} is {value}, needs at least {described.least}"
-        for name, described, _, _ in _flags(type(options))
-        if described.least is not None and (value := getattr(options, name)) is not None
-        if not (math.isfinite(value) and value >= described.least)
-    ]
+def wrong_values(options: Any) -> list[str]:
+    """A sentence for each field of a wrong type, and each number out of its range."""
+    wrong = []
+    for name, described, kind, default in _flags(type(options)):
+        value = getattr(options, name)
+        if value is None and default is None:
+            continue
+        if get_origin(kind) is tuple:
+            of = get_args(kind)[0]
+            if not (isinstance(value, tuple) and all(isinstance(one, of) for one in value)):
+                wrong.append(f"{name} is {value!r:.60}, needs a list, of {_WORDS[of]} each")
+        elif kind in (int, float):
+            wrong += out_of_range(name, value, described.least, described.most, kind)
+        elif kind in (str, bool) and not isinstance(value, kind) and described.allowed is None:
+            wrong.append(f"{name} is {value!r:.60}, needs {_WORDS[kind]}")
+    return wrong
+
+
+def out_of_range(
+    name: str, value: Any, least: float | None, most: float | None, kind: type = int
+) -> list[str]:
+    """A sentence if a number is none of its kind, not finite or beyond its ends."""
+    need = None
+    if not (is_integer(value) if kind is int else is_number(value)):
+        need = _WORDS[kind]
+    elif least is not None and value < least:
+        need = f"at least {least}"
+    elif most is not None and value > most:
+        need = f"at most {most}"
+    return [] if need is None else [f"{name} is {value!r:.60}, needs {need}"]
+
+
+_WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
 
 
 def json_schema(options: type) -> dict[str, Any]:
@@ -127,6 +183,8 @@ def _value_schema(kind: Any, described: Flag) -> dict[str, Any]:
         found["enum"] = list(described.allowed)
     if described.least is not None:
         found["minimum"] = described.least
+    if described.most is not None:
+        found["maximum"] = described.most
     return found
 
 
@@ -137,8 +195,8 @@ def _flags(options: type) -> list[tuple[str, Flag, Any, Any]]:
     return [(f.name, d, _kind(types[f.name]), f.default) for f, d in described if d]
 
 
-def _flag_of(options: Any, name: str) -> Flag:
-    return next(d for n, d, _, _ in _flags(type(options)) if n == name)
+def _flag_of(options: type, name: str) -> Flag:
+    return next(d for n, d, _, _ in _flags(options) if n == name)
 
 
 def _kind(annotation: Any) -> Any:
@@ -155,7 +213,10 @@ def _kind(annotation: Any) -> Any:
 
 
 def words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    found = tuple(word for word in text.split(",") if word)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def share_or_word(text: str) -> str | float:
@@ -167,12 +228,16 @@ def share_or_word(text: str) -> str | float:
 
 def json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
     return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _numbers(kind: Callable[[str], Any], example: str, text: str) -> tuple[Any, ...]:

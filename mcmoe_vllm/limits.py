@@ -5,4 +5,7 @@ CANDIDATE_BITS = (0, 1, 2, 3, 4)  # 0: the expert is dropped
 GROUP_SIZES = (32, 64, 128)
 DENSE_BITS = (4, 16)
 MAX_DROP = 0.5  # share of expert activations that online pruning may drop
+MAX_WINDOWS = 1 << 20  # of a text
+MAX_SEED = 2**64 - 1  # of torch
+MAX_EXPONENT = 10  # of PMQ's costs; beyond it they overflow
 DEFAULT_DATASET = "allenai/c4"  # of the Hub, to calibrate on

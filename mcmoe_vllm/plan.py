@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from string import digits
 from typing import Any
 
-from mcmoe_vllm.disk import check_version
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.disk import check_version, is_integer, is_number
+from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.widths import average_width, candidate_bits
 
@@ -61,7 +61,7 @@ class Plan:
             wrong.append(f"group_size is {self.group_size}, allowed are {GROUP_SIZES}")
         if self.dense_bits not in DENSE_BITS:
             wrong.append(f"dense_bits is {self.dense_bits}, allowed are {DENSE_BITS}")
-        if not (isinstance(self.nominal_bits, int | float) and math.isfinite(self.nominal_bits)):
+        if not is_number(self.nominal_bits):
             wrong.append(f"nominal_bits is {self.nominal_bits!r}, needs a number")
         for name in ("model", "architecture"):
             if not isinstance(getattr(self, name), str):
@@ -69,7 +69,7 @@ class Plan:
         if not isinstance(self.options, Mapping):
             wrong.append(f"options is {self.options!r}, needs an object")
         if wrong:
-            raise UserError("the plan is not valid:\n  - " + "\n  - ".join(wrong))
+            raise UserError(f"the plan is not valid:{some(wrong)}")
 
     @property
     def num_experts(self) -> int:
@@ -105,27 +105,23 @@ class Plan:
         missing, unknown = required - set(value), set(value) - set(cls.__dataclass_fields__)
         if missing or unknown:
             raise UserError(
-                f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)}"
+                f"{source} is no plan: missing {sorted(missing)}, unknown {sorted(unknown)[:10]}"
             )
         check_version(value.get("format_version", 1), source, PLAN_VERSION)
+        if mistyped := _mistyped(value):
+            raise UserError(f"{source} is no valid plan:{some(mistyped)}")
+        rows = {name: tuple(map(_widths, value.get(name, ()))) for name in ("bits", "w2_bits")}
+        lists = {name: tuple(value[name]) for name in ("layers", "candidate_bits")}
         try:
-            return cls(
-                **{
-                    **value,
-                    "layers": tuple(int(i) for i in value["layers"]),
-                    **{
-                        name: tuple(tuple(int(d) for d in row) for row in value.get(name, ()))
-                        for name in ("bits", "w2_bits")
-                    },
-                    "candidate_bits": tuple(int(b) for b in value["candidate_bits"]),
-                }
-            )
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{source} is no valid plan: {e}") from None
+            return cls(**{**value, **rows, **lists})
+        except UserError as e:
+            raise UserError(f"{source}: {e}") from None
 
 
-def check_candidate_bits(bits: Sequence[int]) -> list[str]:
+def check_candidate_bits(bits: Any) -> list[str]:
     """What is wrong with a set of candidate widths, a sentence each."""
+    if not (isinstance(bits, list | tuple) and all(map(is_integer, bits))):
+        return [f"candidate bits are {bits!r:.60}, needs a list of whole numbers"]
     wrong = []
     if not bits or not set(bits) - {0}:
         wrong.append(f"candidate bits {list(bits)} hold no width above 0")
@@ -135,3 +131,39 @@ def check_candidate_bits(bits: Sequence[int]) -> list[str]:
     if bad:
         wrong.append(f"candidate bits {bad} are not among {candidate_bits()}")
     return wrong
+
+
+def _mistyped(value: Mapping[str, Any]) -> list[str]:
+    """Fields of a raw plan whose JSON type is wrong, a sentence each; nothing is converted."""
+
+    def is_rows(rows: Any) -> bool:
+        return isinstance(rows, list | tuple) and all(_widths(row) is not None for row in rows)
+
+    needs: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (lambda v: isinstance(v, str), "a string"),
+        "architecture": (lambda v: isinstance(v, str), "a string"),
+        "layers": (_is_integers, "a list of the numbers of layers"),
+        "bits": (is_rows, "a list of rows of digits"),
+        "w2_bits": (is_rows, "a list of rows of digits"),
+        "candidate_bits": (_is_integers, "a list of whole numbers"),
+        "group_size": (is_integer, "a whole number"),
+        "dense_bits": (is_integer, "a whole number"),
+        "nominal_bits": (is_number, "a number"),
+        "options": (lambda v: isinstance(v, Mapping), "an object"),
+    }
+    return [
+        f"{name} is {value[name]!r:.60}, needs {what}"
+        for name, (good, what) in needs.items()
+        if name in value and not good(value[name])
+    ]
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_integer, value))
+
+
+def _widths(row: Any) -> tuple[int, ...] | None:
+    """A row of a plan's file, a digit an expert or a list of widths; None for anything else."""
+    if isinstance(row, str) and set(row) <= set(digits):
+        return tuple(map(int, row))
+    return tuple(row) if _is_integers(row) else None

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mcmoe_vllm.disk import is_number
+from mcmoe_vllm.limits import MAX_EXPONENT
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -87,9 +90,16 @@ class Recipe:
     def problems(self) -> list[str]:
         """What is out of range, a sentence each."""
         return [
-            f"{name} is {getattr(self, name)!r}, allowed are {_in_words(allowed)}"
-            for name, allowed in ALLOWED.items()
-            if getattr(self, name) not in allowed
+            *(
+                f"{name} is {getattr(self, name)!r:.60}, allowed are {_in_words(allowed)}"
+                for name, allowed in ALLOWED.items()
+                if not _is_among(getattr(self, name), allowed)
+            ),
+            *(
+                f"{name} is {getattr(self, name)!r:.60}, allowed are {least:g} to {most:g}"
+                for name, (least, most) in RANGES.items()
+                if not (is_number(value := getattr(self, name)) and least <= value <= most)
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +130,20 @@ ALLOWED: dict[str, Sequence[Any]] = {
     "keep_rounding": (True, False),
     "router_bits": (4, 16),
 }
+
+
+# Of traits that are no integers, the least and the greatest value.
+RANGES: dict[str, tuple[float, float]] = {
+    "alpha": (0, MAX_EXPONENT),
+    "beta": (0, MAX_EXPONENT),
+    "gamma": (0, MAX_EXPONENT),
+    "finetune_rate": (0, 1),
+}
+
+
+def _is_among(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether it is one of them in its type too: 1 is not True."""
+    return type(value) is type(allowed[0]) and value in allowed
 
 
 def _in_words(allowed: Sequence[Any]) -> str:

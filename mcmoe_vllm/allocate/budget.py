@@ -61,16 +61,16 @@ def parse_pins(
     pins: dict[tuple[int, int], int] = {}
     problems = []
     for spec in specs:
-        parts = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]+)\s*", spec)
+        parts = re.fullmatch(r"\s*([^=\s]{1,999})\s*=\s*([0-9]{1,9})\s*", spec)
         if parts is None:
-            problems.append(f"{spec!r}: not of the form PATTERN=BITS")
+            problems.append(f"{spec!r:.80}: not of the form PATTERN=BITS")
             continue
         pattern, bits = parts[1], int(parts[2])
         matched = [place for name, place in names.items() if fnmatchcase(name, pattern)]
         if not matched:
-            problems.append(f"{spec!r}: matches no expert")
+            problems.append(f"{spec!r:.80}: matches no expert")
         if bits not in candidates:
-            problems.append(f"{spec!r}: {bits} bits is not one of {list(candidates)}")
+            problems.append(f"{spec!r:.80}: {bits} bits is not one of {list(candidates)}")
         pins.update(dict.fromkeys(matched, bits))
     if problems:
         raise UserError(

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mcmoe_vllm.disk import is_number
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.flags import flag, json_schema, not_allowed, too_small
-from mcmoe_vllm.limits import CANDIDATE_BITS, DEFAULT_DATASET, DENSE_BITS, GROUP_SIZES, MAX_DROP
+from mcmoe_vllm.flags import (
+    differing,
+    flag,
+    flag_names,
+    json_schema,
+    not_allowed,
+    wrong_values,
+)
+from mcmoe_vllm.limits import (
+    CANDIDATE_BITS,
+    DEFAULT_DATASET,
+    DENSE_BITS,
+    GROUP_SIZES,
+    MAX_DROP,
+    MAX_EXPONENT,
+    MAX_SEED,
+    MAX_WINDOWS,
+)
 from mcmoe_vllm.plan import Plan, check_candidate_bits
 from mcmoe_vllm.recipes import ALLOWED, RECIPES, Recipe
 
@@ -26,6 +44,14 @@ PLAN_TRAITS = (  # traits that a given plan has already decided
 
 OVERRIDES = (  # traits with a flag of their own
     "alpha", "beta", "gamma", "scope", "method", "candidate_bits", "finetune_passes",
+)  # fmt: skip
+
+
+EXPONENTS = ("alpha", "beta", "gamma")
+
+
+DECIDED_BY_PLAN = (  # options with a flag
+    "bits", "candidate_bits", "group_size", "dense_bits", "pins", "scope", *EXPONENTS,
 )  # fmt: skip
 
 
@@ -82,7 +108,7 @@ class QuantizeOptions:
         CALIBRATION,
         metavar="SOURCE",
     )
-    samples: int = flag(128, "windows of text", CALIBRATION, least=1)
+    samples: int = flag(128, "windows of text", CALIBRATION, least=1, most=MAX_WINDOWS)
     sequence_length: int | None = flag(
         None, "tokens in a window (default: 2048 or the model's maximum)", CALIBRATION, least=2
     )
@@ -92,9 +118,15 @@ class QuantizeOptions:
         RECIPE,
         allowed=ALLOWED["method"],
     )
-    alpha: float | None = flag(None, "exponent of the frequency", RECIPE, least=0)
-    beta: float | None = flag(None, "exponent of the routing weight", RECIPE, least=0)
-    gamma: float | None = flag(None, "exponent of the reconstruction error", RECIPE, least=0)
+    alpha: float | None = flag(
+        None, "exponent of the frequency, paper only", RECIPE, least=0, most=MAX_EXPONENT
+    )
+    beta: float | None = flag(
+        None, "exponent of the routing weight, paper only", RECIPE, least=0, most=MAX_EXPONENT
+    )
+    gamma: float | None = flag(
+        None, "exponent of the reconstruction error, paper only", RECIPE, least=0, most=MAX_EXPONENT
+    )
     finetune_passes: int | None = flag(
         None,
         "passes over the calibration text that finetune scales, norms and routers; 0 = none",
@@ -116,7 +148,7 @@ class QuantizeOptions:
         metavar="SHARE",
     )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", RUNNING)
-    seed: int = flag(0, "of the choice of windows (default 0)", CALIBRATION)
+    seed: int = flag(0, "of the choice of windows (default 0)", CALIBRATION, least=0, most=MAX_SEED)
     work_dir: str | None = flag(
         None, "unfinished work lives here (default: beside the output)", RUNNING
     )
@@ -127,27 +159,44 @@ class QuantizeOptions:
     )
 
     def __post_init__(self) -> None:
+        _plain(self)
         wrong = not_allowed(self, ("group_size", "dense_bits"))
-        if isinstance(self.recipe, str):
+        if not isinstance(self.recipe, Recipe | None):
             wrong += not_allowed(self, ("recipe",))
-        wrong += check_candidate_bits(self.candidate_bits or (1,))
+        wrong += check_candidate_bits((1,) if self.candidate_bits is None else self.candidate_bits)
         if not wrong:
-            wrong += self.traits.problems()
-        if self.target_drop is not None and not 0 < self.target_drop <= MAX_DROP:
-            wrong.append(f"target_drop is {self.target_drop}, allowed are shares up to {MAX_DROP}")
-        wrong += too_small(self)
-        if not math.isfinite(self.bits):
-            wrong.append(f"bits is {self.bits}, needs a finite number")
-        elif not wrong and self.plan is None:
-            candidates = self.traits.candidate_bits
-            low, high = min(candidates), max(candidates)
-            if not low <= self.bits <= high:
-                wrong.append(
-                    f"bits is {self.bits}, the candidates {sorted(candidates)} allow "
-                    f"{low} to {high}; choose other --candidate-bits out of {CANDIDATE_BITS}"
-                )
+            wrong += [*check_candidate_bits(self.traits.candidate_bits), *self.traits.problems()]
+        drop = self.target_drop
+        if drop is not None and is_number(drop) and not 0 < drop <= MAX_DROP:
+            wrong.append(f"target_drop is {drop}, allowed are shares up to {MAX_DROP}")
+        wrong += wrong_values(self)
+        wrong += [
+            f"{name} is {value!r:.60}, needs a text"
+            for name, value in (("model", self.model), ("output", self.output))
+            if not isinstance(value, str)
+        ]
+        if not wrong:
+            wrong += self._contradictions()
         if wrong:
             raise UserError("\n".join(wrong))
+
+    def _contradictions(self) -> list[str]:
+        """What values that are allowed one by one do not allow together, a sentence each."""
+        wrong, traits = [], self.traits
+        unused = [name for name in EXPONENTS if getattr(self, name) is not None]
+        if unused and traits.allocation != "pmq":
+            wrong.append(
+                f"{', '.join(unused)} weigh the costs of --recipe paper; the recipe {traits.name} "
+                "measures what widths cost, so leave them out"
+            )
+        candidates = traits.candidate_bits
+        low, high = min(candidates), max(candidates)
+        if self.plan is None and not low <= self.bits <= high:
+            wrong.append(
+                f"bits is {self.bits}, the candidates {sorted(candidates)} allow "
+                f"{low} to {high}; choose other --candidate-bits out of {CANDIDATE_BITS}"
+            )
+        return wrong
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -170,6 +219,50 @@ class QuantizeOptions:
         return self.bits in traits.candidate_bits and not self.pins and not several
 
 
+def require_undecided(options: QuantizeOptions, plan: Plan) -> None:
+    """Raises UserError for options that say other than the plan which is to be carried out.
+
+    What is as by default was not asked for, as far as can be told.
+    """
+    decided = {
+        "bits": plan.nominal_bits,
+        "group_size": plan.group_size,
+        "dense_bits": plan.dense_bits,
+        "candidate_bits": tuple(plan.candidate_bits),
+    }
+    asked = differing(options, DECIDED_BY_PLAN)
+    against = {
+        name: value
+        for name, value in asked.items()
+        if value != decided.get(name, _as_options(plan.options.get(name)))
+    }
+    if against:
+        raise UserError(plan_decides(against))
+
+
+def plan_decides(names: Collection[str]) -> str:
+    """Why a plan and these options cannot be given together."""
+    return (
+        f"{flag_names(QuantizeOptions, names)} cannot be given with --plan, which has decided "
+        "already; make another plan with `mcmoe plan`, or leave out one of the two"
+    )
+
+
+def _as_options(value: Any) -> Any:
+    """A value of plan.json as options hold it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(options: QuantizeOptions) -> None:
+    """Paths become their text, lists become tuples: options travel into JSON."""
+    for name in options.__dataclass_fields__:
+        value = getattr(options, name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(options, name, os.fspath(value))
+        elif isinstance(value, list):
+            object.__setattr__(options, name, tuple(value))
+
+
 def named_traits(recipe: Recipe) -> dict[str, Any]:
     """A recipe's traits with its name as "recipe"."""
     traits = recipe.to_dict()
@@ -179,4 +272,4 @@ def named_traits(recipe: Recipe) -> dict[str, Any]:
 def recipe_of(plan: Plan) -> str | None:
     """The name of the recipe that a plan was made by, if it is known here."""
     name = plan.options.get("recipe")
-    return name if name in RECIPES else None
+    return name if isinstance(name, str) and name in RECIPES else None

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcmoe_vllm import cli
+from mcmoe_vllm.arguments import parse
 from mcmoe_vllm.checkpoint.format import INDEX_FILE
 from mcmoe_vllm.compress.options import QuantizeOptions
+from mcmoe_vllm.errors import UserError
 
 
 def run(capsys, *arguments):
@@ -119,6 +121,12 @@ DAMAGES = {
     "too long windows": (lambda m: None, ["--sequence-length", "4096"], "allowed are 2 to 256"),
     "too many samples": (lambda m: None, ["--samples", "100000"], "too short"),
     "wrong device": (lambda m: None, ["--device", "gpu"], "device is 'gpu'"),
+    "strange device": (lambda m: None, ["--device", "meta"], "device is 'meta'"),
+    "endless pin": (lambda m: None, ["--pin", "layers.*=" + "9" * 5000], "not of the form"),
+    "nothing to prune": (
+        lambda m: edit_config(m, num_experts_per_tok=1), ["--target-drop", "0.1"],
+        "nothing for online pruning to drop",
+    ),
     "missing plan": (lambda m: None, ["--plan", "nowhere.json"], "does not exist"),
 }  # fmt: skip
 
@@ -298,10 +306,122 @@ def test_flags_are_the_options(monkeypatch):
     for flag, (_, value) in given.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         line += [flag] if value is True else [flag, text]
+    del line[line.index("--plan") : line.index("--plan") + 2]  # has decided most of the others
     assert cli.main(["quantize", "m", "-o", "o"]) == cli.main([*line, "--pin", "b=1"]) == 0
     assert asked[0] == QuantizeOptions("m", "o")
     expected = QuantizeOptions("m", "o", **dict(given.values()))
-    assert asked[1] == replace(expected, pins=("layers.0.*=3", "b=1"))
+    assert asked[1] == replace(expected, pins=("layers.0.*=3", "b=1"), plan=None)
+    assert cli.main(["quantize", "m", "-o", "o", "--plan", "p.json"]) == 0
+    assert asked[2] == QuantizeOptions("m", "o", plan="p.json")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "quantize m -o o --plan p.json --bits 2.5 --pin a=1 --dense-bits 4 --candidate-bits 1,2"
+            " --group-size 128 --scope layer --alpha 1 --beta 1 --gamma 1",
+            "--bits, --candidate-bits, --group-size, --dense-bits, --pin, --scope, --alpha, --beta,"
+            " --gamma cannot be given with --plan",
+        ),
+        ("plan m --sweep 2,3 -o p.json --bits 2 --resume", "-o, --bits, --resume cannot be given"),
+        ("plan m --plot x.png", "--plot draws what --sweep prints"),
+        (
+            "eval m --text t --engine-args {} --limit 3 --num-fewshot 0 --include-path .",
+            "--num-fewshot, --limit, --include-path, --engine-args cannot be given with --text",
+        ),
+        (
+            "eval m --tasks t --windows 256 --sequence-length 64 --device auto",
+            "--windows, --sequence-length, --device cannot be given with --tasks",
+        ),
+        ("eval m --tasks t --engine transformers", "vLLM runs --tasks"),
+        ("eval m --text t --engine vllm --device cpu", "vLLM chooses its device itself"),
+        ("calibrate-pruning m --text t --rule median --target-drop 0.15", "leave out one of the"),
+        ("quantize m -o o --alpha 1", "alpha weigh the costs of --recipe paper"),
+    ],
+)
+def test_contradictions_are_refused_at_once_and_all_named(capsys, line, message):
+    """Also those that ask for what is the default."""
+    code, out, err = run(capsys, *line.split())
+    assert code == 2 and err.startswith("error: ") and message in err and not out, err
+
+
+def test_callers_from_python_contradict_no_plan_either(tmp_path):
+    from mcmoe_vllm.compress.pipeline import quantize, sweep
+    from mcmoe_vllm.plan import Plan
+
+    plan = Plan("m", "MixtralForCausalLM", (0,), ((3, 2),), (2, 3), 64, 16, 2.5)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    options = QuantizeOptions("m", tmp_path / "o", plan=tmp_path / "plan.json", dense_bits=16)
+    for name, value in {"bits": 3.0, "pins": ["*.1=3"], "candidate_bits": [2, 4]}.items():
+        with pytest.raises(UserError, match="cannot be given with --plan"):
+            quantize(replace(options, **{name: value}))
+    with pytest.raises(UserError, match="m is no local folder"):  # 16 is what the plan says too
+        quantize(options)
+    with pytest.raises(UserError, match="without pins"):
+        sweep(QuantizeOptions("m", "o", pins=("*=2",)), [2])
+
+
+def test_what_agrees_is_no_contradiction():
+    for line in (
+        "quantize m -o o --plan p --samples 3 --seed 1 --recipe best --method rtn",
+        "plan m --sweep 2,3 --plot x.png --candidate-bits 2,3 --scope layer",
+        "plan m --bits 2 -o p.json --pin a=1 --resume",
+        "eval m --tasks t --engine vllm --limit 2 --against b --pruning off --json f",
+        "eval m --text t --engine vllm --windows 3 --sequence-length 64 --json f",
+    ):
+        assert parse(line.split()).command == line.split()[0]
+    assert parse(["plan", "m"]).output == "plan.json"
+    assert set(vars(parse(["eval", "m", "--text", "t"]))) == {"command", "model", "text"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("calibrate-pruning m --text t --samples 0", "samples is 0, needs at least 1"),
+        ("calibrate-pruning m --text t --samples -1", "samples is -1, needs at least 1"),
+        ("calibrate-pruning m --text t --target-drop nan", "target_drop is nan, allowed"),
+        ("eval m --text t --windows 1", "windows is 1, needs at least 2"),
+        ("eval m --text t --windows -256", "windows is -256, needs at least 2"),
+        (f"eval m --text t --windows {10**30}", "needs at most"),
+        ("quantize m -o o --samples 0 --seed -1", "samples is 0, needs at least 1\nseed is -1"),
+        (f"quantize m -o o --seed {2**64}", "seed is 18446744073709551616, needs at most"),
+        ("quantize m -o o --sequence-length 0", "sequence_length is 0, needs at least 2"),
+        ("quantize m -o o --bits inf", "bits is inf, needs a finite number"),
+        ("quantize m -o o --recipe paper --gamma 1e308", "gamma is 1e+308"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_read(capsys, line, message):
+    code, out, err = run(capsys, *line.split())
+    assert code == 2 and message in err and not out, err
+
+
+@pytest.mark.parametrize("length", ["0", "1", "-7", "257"])
+@pytest.mark.parametrize("command", ["eval", "plan"])
+def test_every_command_refuses_lengths_that_are_none(
+    capsys, model, evaluation_text, tmp_path, command, length
+):
+    text = "--text" if command == "eval" else "--calibration"
+    more = ["-o", tmp_path / "plan.json"] if command == "plan" else []
+    code, _, err = run(
+        capsys, command, model, text, evaluation_text, "--sequence-length", length, *more
+    )
+    assert code == 2 and f"sequence_length is {length}, " in err
+
+
+def test_a_value_of_a_flag_may_be_long(capsys):
+    for line in (["--samples", "9" * 5000], ["--candidate-bits", "x" * 5000], ["--" + "y" * 5000]):
+        with pytest.raises(SystemExit):
+            cli.main(["quantize", "m", "-o", "o", *line])
+        assert len(capsys.readouterr().err.partition("error: ")[2]) < 1000
+    for tasks in (",", ""):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", "m", "--tasks", tasks])
+        assert "names nothing" in capsys.readouterr().err
+    for value in ("[" * 5000, "[]", '{"a": NaN}', "9" * 5000):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", "m", "--tasks", "t", "--engine-args", value])
+        assert "is no JSON object" in capsys.readouterr().err
 
 
 def test_plan_has_no_flags_that_only_quantize_knows(capsys):

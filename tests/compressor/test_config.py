@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mcmoe_vllm.checkpoint.format import FORMAT_VERSION, QuantizationConfig
+from mcmoe_vllm.compress.options import recipe_of
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plan import Plan, check_candidate_bits
@@ -115,6 +116,7 @@ def test_config_lists_all_offenders():
         (raw(dense_modules="self_attn"), "dense_modules is 'self_attn', needs a list"),
         (raw(pruning=3), "pruning is 3, needs null or an object"),
         (raw(average_bits={"nominal": "2"}), "average_bits .* numbers"),
+        (raw(average_bits={"nominal": float("nan")}), "average_bits .* numbers"),
         (raw(recipe=[]), "recipe is .*, needs an object"),
         (raw(expert_bits=["11", "11"]), "expert_bits is .*, needs an object"),
         (raw(expert_bits={"x": ["1", "1"]}), "layer 'x', needs the number of a layer"),
@@ -173,6 +175,26 @@ def test_plan_out_of_range_is_refused(changes, message):
         ({**make_plan().to_dict(), "format_version": None}, "format_version is None, needs"),
         ({**make_plan().to_dict(), "bits": ["12x", "123"]}, "mine.json is no valid plan"),
         ({**make_plan().to_dict(), "bits": 3}, "mine.json is no valid plan"),
+        (
+            {**make_plan().to_dict(), "bits": ["12\uff13", "123"]},
+            "needs a list of rows of digits",
+        ),
+        ({**make_plan().to_dict(), "bits": [[1, 2, 3.0], [1, 2, 3]]}, "needs a list of rows"),
+        (
+            {**make_plan().to_dict(), "layers": ["1", 3]},
+            "layers is .*, needs a list of the numbers",
+        ),
+        ({**make_plan().to_dict(), "layers": [True, 3]}, "layers is"),
+        ({**make_plan().to_dict(), "candidate_bits": [[], 1]}, "candidate_bits is"),
+        ({**make_plan().to_dict(), "group_size": [64]}, "group_size is .64., needs a whole"),
+        ({**make_plan().to_dict(), "group_size": 64.0}, "group_size is 64.0, needs a whole"),
+        (
+            {**make_plan().to_dict(), "nominal_bits": 10**400},
+            "nominal_bits is 1.*, needs a number",
+        ),
+        ({**make_plan().to_dict(), "nominal_bits": float("nan")}, "nominal_bits is nan"),
+        ({**make_plan().to_dict(), "options": []}, "options is .., needs an object"),
+        ({**make_plan().to_dict(), "layers": [1, 1]}, "mine.json: the plan is not valid"),
     ],
 )
 def test_unreadable_plans_are_refused_by_name(value, message):
@@ -180,7 +202,19 @@ def test_unreadable_plans_are_refused_by_name(value, message):
         Plan.from_dict(value, "mine.json")
 
 
+def test_rows_of_a_plan_may_be_lists():
+    value = {**make_plan().to_dict(), "bits": [[1, 2, 3], "332"]}
+    assert Plan.from_dict(value) == make_plan()
+
+
+def test_a_recipe_of_a_plan_is_one_by_name_or_none():
+    for name, found in (("paper", "paper"), ([], None), ({"a": 1}, None), ("mine", None)):
+        assert recipe_of(make_plan(options={"recipe": name})) == found
+
+
 def test_candidate_bits_say_every_fault():
+    for wrong in ((1, 2.0), ["1"], 3, "12", [True]):
+        assert "needs a list of whole numbers" in check_candidate_bits(wrong)[0]
     assert check_candidate_bits((1, 2, 3)) == []
     assert len(check_candidate_bits((2, 2, 9))) == 2
 
