@@ -265,14 +265,13 @@ def main() -> None:
         window_length,
     )
 
-    checkpoint = open_checkpoint(arguments.model)
-    length = window_length(checkpoint, None)
+    base = open_model(open_checkpoint(arguments.model))
+    length = window_length(base.config, None)
     tokenizer = load_tokenizer(arguments.model)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
     samples = sample_windows(
         arguments.calibration, tokenizer, arguments.samples, length, arguments.seed
     )
-    base = open_model(checkpoint)
     hidden = final_hidden(base, tokens)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for peer in arguments.peers:

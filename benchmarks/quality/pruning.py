@@ -252,7 +252,7 @@ def main() -> None:
     checkpoint = open_checkpoint(Path(arguments.model))
     loaded = open_model(checkpoint)
     tokenizer = load_tokenizer(Path(arguments.model))
-    length = window_length(checkpoint, None)
+    length = window_length(loaded.config, None)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
     calibration = sample_windows(arguments.calibration, tokenizer, arguments.samples, length, 0)
     base = final_hidden(loaded, tokens)

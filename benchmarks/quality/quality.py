@@ -256,11 +256,10 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded in the rows (default: of this checkout)")
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(arguments.model)
-    length = window_length(checkpoint, None)
+    base = open_model(open_checkpoint(arguments.model), arguments.device)
+    length = window_length(base.config, None)
     tokenizer = load_tokenizer(arguments.model)
     tokens = strided_windows(arguments.text, tokenizer, arguments.windows, length)
-    base = open_model(checkpoint, arguments.device)
     hidden = final_hidden(base, tokens)
     bench = Bench(arguments, arguments.model, tokens, base, hidden)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -23,6 +23,7 @@ from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.student import Student
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
 from mcmoe_vllm.disk import read_json, write_json
+from mcmoe_vllm.model.divergence import require_finite
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 
 HELD_OUT = 8  # one window in so many decides whether finetuning helped
@@ -112,7 +113,9 @@ def finetune_model(
     fitted = [i for i in range(len(windows)) if i not in held][::FITTED] or held
 
     def divergence(chosen: Sequence[int], learn: bool) -> float:
-        return student.divergence(windows[list(chosen)], [states[i] for i in chosen], learn)
+        loss = student.divergence(windows[list(chosen)], [states[i] for i in chosen], learn)
+        require_finite(torch.tensor([loss]), "the KL divergence of finetuning")
+        return loss
 
     def mean_divergence() -> float:
         parts = [held[i : i + size] for i in range(0, len(held), size)]

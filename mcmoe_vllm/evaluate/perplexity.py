@@ -13,20 +13,28 @@ The model is run layer by layer in float32 with dequantized weights: its memory 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mcmoe_vllm.checkpoint.files import open_checkpoint, resolve_model
-from mcmoe_vllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.checkpoint.files import open_checkpoint, own_config, resolve_model
+from mcmoe_vllm.errors import UserError, reason_of
 from mcmoe_vllm.evaluate.engine import score_with_vllm
-from mcmoe_vllm.model.divergence import divergence
+from mcmoe_vllm.flags import out_of_range
+from mcmoe_vllm.limits import MAX_WINDOWS
+from mcmoe_vllm.model.divergence import divergence, require_finite
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.model.runner import final_hidden
-from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
+from mcmoe_vllm.model.text import (
+    load_tokenizer,
+    require_known_tokens,
+    strided_windows,
+    window_length,
+)
 from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table
 
 WINDOWS = 256
@@ -72,10 +80,10 @@ class _Scores:
 
 
 def evaluate(
-    model: str,
-    text: str,
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
     *,
-    against: str | None = None,
+    against: str | os.PathLike[str] | None = None,
     engine: str = "transformers",
     windows: int = WINDOWS,
     sequence_length: int | None = None,
@@ -83,52 +91,44 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Score a model (16-bit or mcmoe; folder or Hub name) on a text file.
+    """Score a model (16-bit or mcmoe; folder or Hub name) on a text.
 
     engine: "transformers" (dequantized weights, layer by layer) or "vllm" (perplexity alone).
     pruning: as `parse_switch`; None prunes what is calibrated, as serving does.
-    Raises UserError for unusable models or text, a base with another vocabulary, and a pruning that
-    leaves prompts alone.
+    Raises UserError for unusable models or text, a base with another vocabulary, a pruning that
+    leaves prompts alone, and losses that are not finite.
     """
-    if engine not in ENGINES:
-        raise UserError(f"engine is {engine!r}, allowed are {list(ENGINES)}")
-    if windows < 2:
-        raise UserError(f"windows is {windows}, needs at least 2 for a standard error")
-    if pruning == DECODE_ONLY:
-        raise UserError(
-            f'pruning is "{DECODE_ONLY}", which prunes no prompt, and prompts are what is scored; '
-            'ask for "on", "off" or a share'
-        )
-    path = resolve_model(model)
-    checkpoint = open_checkpoint(path)
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    length = window_length(checkpoint, sequence_length)
-    tokens = strided_windows(text, tokenizer, windows, length)
-    settings = checkpoint.config.get("quantization_config") or {}
-    ours = settings.get("quant_method") == QUANT_METHOD
-    table = read_table(QuantizationConfig.from_dict(settings) if ours else None)
+    _require_usable(engine, windows, pruning, device)
+    model, text = os.fspath(model), os.fspath(text)
+    against = None if against is None else os.fspath(against)
+    checkpoint = open_checkpoint(resolve_model(model))
+    table = read_table(own_config(checkpoint))
     ratios = parse_switch(pruning, table)
     active = Pruning(ratios, table.renormalize) if table and ratios else None
-    if engine == "vllm":
-        scores = _Scores(score_with_vllm(path, tokens, trust_remote_code, pruning), None)
-        base_scores = (
-            _Scores(score_with_vllm(resolve_model(against), tokens, trust_remote_code), None)
-            if against
-            else None
+    base = None if against is None else open_checkpoint(resolve_model(against))
+    opened = [open_model(c, device) for c in (checkpoint, base) if c and engine != "vllm"]
+    configs = [m.config for m in opened] or [
+        _read_config(c.path, trust_remote_code) for c in (checkpoint, base) if c
+    ]
+    sizes = [int(config.vocab_size) for config in configs]
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
+            "only models with the same tokens can be compared"
         )
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
+    length = window_length(configs[0], sequence_length)
+    tokens = strided_windows(text, tokenizer, windows, length)
+    require_known_tokens(tokens, sizes[0], checkpoint.path)
+    base_scores = None
+    if engine == "vllm":
+        losses = score_with_vllm(checkpoint.path, tokens, trust_remote_code, pruning)
+        scores = _Scores(losses, None)
+        if base is not None:
+            base_scores = _Scores(score_with_vllm(base.path, tokens, trust_remote_code), None)
     else:
-        scored = open_model(checkpoint, device)
-        base_model = None
-        if against:
-            base_checkpoint = open_checkpoint(resolve_model(against))
-            sizes = [int(c.config["vocab_size"]) for c in (checkpoint, base_checkpoint)]
-            if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"{model} has a vocabulary of {sizes[0]}, {against} one of {sizes[1]}: "
-                    "only models with the same tokens can be compared"
-                )
-            base_model = open_model(base_checkpoint, device)
-        scores, base_scores = _score_streamed(scored, base_model, tokens, active)
+        base_model = None if base is None else opened[1]
+        scores, base_scores = _score_streamed(opened[0], base_model, tokens, active)
     dropped = active.dropped_fraction if active else 0.0
     return Evaluation(
         model=model,
@@ -142,17 +142,54 @@ def evaluate(
     )
 
 
+def _require_usable(engine: str, windows: int, pruning: str | float | None, device: str) -> None:
+    wrong = out_of_range("windows", windows, 2, MAX_WINDOWS)  # two for a standard error
+    if engine not in ENGINES:
+        wrong.append(f"engine is {engine!r:.60}, allowed are {list(ENGINES)}")
+    elif engine == "vllm" and device != "auto":
+        wrong.append(f"device is {device!r:.60}, but vLLM chooses its device itself; leave it out")
+    if pruning == DECODE_ONLY:
+        wrong.append(
+            f'pruning is "{DECODE_ONLY}", which prunes no prompt, and prompts are what is scored; '
+            'ask for "on", "off" or a share'
+        )
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    """Transformers' config of any model that vLLM runs."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return config.get_text_config()
+    except Exception as e:  # its errors share no base
+        raise UserError(f"{path}/config.json cannot be used: {reason_of(e)}") from None
+
+
 def _figures(scores: _Scores, base: _Scores | None) -> dict[str, float]:
-    """The numbers of an Evaluation."""
-    loss, stderr = _mean_and_error(scores.loss)
-    figures = {"loss": loss, "perplexity": math.exp(loss), "stderr": stderr}
+    """The numbers of an Evaluation. Raises UserError for losses that are not finite."""
+    loss, stderr = _mean_and_error(scores.loss, "the loss")
+    figures = {"loss": loss, "perplexity": _perplexity(loss), "stderr": stderr}
     if base is not None:
-        difference, paired = _mean_and_error(scores.loss - base.loss)
-        figures["base_perplexity"] = math.exp(float(base.loss.mean()))
+        base_loss, _ = _mean_and_error(base.loss, "the base's loss")
+        difference, paired = _mean_and_error(scores.loss - base.loss, "the difference in loss")
+        figures["base_perplexity"] = _perplexity(base_loss)
         figures |= {"loss_difference": difference, "paired_stderr": paired}
     if scores.kl is not None:
-        figures["kl"], figures["kl_stderr"] = _mean_and_error(scores.kl)
+        figures["kl"], figures["kl_stderr"] = _mean_and_error(scores.kl, "the KL divergence")
     return figures
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise UserError(
+            f"the loss is {loss:g} nats a token, its perplexity is beyond any number: the model's "
+            "weights are damaged. Download or compress it again"
+        ) from None
 
 
 def compare(
@@ -205,15 +242,17 @@ def _score(
     )
 
 
-def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+def _mean_and_error(values: torch.Tensor, what: str) -> tuple[float, float]:
     """Mean and its standard error."""
+    require_finite(values, what)
     return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def print_evaluation(result: Evaluation) -> None:
     """The figures as a table on stdout."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mcmoe_vllm.report.console import Console
 
     table = Table(title=f"{result.windows} windows of {result.sequence_length} tokens")
     for column in ("", "perplexity", "loss", "standard error"):
@@ -224,7 +263,7 @@ def print_evaluation(result: Evaluation) -> None:
     table.add_row(
         result.model, f"{result.perplexity:.4f}", f"{result.loss:.5f}", f"{result.stderr:.5f}"
     )
-    console = Console(highlight=False)
+    console = Console(emoji=False)
     console.print(table)
     if result.loss_difference is not None:
         change = 100 * math.expm1(result.loss_difference)

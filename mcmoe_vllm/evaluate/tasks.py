@@ -7,15 +7,20 @@ recovery is its score over the base model's.
 from __future__ import annotations
 
 import difflib
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mcmoe_vllm.checkpoint.files import resolve_model
+from mcmoe_vllm.checkpoint.files import open_checkpoint, own_config, resolve_model
+from mcmoe_vllm.disk import is_number
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate.engine import run_engine_program
+from mcmoe_vllm.flags import out_of_range
+from mcmoe_vllm.pruning.table import parse_switch, read_table
 
 NEEDED = {
     "vllm": 'pip install "mcmoe-vllm[vllm]"',
@@ -50,10 +55,10 @@ class TaskScore:
 
 
 def evaluate_tasks(
-    model: str,
+    model: str | os.PathLike[str],
     tasks: Sequence[str],
     *,
-    against: str | None = None,
+    against: str | os.PathLike[str] | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
     include_path: str | None = None,
@@ -66,8 +71,10 @@ def evaluate_tasks(
     limit: documents of each task (a share of them below 1); include_path: a folder with more
     tasks; pruning: as for `evaluate`, of the model and not of the base; engine: further arguments
     of vLLM's `LLM`, for both.
-    Raises UserError for unknown tasks, missing packages, and an engine that fails.
+    Raises UserError for unknown tasks, missing packages, numbers out of range, an engine that
+    fails, and scores that are not finite.
     """
+    _require_usable(tasks, num_fewshot, limit)
     missing = {package: remedy for package, remedy in NEEDED.items() if find_spec(package) is None}
     if missing:
         raise UserError(f"--tasks needs {' and '.join(missing)}: {'; '.join(missing.values())}")
@@ -80,20 +87,44 @@ def evaluate_tasks(
         "include_path": include_path,
     }
     pruned = {} if pruning is None else {"additional_config": {"mcmoe": {"pruning": pruning}}}
-    scores = _run(model, {**job, "engine": {**pruned, **common}})
-    base = _run(against, {**job, "engine": common}) if against else None
-    return join_scores(scores, base)
+    paths = [resolve_model(os.fspath(m)) for m in (model, against) if m is not None]
+    if pruning not in (None, "off"):
+        parse_switch(pruning, read_table(own_config(open_checkpoint(paths[0]))))
+    settings = [{**pruned, **common}, common]
+    found = [_run(p, {**job, "engine": engine}) for p, engine in zip(paths, settings, strict=False)]
+    return join_scores(found[0], found[1] if against is not None else None)
+
+
+def _require_usable(tasks: Sequence[str], num_fewshot: int | None, limit: float | None) -> None:
+    wrong = []
+    if isinstance(tasks, str) or not tasks:
+        wrong.append(f"tasks is {tasks!r:.60}, needs a list of names")
+    if num_fewshot is not None:
+        wrong += out_of_range("num_fewshot", num_fewshot, 0, 1000)
+    if limit is not None:
+        wrong += out_of_range("limit", limit, None, None, float)
+        if not wrong and limit <= 0:
+            wrong.append(f"limit is {limit}, needs documents, or a share of them below 1")
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 def join_scores(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[TaskScore]:
-    """The harness's results as a list, in its order, each with the base's score beside it."""
-    scores = []
+    """The harness's results as a list, in its order, each with the base's score beside it.
+
+    Raises UserError for scores that are not finite.
+    """
+    scores, broken = [], []
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
             name, _, filtered = key.partition(",")
             if not isinstance(value, int | float) or name.endswith("_stderr") or not filtered:
                 continue
             others = base["results"].get(task, {}) if base else {}
+            pair = (value, others.get(key))
+            if any(isinstance(v, float) and not math.isfinite(v) for v in pair):
+                broken.append(f"{task} {name}")
+                continue
             error = f"{name}_stderr,{filtered}"
             scores.append(
                 TaskScore(
@@ -107,12 +138,17 @@ def join_scores(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> lis
                     base_stderr=_number(others.get(error)),
                 )
             )
+    if broken:
+        raise UserError(
+            f"the scores of {', '.join(broken)} are not finite: a model's weights are damaged, or "
+            "its engine overflows. Leave these tasks out to score the others"
+        )
     return scores
 
 
 def _number(value: Any) -> float | None:
-    """The harness writes "N/A" where it has no number."""
-    return float(value) if isinstance(value, int | float) else None
+    """The harness writes "N/A" where it has no number, or NaN."""
+    return float(value) if is_number(value) else None
 
 
 def _require_tasks(tasks: Sequence[str], include_path: str | None) -> None:
@@ -131,17 +167,17 @@ def _require_tasks(tasks: Sequence[str], include_path: str | None) -> None:
         )
 
 
-def _run(model: str, job: Mapping[str, Any]) -> dict[str, Any]:
+def _run(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's results of one model."""
-    path = resolve_model(model)
     given = {**job, "engine": {"pretrained": str(path), **job["engine"]}}
     return dict(run_engine_program("harness_program", given, f"lm-eval could not score {path}"))
 
 
 def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> None:
     """The scores as a table on stdout."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mcmoe_vllm.report.console import Console
 
     table = Table(title=model)
     columns = ["task", "metric", "documents", "score"]
@@ -154,7 +190,7 @@ def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> N
             row.append(_with_error(s.base_score, s.base_stderr))
             row.append("" if s.recovery is None else f"{100 * s.recovery:.1f} %")
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(emoji=False).print(table)
 
 
 def _with_error(value: float | None, stderr: float | None) -> str:

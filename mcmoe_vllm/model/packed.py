@@ -66,7 +66,7 @@ class DequantizedLinears:
         for name in names:
             if name not in found:
                 prefix = name.removesuffix("weight")
-                pair = self._checkpoint.read([prefix + "qweight", prefix + "scales"])
+                pair = self._checkpoint.read_weights([prefix + "qweight", prefix + "scales"])
                 found[name] = packing.dequantize_int4_linear(*pair.values())
         return found
 

@@ -78,3 +78,29 @@ def test_include_path_must_be_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="nowhere is not a folder"):
         evaluate_tasks("model", ["mine"], include_path=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limit": 0}, "limit is 0, needs"),
+        ({"limit": float("nan")}, "limit is nan, needs a finite"),
+        ({"num_fewshot": -1}, "num_fewshot is -1, needs at least 0"),
+        ({"tasks": []}, "tasks is .., needs a list"),
+        ({"tasks": "arc"}, "tasks is 'arc', needs a list"),
+    ],
+)
+def test_numbers_are_checked_before_the_engine_starts(given, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_tasks("model", **{"tasks": ["arc_easy"], **given})
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    broken = {**FOUND, "results": {**FOUND["results"], "ppl": {"loss,none": float("nan")}}}
+    with pytest.raises(UserError, match="the scores of ppl loss are not finite"):
+        join_scores(broken, None)
+    base = {"results": {"arc": {"acc,none": float("inf"), "acc_norm,none": "N/A"}}}
+    with pytest.raises(UserError, match="the scores of arc acc are not finite"):
+        join_scores(FOUND, base)
+    results = {"arc": {"acc,none": 0.5, "acc_stderr,none": float("nan")}}
+    assert join_scores({**FOUND, "results": results}, None)[0].stderr is None
