@@ -19,8 +19,14 @@ from mcmoe_vllm.compress.workdirectory import WORK_VERSION, WorkDirectory, open_
 from mcmoe_vllm.disk import read_json, require_parent
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.limits import GROUP_SIZES
+from mcmoe_vllm.model.documents import Say
 from mcmoe_vllm.model.moe_model import MoeModel, Outline, open_model
-from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
+from mcmoe_vllm.model.text import (
+    load_tokenizer,
+    require_known_tokens,
+    sample_windows,
+    window_length,
+)
 from mcmoe_vllm.plan import Plan
 
 
@@ -41,22 +47,18 @@ def open_source(options: QuantizeOptions) -> MoeModel:
     return model
 
 
-def read_windows(options: QuantizeOptions, checkpoint: Checkpoint, vocabulary: int) -> torch.Tensor:
+def read_windows(options: QuantizeOptions, model: MoeModel, say: Say) -> torch.Tensor:
     """Calibration tokens [S, L]; the first windows stand for all where fewer are enough.
-
-    checkpoint: of the model, whose tokenizer it has; vocabulary: how many tokens the model knows.
 
     Raises UserError for unusable text and for a tokenizer of another model.
     """
-    path = checkpoint.path
-    length = window_length(checkpoint, options.sequence_length)
+    path = model.checkpoint.path
+    length = window_length(model.config, options.sequence_length)
     tokenizer = load_tokenizer(path, options.trust_remote_code)
-    windows = sample_windows(options.calibration, tokenizer, options.samples, length, options.seed)
-    if int(windows.max()) >= vocabulary:
-        raise UserError(
-            f"the tokenizer in {path} gives token {int(windows.max())}, the model "
-            f"knows {vocabulary}: tokenizer and model do not belong together"
-        )
+    windows = sample_windows(
+        options.calibration, tokenizer, options.samples, length, options.seed, say
+    )
+    require_known_tokens(windows, int(model.config.vocab_size), path)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     return windows[order]
 

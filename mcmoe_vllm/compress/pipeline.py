@@ -24,7 +24,7 @@ from mcmoe_vllm.compress.expected_loss import describe_costs
 from mcmoe_vllm.compress.finetune import finetune
 from mcmoe_vllm.compress.job import open_source, open_work, read_windows, require_plan_fits
 from mcmoe_vllm.compress.measure import measure_layers
-from mcmoe_vllm.compress.options import QuantizeOptions, recipe_of
+from mcmoe_vllm.compress.options import QuantizeOptions, recipe_of, require_undecided
 from mcmoe_vllm.compress.publish import (
     Summary,
     count_sizes,
@@ -40,7 +40,12 @@ from mcmoe_vllm.disk import explain_os_errors, read_json, require_parent, write_
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.plan import Plan
-from mcmoe_vllm.pruning.calibration import PRUNING_WINDOWS, calibrate_pruning, store_table
+from mcmoe_vllm.pruning.calibration import (
+    PRUNING_WINDOWS,
+    calibrate_pruning,
+    require_prunable,
+    store_table,
+)
 from mcmoe_vllm.report.progress import Progress
 from mcmoe_vllm.report.tables import print_plan, print_result
 
@@ -87,6 +92,8 @@ def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[floa
     Raises UserError for budgets out of range, and for a recipe that measures no KL.
     """
     traits = options.traits
+    if options.pins:
+        raise UserError("sweep chooses without pins; leave out --pin")
     if traits.allocation != "sensitivity":
         raise UserError(f"recipe {traits.name} measures no KL to sweep; use --recipe best")
     candidates = sorted(traits.candidate_bits)
@@ -116,6 +123,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     given = None
     if options.plan is not None:
         given = Plan.from_dict(read_json(options.plan), options.plan)
+        require_undecided(options, given)
         options = _with_plan(options, given)
     with Progress() as progress:
         model, windows = _open(options, progress)
@@ -169,10 +177,12 @@ def _open(
     model = open_source(options)
     candidates = sorted(options.traits.candidate_bits)
     parse_pins(options.pins, model.moe_layers, model.num_experts, candidates)
+    if options.target_drop is not None:
+        require_prunable(model)
     if allocates and options.plan is None:
         require_budget(options, model.moe_layers, model.num_experts)
     progress.say(f"reading calibration text {options.calibration}")
-    windows = read_windows(options, model.checkpoint, int(model.config.vocab_size))
+    windows = read_windows(options, model, progress.say)
     return model, windows
 
 

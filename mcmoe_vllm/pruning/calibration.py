@@ -11,29 +11,37 @@ The paper's rule instead takes the median of the weights' ratio in every layer, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from mcmoe_kernels.pruning import Measure, beside_largest
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
-from mcmoe_vllm.disk import explain_os_errors, write_json
+from mcmoe_vllm.checkpoint.pruning_table import RULES, PruningTable
+from mcmoe_vllm.disk import explain_os_errors, require_file, write_json
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.limits import MAX_DROP
+from mcmoe_vllm.flags import out_of_range
+from mcmoe_vllm.limits import MAX_DROP, MAX_SEED, MAX_WINDOWS
 from mcmoe_vllm.model.divergence import mean_divergences
 from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel, open_model
 from mcmoe_vllm.model.runner import LayerProgress, Prune, States, run_layer, walk_layers
-from mcmoe_vllm.model.text import load_tokenizer, sample_windows, window_length
-from mcmoe_vllm.pruning.table import Pruning, PruningTable
+from mcmoe_vllm.model.text import (
+    load_tokenizer,
+    require_known_tokens,
+    sample_windows,
+    window_length,
+)
+from mcmoe_vllm.pruning.table import Pruning
 from mcmoe_vllm.report.progress import Progress
 
 PROBE_DROP = 0.35  # more than targets ask for: little drops hide what many of them do together
 PROBE_TOKENS = 8192
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 PRUNING_WINDOWS = 64  # of the calibration text
+TARGET_DROP = 0.15
 STEPS = 64  # of the pairs that may be dropped, in which shares are bought
 
 
@@ -78,21 +86,33 @@ def summarize_routing(weights: torch.Tensor, measure: Measure = beside_largest) 
 
 
 def choose_shares(layers: Sequence[LayerRouting], target: float) -> list[float]:
-    """A share for each layer whose mean is `target`, bought step by step where it costs least."""
+    """A share for each layer whose mean is `target`, bought step by step where it costs least.
+
+    It is less where layers have no more to drop.
+    """
     limits = [len(layer.ratios) / layer.activations for layer in layers]
     shares = [0.0] * len(layers)
-    while sum(shares) < target * len(layers) - 1e-9:
-        options = [
+    bought = [0 if limit else STEPS for limit in limits]
+    while sum(shares) < target * len(layers) - 1e-9 and min(bought, default=STEPS) < STEPS:
+        _, cheapest = min(
             (layer.cost(share + limit / STEPS) - layer.cost(share), i)
             for i, (layer, share, limit) in enumerate(zip(layers, shares, limits, strict=True))
-            if share + limit / STEPS <= limit + 1e-9
-        ]
-        if not options:
-            break
-        _, cheapest = min(options)
+            if bought[i] < STEPS
+        )
         missing = target * len(layers) - sum(shares)
         shares[cheapest] += min(limits[cheapest] / STEPS, missing)
+        bought[cheapest] += 1
     return shares
+
+
+def require_prunable(model: MoeModel) -> None:
+    """Raises UserError for a model whose tokens have one expert each: the largest always stays."""
+    top_k = int(getattr(model.config, model.architecture.top_k))
+    if top_k < 2:
+        raise UserError(
+            f"{model.checkpoint.path} routes a token to {top_k} expert, which always stays: there "
+            "is nothing for online pruning to drop. Serve it without; leave out --target-drop"
+        )
 
 
 def calibrate_pruning(
@@ -185,10 +205,10 @@ def _leading_blocks(blocks: Sequence[torch.Tensor], tokens: int) -> int:
 
 
 def calibrate_checkpoint(
-    folder: str,
-    text: str,
+    folder: str | os.PathLike[str],
+    text: str | os.PathLike[str],
     *,
-    target_drop: float = 0.15,
+    target_drop: float | None = None,
     rule: str = "sensitivity",
     samples: int = PRUNING_WINDOWS,
     sequence_length: int | None = None,
@@ -198,26 +218,56 @@ def calibrate_checkpoint(
 ) -> PruningTable:
     """Calibrate a compressed checkpoint and store the table in its config.json.
 
+    target_drop: None for TARGET_DROP; the rule "median" drops what the medians say, and takes none.
     Raises UserError for a folder that mcmoe did not make, unusable text or options out of range.
     """
-    if not 0 < target_drop <= MAX_DROP:
-        raise UserError(f"target drop is {target_drop}, allowed are shares up to {MAX_DROP}")
-    checkpoint = open_checkpoint(Path(folder))
+    _require_usable(target_drop, rule, samples, seed)
+    checkpoint = _uncalibrated(open_checkpoint(folder))
     read_config(checkpoint)  # refuses a folder that mcmoe did not make
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
-    length = window_length(checkpoint, sequence_length)
-    tokens = sample_windows(text, tokenizer, samples, length, seed)
+    require_file(checkpoint.path / "config.json")
     model = open_model(checkpoint, device)
+    require_prunable(model)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)
+    length = window_length(model.config, sequence_length)
     with Progress() as progress:
-        table = calibrate_pruning(model, tokens, target_drop, rule, progress)
+        tokens = sample_windows(text, tokenizer, samples, length, seed, progress.say)
+        require_known_tokens(tokens, int(model.config.vocab_size), checkpoint.path)
+        table = calibrate_pruning(model, tokens, target_drop or TARGET_DROP, rule, progress)
     store_table(checkpoint, table)
     return table
+
+
+def _require_usable(target_drop: float | None, rule: str, samples: int, seed: int) -> None:
+    wrong = [
+        *out_of_range("samples", samples, 1, MAX_WINDOWS),
+        *out_of_range("seed", seed, 0, MAX_SEED),
+    ]
+    if target_drop is not None and not 0 < target_drop <= MAX_DROP:
+        wrong.append(f"target_drop is {target_drop}, allowed are shares up to {MAX_DROP}")
+    if rule not in RULES:
+        wrong.append(f"rule is {rule!r:.40}, allowed are {list(RULES)}")
+    elif rule == "median" and target_drop is not None:
+        wrong.append(
+            f"target_drop is {target_drop}, but the rule median drops what lies below the layers' "
+            "medians; leave out one of the two"
+        )
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _uncalibrated(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without its table, which may be the broken one that is to be replaced."""
+    settings = checkpoint.config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return checkpoint
+    config = {**checkpoint.config, "quantization_config": {**settings, "pruning": None}}
+    return replace(checkpoint, config=config)
 
 
 def store_table(checkpoint: Checkpoint, table: PruningTable) -> None:
     """Put a table into the config.json of a compressed checkpoint."""
     quantization = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
-    calibrated = replace(quantization, pruning=table.to_dict())
+    calibrated = replace(quantization, pruning=table)
     config = {**checkpoint.config, "quantization_config": calibrated.to_dict()}
     with explain_os_errors(f"writing {checkpoint.path / 'config.json'}"):
         write_json(checkpoint.path / "config.json", config)

@@ -61,6 +61,17 @@ def test_shares_are_bought_where_they_cost_least():
     assert choose_shares(layers, 0.9) == pytest.approx([0.5] * 4)  # all that may be dropped
 
 
+@pytest.mark.parametrize("target", [0.2, 2.0, float("inf"), float("nan")])
+def test_shares_are_chosen_in_a_bounded_number_of_steps(target):
+    """Also where some layers, or all, have nothing to drop."""
+    top_1 = summarize_routing(torch.rand(100, 1))
+    assert choose_shares([top_1, top_1], target) == [0, 0] and choose_shares([], target) == []
+    mixed = choose_shares([top_1, layer_with(1.0)], target)
+    assert mixed[0] == 0 and mixed[1] <= 0.5
+    few = LayerRouting(torch.rand(1), torch.rand(1).double(), 10**13, 1.0)
+    assert choose_shares([few], target)[0] <= 1e-13
+
+
 @pytest.fixture(scope="module")
 def measured(compressed_example, evaluation_text):
     loaded = open_model(open_checkpoint(compressed_example))
@@ -108,6 +119,63 @@ def test_the_papers_rule_is_the_median(compressed_example, calibration_text, tmp
         str(folder), str(calibration_text), rule="median", samples=8, sequence_length=128
     )
     assert table.renormalize and table.target_drop == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"samples": 0}, "samples is 0, needs at least 1"),
+        ({"samples": -1}, "samples is -1, needs at least 1"),
+        ({"samples": 10**30}, "samples is 1000.*, needs at most 1048576"),
+        ({"samples": 2.5}, "samples is 2.5, needs a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616, needs at most"),
+        ({"seed": -1}, "seed is -1, needs at least 0"),
+        ({"target_drop": float("nan")}, r"target_drop is nan, allowed are shares up to 0\.5"),
+        ({"target_drop": 0.0}, "target_drop is 0.0, allowed"),
+        ({"rule": "mean"}, "rule is 'mean', allowed are"),
+        ({"rule": "median", "target_drop": 0.2}, "rule median drops .* leave out one"),
+        ({"sequence_length": 0}, "sequence_length is 0, allowed are 2 to 512"),
+        ({"sequence_length": -5}, "sequence_length is -5, allowed"),
+        ({"device": "vulkan"}, "device is 'vulkan', allowed"),
+    ],
+)
+def test_numbers_are_checked_before_the_work(compressed_example, calibration_text, given, message):
+    with pytest.raises(UserError, match=message):
+        calibrate_checkpoint(compressed_example, calibration_text, **given)
+
+
+def test_a_model_of_one_expert_a_token_is_refused_before_the_work(
+    tiny_models, compressed_example, calibration_text, tmp_path
+):
+    from mcmoe_vllm.compress.options import QuantizeOptions
+    from mcmoe_vllm.compress.pipeline import quantize
+
+    for source, name in ((tiny_models("mixtral"), "model"), (compressed_example, "compressed")):
+        shutil.copytree(source, tmp_path / name)
+        edit_config(tmp_path / name, num_experts_per_tok=1)
+    with pytest.raises(UserError, match="nothing for online pruning to drop"):
+        calibrate_checkpoint(tmp_path / "compressed", "no text is read")
+    options = QuantizeOptions(
+        tmp_path / "model", tmp_path / "out", calibration=calibration_text, target_drop=0.1
+    )
+    with pytest.raises(UserError, match="leave out --target-drop"):
+        quantize(options)
+    assert {f.name for f in tmp_path.iterdir()} == {"model", "compressed"}
+
+
+def test_a_broken_table_can_be_calibrated_again(compressed_example, calibration_text, tmp_path):
+    folder = shutil.copytree(compressed_example, tmp_path / "broken")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_config(folder, quantization_config={**settings, "pruning": {"rule": "guess"}})
+    with pytest.raises(UserError, match="Calibrate again with `mcmoe calibrate-pruning`"):
+        evaluate(folder, calibration_text, windows=2, sequence_length=32)
+    calibrate_checkpoint(folder, calibration_text, samples=2, sequence_length=32)
+    assert evaluate(folder, calibration_text, windows=2, sequence_length=32).dropped_fraction > 0
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def test_refusals(tiny_models, calibration_text):
