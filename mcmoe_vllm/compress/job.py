@@ -47,18 +47,21 @@ def open_source(options: QuantizeOptions) -> MoeModel:
     return model
 
 
-def read_windows(options: QuantizeOptions, model: MoeModel, say: Say) -> torch.Tensor:
+def read_windows(
+    options: QuantizeOptions, checkpoint: Checkpoint, config: Any, say: Say
+) -> torch.Tensor:
     """Calibration tokens [S, L]; the first windows stand for all where fewer are enough.
 
+    checkpoint: of the model, whose tokenizer it has; config: transformers' of it.
     Raises UserError for unusable text and for a tokenizer of another model.
     """
-    path = model.checkpoint.path
-    length = window_length(model.config, options.sequence_length)
+    path = checkpoint.path
+    length = window_length(config, options.sequence_length)
     tokenizer = load_tokenizer(path, options.trust_remote_code)
     windows = sample_windows(
         options.calibration, tokenizer, options.samples, length, options.seed, say
     )
-    require_known_tokens(windows, int(model.config.vocab_size), path)
+    require_known_tokens(windows, int(config.vocab_size), path)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     return windows[order]
 

@@ -182,7 +182,7 @@ def _open(
     if allocates and options.plan is None:
         require_budget(options, model.moe_layers, model.num_experts)
     progress.say(f"reading calibration text {options.calibration}")
-    windows = read_windows(options, model, progress.say)
+    windows = read_windows(options, model.checkpoint, model.config, progress.say)
     return model, windows
 
 

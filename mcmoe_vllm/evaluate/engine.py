@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,8 +55,8 @@ def run_engine_program(name: str, job: Mapping[str, Any], failure: str, **settin
     """What a module of this folder makes of `job`, both JSON. `settings` are added to its
     environment, where else what the user set stays.
 
-    It and all that it started are gone when this returns, raises, or is ended by a signal; so are
-    the files between them, which have no names.
+    It and all that it started are gone when this returns or raises, or when this process ends,
+    however that does; so are the files between them, which have no names.
     Raises UserError with `failure` and the last lines of its stderr if it gives no result.
     """
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -65,7 +64,6 @@ def run_engine_program(name: str, job: Mapping[str, Any], failure: str, **settin
         tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as result,
         tempfile.TemporaryFile() as said,
-        _unwinding_on_signals(),
     ):
         given.write(json.dumps(job).encode())
         given.seek(0)
@@ -100,33 +98,3 @@ def run_engine_program(name: str, job: Mapping[str, Any], failure: str, **settin
 def _tail(said: IO[bytes]) -> str:
     said.seek(max(0, said.seek(0, os.SEEK_END) - TAIL_BYTES))
     return "\n".join(said.read().decode(errors="replace").strip().splitlines()[-TAIL_LINES:])
-
-
-class _EndedError(BaseException):
-    """A signal asks the process to end."""
-
-
-@contextmanager
-def _unwinding_on_signals() -> Iterator[None]:
-    """While this lasts, SIGTERM and SIGHUP unwind the stack as Ctrl-C does, and then end the
-    process as they would have. A handler of the user's stays."""
-    numbers = [signal.SIGTERM, signal.SIGHUP]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # no other thread may ask for signals
-    taken = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
-
-    def unwind(number: int, frame: object) -> None:
-        raise _EndedError(number)
-
-    for number in taken:
-        signal.signal(number, unwind)
-    ended = 0
-    try:
-        yield
-    except _EndedError as e:
-        ended = e.args[0]
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-    if ended:
-        os.kill(os.getpid(), ended)

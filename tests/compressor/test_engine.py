@@ -199,9 +199,3 @@ def test_a_loss_that_is_no_number_arrives_as_one(here, tmp_path):
     (tmp_path / "libraries" / "vllm.py").write_text(VLLM.replace("-float(t)", "float('nan')"))
     losses = score_with_vllm(here, torch.tensor([[9, 1, 3]]), trust_remote_code=False)
     assert losses.isnan().all()
-
-
-def test_signals_are_as_before_when_an_engine_is_done(here):
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-    score_with_vllm(here, torch.tensor([[9, 1]]), trust_remote_code=False)
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
