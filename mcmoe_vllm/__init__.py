@@ -5,7 +5,9 @@ The compressor's functions carry the names of the commands: `plan`, `allocate`, 
 neither vLLM nor transformers nor a GPU.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -28,3 +30,21 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _EXPORTS[name].partition(":")
     return getattr(import_module(module), attribute or name)
+
+
+class _Callable(ModuleType):
+    """A module that has the name of a command's function, and can be called as that."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return __getattr__(self.__name__.rpartition(".")[2])(*arguments, **named)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing mcmoe_vllm.quantize.gptq puts the package of that name where the function was.
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

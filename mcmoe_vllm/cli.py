@@ -1,37 +1,154 @@
 """`mcmoe`: parse -> call -> render. Results go to stdout, talk to stderr; exit codes are honest:
-0 done, 1 a check failed, 2 the user's input cannot be used, 130 interrupted."""
+0 done, 1 a check failed, 2 the user's input cannot be used, 128 + N ended by signal N (130 Ctrl-C,
+143 SIGTERM, 141 when nobody reads the output any more)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mcmoe_vllm.arguments import parse
 from mcmoe_vllm.compress.options import QuantizeOptions
-from mcmoe_vllm.disk import explain_os_errors, require_file, write_json
-from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.flags import from_flags
+from mcmoe_vllm.disk import explain_os_errors, is_stdout, write_json
+from mcmoe_vllm.errors import UserError, brief, printable
+from mcmoe_vllm.flags import given_flags
+from mcmoe_vllm.places import JOB_FILE, require_result, work_folder
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # that end a program which does not listen to them
+
+
+class Ended(BaseException):
+    """The program was told to end, by a signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    _open_streams()
+    parsed = argparse.Namespace()
+    with _ending_on_signals():
+        try:
+            try:
+                parsed = parse(arguments)
+                return int(COMMANDS[parsed.command](parsed) or 0)
+            finally:
+                sys.stdout.flush()
+        except UserError as e:
+            return _fail(str(e))
+        except BrokenPipeError:
+            _drop_output()
+            return 128 + signal.SIGPIPE
+        except OSError as e:
+            _drop_output()
+            file = f" ({e.filename})" if e.filename else ""
+            return _fail(f"reading or writing failed: {e.strerror or e}{file}")
+        except MemoryError:
+            return _fail(OUT_OF_MEMORY)
+        except RuntimeError as e:
+            if not _is_out_of_memory(e):
+                raise
+            return _fail(f"{OUT_OF_MEMORY} ({str(e).strip().splitlines()[0]})")
+        except KeyboardInterrupt:
+            return _interrupted("interrupted", parsed, signal.SIGINT)
+        except Ended as e:
+            return _interrupted(signal.Signals(e.args[0]).name, parsed, e.args[0])
+
+
+OUT_OF_MEMORY = (
+    "there is not enough memory: close other programs, or give fewer --samples or a shorter "
+    "--sequence-length"
+)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {brief(message)}", file=sys.stderr)
+    return 2
+
+
+def _interrupted(how: str, parsed: argparse.Namespace, number: int) -> int:
+    """Say what is left of an interrupted command; its exit code."""
+    kept = ""
+    if getattr(parsed, "command", None) in RESUMABLE and not getattr(parsed, "sweep", None):
+        folder = work_folder(parsed.output, getattr(parsed, "work_dir", None))
+        if (folder / JOB_FILE).exists():
+            kept = f"; finished layers are kept in {folder}, add --resume to continue"
+    print(brief(f"{how}{kept}"), file=sys.stderr)
+    return 128 + number
+
+
+RESUMABLE = ("quantize", "plan")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own errors, of a GPU and of a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _open_streams() -> None:
+    """A closed stream becomes /dev/null, lest the next file that is opened be taken for it; a name
+    that the terminal's encoding lacks is escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What stdout cannot take is not tried again at the end of the program."""
     try:
-        parsed = parse(arguments)
-        return int(COMMANDS[parsed.command](parsed) or 0)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished layers are kept, add --resume to continue", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Signals that would end the program at once unwind it instead, so that unfinished files and
+    processes go with it. What is ignored (nohup) or handled by others stays so."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Ended(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.getsignal(n) for n in ENDING}
+        before = {n: handler for n, handler in before.items() if handler is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _options(parsed: argparse.Namespace) -> QuantizeOptions:
+    """What is asked for; of a job that is resumed, what it was started with."""
+    given = given_flags(QuantizeOptions, parsed)
+    if given.get("resume"):
+        from mcmoe_vllm.compress.job import resumed_flags
+
+        given = resumed_flags(given)
+    return QuantizeOptions(**given)
 
 
 def _run_quantize(parsed: argparse.Namespace) -> None:
-    options = from_flags(QuantizeOptions, parsed)
+    options = _options(parsed)
     from mcmoe_vllm.compress.pipeline import quantize
 
     result = quantize(options)
@@ -40,15 +157,16 @@ def _run_quantize(parsed: argparse.Namespace) -> None:
 
 
 def _run_plan(parsed: argparse.Namespace) -> None:
-    options = from_flags(QuantizeOptions, parsed)
+    options = _options(parsed)
     if "plot" in parsed:
-        require_file(parsed.plot)
+        require_result(parsed.plot, options.calibration)
     from mcmoe_vllm.compress.pipeline import plan, sweep
     from mcmoe_vllm.report.plots import write_sweep
 
     if "sweep" not in parsed:
         plan(options)
-        print(parsed.output)
+        if not is_stdout(parsed.output):
+            print(printable(parsed.output))
         return
     points = sweep(options, parsed.sweep)
     print(" bits  expected KL (nats per token, before finetuning)")
@@ -79,7 +197,7 @@ def _run_calibrate_pruning(parsed: argparse.Namespace) -> None:
 
 def _run_inspect(parsed: argparse.Namespace) -> None:
     if "heatmap" in parsed:
-        require_file(parsed.heatmap)
+        require_result(parsed.heatmap)
     from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
     from mcmoe_vllm.report.plots import write_bits_heatmap
 
@@ -99,7 +217,7 @@ def _run_inspect(parsed: argparse.Namespace) -> None:
 
 def _run_eval(parsed: argparse.Namespace) -> None:
     if "json" in parsed:
-        require_file(parsed.json)
+        require_result(parsed.json, getattr(parsed, "text", None))
     figures = _scores_of_tasks(parsed) if "tasks" in parsed else _figures_of_text(parsed)
     if "json" in parsed:
         with explain_os_errors(f"writing {parsed.json}"):

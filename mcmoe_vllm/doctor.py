@@ -16,6 +16,7 @@ from typing import Literal
 
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.format import QUANT_METHOD
+from mcmoe_vllm.errors import printable
 
 Status = Literal["ok", "warning", "error"]
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -44,14 +45,16 @@ def has_errors(findings: Sequence[Finding]) -> bool:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """One line a finding on stdout, statuses coloured on a terminal."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from mcmoe_vllm.report.console import Console
+
+    console = Console(soft_wrap=True)
     width = max((len(f.name) for f in findings), default=0)
     for f in findings:
         console.print(
-            Text(f"{f.status:<8}", style=STYLES[f.status]), Text(f"{f.name:<{width}}  {f.detail}")
+            Text(f"{f.status:<8}", style=STYLES[f.status]),
+            Text(printable(f"{f.name:<{width}}  {f.detail}")),
         )
 
 

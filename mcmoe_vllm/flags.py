@@ -104,6 +104,14 @@ def differing(options: Any, names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
+def changed_flags(options: Any) -> dict[str, Any]:
+    """The fields with a flag whose value is not the default, for JSON; a value that no command line
+    can give, such as an object, is left out."""
+    changed = differing(options, [name for name, _, _, _ in _flags(type(options))])
+    kinds = bool | int | float | str | tuple
+    return {name: value for name, value in changed.items() if isinstance(value, kinds)}
+
+
 def not_allowed(options: Any, names: Sequence[str]) -> list[str]:
     """A sentence for each of the named fields whose value is none of those allowed."""
     values = {

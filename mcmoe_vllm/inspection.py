@@ -144,12 +144,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
 
 def print_inspection(inspection: Inspection) -> None:
     """The result on stdout: totals, then the widths of every layer, coloured on a terminal."""
-    from rich.console import Console
-
     from mcmoe_vllm.pruning.table import read_table
+    from mcmoe_vllm.report.console import Console
     from mcmoe_vllm.report.tables import widths_table
 
-    console = Console(highlight=False)
+    console = Console()
     lines = _totals(inspection)
     pruning = read_table(inspection.config)
     last = None

@@ -134,7 +134,8 @@ class Bench:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan.to_dict())
             plan_file = str(folder / "plan.json")
-            options = self.options(output, recipe, seed, plan=plan_file, resume=True)
+            begun = (folder / "out.work").exists()
+            options = self.options(output, recipe, seed, plan=plan_file, resume=begun)
             quantize(options)
         return output
 

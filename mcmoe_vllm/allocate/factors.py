@@ -39,7 +39,7 @@ def read_factors(path: str | os.PathLike[str]) -> Factors:
     candidate_bits may come in any order (the errors are reordered with them), further keys are
     ignored. Raises UserError that lists every missing key, wrong shape and wrong value.
     """
-    data = read_json(path)
+    data = read_json(path, finite=False)  # all offenders are listed below
     if not isinstance(data, dict):
         raise UserError(
             f"{path} holds a JSON {type(data).__name__}, not the object of a factors file"

@@ -25,8 +25,9 @@ from mcmoe_vllm.allocate.budget import (
 )
 from mcmoe_vllm.allocate.factors import expert_costs, read_factors
 from mcmoe_vllm.allocate.knapsack import choose_by_price
-from mcmoe_vllm.disk import explain_os_errors, replacing, require_file
+from mcmoe_vllm.disk import explain_os_errors, replacing
 from mcmoe_vllm.errors import UserError, some
+from mcmoe_vllm.places import require_result
 
 FLOOR_WIDTHS = (3, 2)  # one expert of each per layer; the first is kept if only one can be
 OBJECTIVE_RANGE = 1e6  # of the costs that HiGHS sees; it ignores gains below 1e-6
@@ -125,7 +126,7 @@ def allocate_file(
     `pins` are specs as in `parse_pins`, budgets as in `allocate_bits`. The file appears whole or
     not at all. Raises UserError for wrong input and where out_path cannot be written.
     """
-    require_file(out_path)
+    require_result(out_path, factors_path)
     factors = read_factors(factors_path)
     costs = expert_costs(factors, alpha=alpha, beta=beta, gamma=gamma)
     allocation = allocate_bits(
@@ -142,7 +143,7 @@ def allocate_file(
         "solver": allocation.solver,
     }
     with explain_os_errors(f"writing {out_path}"), replacing(out_path) as temporary:
-        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
     return allocation
 
 

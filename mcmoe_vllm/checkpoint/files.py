@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mcmoe_vllm.checkpoint.format import (
-    HUB_PATTERNS,
     INDEX_FILE,
     QUANT_METHOD,
     SINGLE_FILE,
     QuantizationConfig,
 )
+from mcmoe_vllm.checkpoint.side_files import HUB_IGNORED
 from mcmoe_vllm.disk import explain_os_errors, read_json
 from mcmoe_vllm.errors import UserError, count, reason_of
 
@@ -177,7 +177,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=HUB_IGNORED))
     except HFValidationError as e:
         raise UserError(f"{model} is neither a folder nor the name of a Hub model: {e}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:

@@ -180,11 +180,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "mcmoe_manifest.json"
 MANIFEST_VERSION = 1
-# Side files that make a folder usable by tokenizers, engines and lawyers.
-SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-SIDE_FILE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-OWN_FILES = ("config.json", INDEX_FILE, MANIFEST_FILE, "report.json", "plan.json")
-HUB_PATTERNS = ["*.safetensors", *(f"*{s}" for s in SIDE_FILE_SUFFIXES), "LICENSE*", "NOTICE*"]
 
 
 def stored_scale(tensor: torch.Tensor, bits: int, name: str) -> torch.Tensor:

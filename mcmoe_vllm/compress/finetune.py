@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
 from mcmoe_vllm.checkpoint.writing import write_shard
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.student import Student
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
-from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.model.divergence import require_finite
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 
@@ -31,6 +29,7 @@ FITTED = 2  # one in so many of the others is learned from: all of them take twi
 BATCH_TOKENS, BATCH_WINDOWS = 1024, 2  # a step's, at least: unpacking takes most of its time
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of the way that was moved, in the order in which they are tried
 WARM_UP = 0.1  # of the steps
+KEPT = "finetuned"  # the name of what is kept of it
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ def finetune(
     changed is kept in a file of its own first, so that a job killed while it rewrites shards learns
     nothing twice.
     """
-    kept, summary = work.path / "finetuned.safetensors", work.path / "finetuned.json"
     compressed = open_checkpoint(work.checkpoint)
-    if not summary.exists():
+    if not work.has(KEPT):
         began = time.perf_counter()
         found = finetune_model(
             open_model(compressed, str(device), dtype),
@@ -72,11 +70,12 @@ def finetune(
             report=lambda step, steps, loss: say(f"finetuning step {step}/{steps}: KL {loss:.4f}"),
         )
         dtypes = compressed.read(list(found.tensors)) if found.tensors else {}
+        kept = work.path / f"{KEPT}.safetensors"
         write_shard(kept, {n: t.to(dtypes[n].dtype) for n, t in found.tensors.items()})
         seconds = round(time.perf_counter() - began, 3)
-        write_json(summary, {"before": found.before, "after": found.after, "seconds": seconds})
-    _rewrite_shards(compressed, load_file(kept))
-    return dict(read_json(summary))
+        work.save(KEPT, {"before": found.before, "after": found.after, "seconds": seconds})
+    _rewrite_shards(compressed, work.load_tensors(KEPT))
+    return work.load(KEPT)
 
 
 def _rewrite_shards(checkpoint: Checkpoint, changed: dict[str, torch.Tensor]) -> None:

@@ -13,11 +13,18 @@ import torch
 
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, resolve_model
+from mcmoe_vllm.checkpoint.fingerprint import weights_fingerprint
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
-from mcmoe_vllm.compress.workdirectory import WORK_VERSION, WorkDirectory, open_work_directory
-from mcmoe_vllm.disk import read_json, require_parent
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.compress.workdirectory import (
+    WorkDirectory,
+    open_work_directory,
+    read_job,
+    require_startable,
+)
+from mcmoe_vllm.disk import read_json
+from mcmoe_vllm.errors import UserError, count
+from mcmoe_vllm.flags import changed_flags
 from mcmoe_vllm.limits import GROUP_SIZES
 from mcmoe_vllm.model.documents import Say
 from mcmoe_vllm.model.moe_model import MoeModel, Outline, open_model
@@ -27,7 +34,12 @@ from mcmoe_vllm.model.text import (
     sample_windows,
     window_length,
 )
+from mcmoe_vllm.places import JOB_FILE, work_folder
 from mcmoe_vllm.plan import Plan
+
+MEASURE = "measure"  # a job of which nothing is kept
+# Options that say where a job works; and one that is dangerous enough to be given each time.
+NOT_RESTORED = ("work_dir", "resume", "trust_remote_code")
 
 
 def open_source(options: QuantizeOptions) -> MoeModel:
@@ -88,26 +100,47 @@ def open_work(
     windows: torch.Tensor,
     path: Path,
     command: str,
+    asked: QuantizeOptions | None = None,
 ) -> WorkDirectory:
-    """The job's folder, new or taken up again; its description is all that decides the result."""
-    shards = {n: (t.shard, t.shape, t.dtype) for n, t in checkpoint.tensors.items()}
+    """The job's folder, new or taken up again; its description is all that decides the result.
+
+    asked: the options before a given plan decided on some.
+    """
     description = {
-        "work_version": WORK_VERSION,
         "command": command,
         "mcmoe_version": __version__,
         "format_version": FORMAT_VERSION,
         "torch_version": torch.__version__,
         "device": device.type,
-        "threads": torch.get_num_threads(),
-        "model": str(checkpoint.path.resolve()),
-        "model_fingerprint": _fingerprint([checkpoint.config, shards]),
+        "model_fingerprint": _fingerprint([checkpoint.config, weights_fingerprint(checkpoint)]),
         "calibration_fingerprint": _fingerprint(windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
+        "target_drop": options.target_drop,
         **{name: getattr(options, name) for name in RESULT_FIELDS},
         **named_traits(options.traits),
     }
-    require_parent(path)
-    return open_work_directory(path, json.loads(json.dumps(description)), options.resume)
+    kept = {n: v for n, v in changed_flags(asked or options).items() if n not in NOT_RESTORED}
+    description, flags = json.loads(json.dumps([description, kept]))
+    return open_work_directory(path, description, options.resume and command != MEASURE, flags)
+
+
+def resumed_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a command line that resumes a job: those that the job was started with, and
+    those that were given again. `open_work` refuses what differs.
+
+    Raises UserError if there is nothing to resume.
+    """
+    path = work_folder(given["output"], given.get("work_dir"))
+    require_startable(path, resume=True)
+    if not (path / JOB_FILE).exists():
+        raise UserError(
+            f"the job in {path} was stopped before it kept anything: leave --resume out to begin "
+            "again"
+        )
+    kept = read_job(path).flags
+    if unknown := sorted(set(kept) - set(QuantizeOptions.__dataclass_fields__)):
+        raise UserError(f"{path / JOB_FILE} holds {count(unknown, 'unknown option')}")
+    return {**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()}, **given}
 
 
 def _require_whole_groups(model: Outline, group_size: int, dense_bits: int) -> None:

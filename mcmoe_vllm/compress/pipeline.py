@@ -19,26 +19,35 @@ import torch
 
 from mcmoe_vllm.allocate.budget import parse_pins
 from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.side_files import find_side_files
 from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_choose, require_budget
 from mcmoe_vllm.compress.expected_loss import describe_costs
 from mcmoe_vllm.compress.finetune import finetune
-from mcmoe_vllm.compress.job import open_source, open_work, read_windows, require_plan_fits
+from mcmoe_vllm.compress.job import (
+    MEASURE,
+    open_source,
+    open_work,
+    read_windows,
+    require_plan_fits,
+)
 from mcmoe_vllm.compress.measure import measure_layers
 from mcmoe_vllm.compress.options import QuantizeOptions, recipe_of, require_undecided
 from mcmoe_vllm.compress.publish import (
     Summary,
     count_sizes,
     move_into_place,
+    needed_bytes,
     require_free_space,
     seal,
     write_output,
 )
 from mcmoe_vllm.compress.quantize_layers import final_states, quantize_layers
 from mcmoe_vllm.compress.significance import LayerSignificance
-from mcmoe_vllm.compress.workdirectory import WorkDirectory
-from mcmoe_vllm.disk import explain_os_errors, read_json, require_parent, write_json
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.compress.workdirectory import WorkDirectory, moved_into, require_startable
+from mcmoe_vllm.disk import explain_os_errors, read_json, write_json
+from mcmoe_vllm.errors import UserError, count
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
+from mcmoe_vllm.places import output_folder, require_apart, require_result, work_folder
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.pruning.calibration import (
     PRUNING_WINDOWS,
@@ -55,17 +64,19 @@ def plan(options: QuantizeOptions) -> Plan:
 
     Raises UserError for anything that the user can mend.
     """
-    output = Path(options.output)
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder; name a file such as plan.json")
-    require_parent(output)
+    require_result(options.output, options.calibration, options.plan)
+    folder = work_folder(options.output, options.work_dir)
+    require_startable(folder, options.resume)
+    require_apart(Path(options.output).absolute(), folder)
     with Progress() as progress:
         model, windows = _open(options, progress)
-        work = _open_work(options, model, windows, "plan", progress)
-        result = measure_and_choose(options, model, windows, work, progress)
-    with explain_os_errors(f"writing {output}"):
-        write_json(output, result.to_dict())
-    work.remove()
+        _, states = needed_bytes(model, windows, options, None)
+        require_free_space(folder, states, folder, 0)
+        with _open_work(options, model, windows, folder, "plan", progress) as work:
+            result = measure_and_choose(options, model, windows, work, progress)
+            with explain_os_errors(f"writing {options.output}"):
+                write_json(options.output, result.to_dict())
+            _remove(work, progress)
     print_plan(result, count_sizes(model.outline, result))
     return result
 
@@ -77,12 +88,14 @@ def measure(options: QuantizeOptions) -> list[LayerSignificance]:
     """
     with Progress() as progress, tempfile.TemporaryDirectory() as folder:
         model, windows = _open(options, progress, allocates=False)
-        work = open_work(options, model.checkpoint, model.device, windows, Path(folder), "measure")
         traits = options.traits
         candidates = sorted(traits.candidate_bits)
-        return measure_layers(
-            model, windows, candidates, options.group_size, traits, work, progress, resumable=False
-        )
+        place = Path(folder) / "work"
+        with open_work(options, model.checkpoint, model.device, windows, place, MEASURE) as work:
+            return measure_layers(
+                model, windows, candidates, options.group_size, traits, work, progress,
+                resumable=False,
+            )  # fmt: skip
 
 
 def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[float, float]]:
@@ -112,48 +125,58 @@ def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[floa
 def quantize(options: QuantizeOptions) -> dict[str, Any]:
     """Compress a checkpoint into `options.output`; returns what report.json holds.
 
-    Raises UserError for anything that the user can mend. The output folder appears whole or not
-    at all.
+    Raises UserError for anything that the user can mend. The output folder appears whole; one that
+    exists is filled at the end, config.json last.
     """
     started = time.perf_counter()
-    output = Path(options.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} exists and is not empty; choose another folder")
-    require_parent(output)
-    given = None
+    asked, given = options, None
+    folder = work_folder(options.output, options.work_dir)
+    output = _output(options.output, folder)
+    require_startable(folder, options.resume)
     if options.plan is not None:
         given = Plan.from_dict(read_json(options.plan), options.plan)
         require_undecided(options, given)
         options = _with_plan(options, given)
     with Progress() as progress:
-        model, windows = _open(options, progress)
+        model = _open_model(options)
+        require_apart(output, folder, model.checkpoint.path)
+        _announce_left_out(model, options, progress)
         if given is not None:
             require_plan_fits(given, options.plan, model.outline)
-        work = _open_work(options, model, windows, "quantize", progress)
-        chosen = given or measure_and_choose(options, model, windows, work, progress)
-        sizes = count_sizes(model.outline, chosen)
-        require_free_space(work, sizes.total_bytes)
-        layers = quantize_layers(model, windows, chosen, options.traits, work, progress)
-        summary = Summary(options, model, windows.shape, chosen, sizes, layers)
-        result = _finish(summary, windows, work, progress, started)
-    move_into_place(work.checkpoint, output)
-    work.remove()
-    print_plan(chosen, sizes)
+        windows = _read_text(options, model, progress)
+        needed = needed_bytes(model, windows, options, given)
+        require_free_space(folder, sum(needed), output, needed[0])
+        with _open_work(options, model, windows, folder, "quantize", progress, asked) as work:
+            if work.job.moving is None:
+                _compress(options, model, windows, given, work, progress, started)
+            move_into_place(work, output)
+            _remove(work, progress)
+    result, made = read_json(output / "report.json"), read_json(output / "plan.json")
+    chosen = Plan.from_dict(made, str(output / "plan.json"))
+    print_plan(chosen, count_sizes(model.outline, chosen))
     costs = result["sensitivity"]
-    print_result(result, output, None if costs is None else describe_costs(costs))
+    print_result(result, Path(options.output), None if costs is None else describe_costs(costs))
     return result
 
 
-def _finish(
-    summary: Summary,
+def _compress(
+    options: QuantizeOptions,
+    model: MoeModel,
     windows: torch.Tensor,
+    given: Plan | None,
     work: WorkDirectory,
     progress: Progress,
     started: float,
-) -> dict[str, Any]:
-    """From quantized shards to a whole checkpoint: finetuned, calibrated, hashed."""
-    options, folder = summary.options, work.checkpoint
-    result = write_output(folder, summary)
+) -> None:
+    """From the model to a whole checkpoint in the work directory."""
+    chosen = given or measure_and_choose(options, model, windows, work, progress)
+    needed = needed_bytes(model, windows, options, chosen)
+    require_free_space(work.path, sum(needed), work.path, 0)
+    layers = quantize_layers(model, windows, chosen, options.traits, work, progress)
+    sizes = count_sizes(model.outline, chosen)
+    summary = Summary(options, model, windows.shape, chosen, sizes, layers)
+    folder = work.checkpoint
+    result = {**write_output(folder, summary), "threads": list(work.job.threads)}
     if options.traits.finetune_passes:
         states = final_states(work)
         result["finetuning"] = finetune(
@@ -167,13 +190,25 @@ def _finish(
         table = calibrate_pruning(pruned, part, options.target_drop, progress=progress)
         store_table(compressed, table)
     progress.say("hashing")
-    return seal(folder, result, time.perf_counter() - started)
+    seal(folder, result, time.perf_counter() - started)
+
+
+def _output(name: str, folder: Path) -> Path:
+    """The output folder of a job that works in `folder`, checked: it may hold that, and what the
+    job moved there before it was stopped."""
+    own = list(moved_into(output := Path(name).resolve(), folder))
+    return output_folder(name, [*own, *([folder.name] if folder.parent == output else [])])
 
 
 def _open(
     options: QuantizeOptions, progress: Progress, allocates: bool = True
 ) -> tuple[MoeModel, torch.Tensor]:
     """The model and its calibration windows. allocates: whether the budget has to be possible."""
+    model = _open_model(options, allocates)
+    return model, _read_text(options, model, progress)
+
+
+def _open_model(options: QuantizeOptions, allocates: bool = True) -> MoeModel:
     model = open_source(options)
     candidates = sorted(options.traits.candidate_bits)
     parse_pins(options.pins, model.moe_layers, model.num_experts, candidates)
@@ -181,22 +216,41 @@ def _open(
         require_prunable(model)
     if allocates and options.plan is None:
         require_budget(options, model.moe_layers, model.num_experts)
+    return model
+
+
+def _read_text(options: QuantizeOptions, model: MoeModel, progress: Progress) -> torch.Tensor:
     progress.say(f"reading calibration text {options.calibration}")
-    windows = read_windows(options, model.checkpoint, model.config, progress.say)
-    return model, windows
+    return read_windows(options, model.checkpoint, model.config, progress.say)
+
+
+def _announce_left_out(model: MoeModel, options: QuantizeOptions, progress: Progress) -> None:
+    found = find_side_files(model.checkpoint.path, options.trust_remote_code)
+    if found.left_out:
+        progress.say(
+            f"not copied along, too large or too many: {count(found.left_out, 'file')}; "
+            "if a tokenizer needs them, copy them by hand"
+        )
 
 
 def _open_work(
     options: QuantizeOptions,
     model: MoeModel,
     windows: torch.Tensor,
+    folder: Path,
     command: str,
     progress: Progress,
+    asked: QuantizeOptions | None = None,
 ) -> WorkDirectory:
-    path = Path(options.work_dir or f"{options.output}.work")
-    work = open_work(options, model.checkpoint, model.device, windows, path, command)
-    progress.say(f"work directory {path}")
+    work = open_work(options, model.checkpoint, model.device, windows, folder, command, asked)
+    for note in (f"work directory {folder}", *work.notes):
+        progress.say(note)
     return work
+
+
+def _remove(work: WorkDirectory, progress: Progress) -> None:
+    if kept := work.remove():
+        progress.say(f"{work.path} stays, it holds what the job did not make: {', '.join(kept)}")
 
 
 def _with_plan(options: QuantizeOptions, given: Plan) -> QuantizeOptions:

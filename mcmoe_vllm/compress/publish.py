@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import errno
+import filecmp
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, QuantizationConfig
 from mcmoe_vllm.checkpoint.manifest import write_manifest
+from mcmoe_vllm.checkpoint.side_files import copy_side_files
 from mcmoe_vllm.checkpoint.sizes import Sizes, size
-from mcmoe_vllm.checkpoint.writing import copy_side_files, side_files, write_index
+from mcmoe_vllm.checkpoint.writing import write_index
 from mcmoe_vllm.compress.expected_loss import matrix_costs, summarize_costs
+from mcmoe_vllm.compress.measure import PROBE_TOKENS
 from mcmoe_vllm.compress.options import PLAN_TRAITS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
-from mcmoe_vllm.disk import explain_os_errors, write_json
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.disk import explain_os_errors, flush_folder, is_partial, replacing, write_json
+from mcmoe_vllm.errors import UserError, count
 from mcmoe_vllm.model.memory import peak_rss_bytes
 from mcmoe_vllm.model.moe_model import MoeModel, Outline
 from mcmoe_vllm.plan import Plan
@@ -65,16 +71,16 @@ def write_output(folder: Path, summary: Summary) -> dict[str, Any]:
     report = _report(folder, summary)
     with explain_os_errors(f"writing {folder}"):
         write_index(folder, _shards(folder))
-        copy_side_files(source.path, folder, summary.options.trust_remote_code)
+        copied = copy_side_files(source.path, folder, summary.options.trust_remote_code)
         quantization = _quantization_config(summary).to_dict()
         write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
         write_json(folder / "plan.json", plan.to_dict())
         write_heatmap(plan, folder / "allocation.png")
-        licences = [f.name for f in side_files(source.path) if "LICEN" in f.name.upper()]
+        licences = [name for name in copied.names if "LICEN" in name.upper() and "/" not in name]
         name = Path(summary.options.output).absolute().name
         licence = next(iter(licences), None)
         write_model_card(folder, name, report, plan, summary.sizes, licence)
-    return report
+    return {**report, "left_out": list(copied.left_out)}
 
 
 def seal(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -149,42 +155,129 @@ def count_sizes(model: Outline, plan: Plan) -> Sizes:
         for row in plan.pairs()
         for w13, w2 in row
     )
-    dense: set[str] = set()
-    if plan.dense_bits == DENSE_WIDTH:
-        for layer in range(model.num_layers):
-            dense |= set(model.architecture.dense_weights(layer))
-    other_bytes = 0
-    for name, info in model.checkpoint.tensors.items():
-        if name in dense:
-            rows, columns = info.shape
-            other_bytes += rows * columns // 2 + rows * (columns // group) * 2
-        elif not model.architecture.is_routed_expert(name):
-            other_bytes += info.nbytes
     return Sizes(
         original_bytes=model.checkpoint.nbytes,
         expert_bytes=expert_bytes,
-        other_bytes=other_bytes,
+        other_bytes=_other_bytes(model, plan.dense_bits, group),
         expert_parameters=len(plan.layers) * model.num_experts * 3 * hidden * width,
         parameters=model.checkpoint.num_parameters,
     )
 
 
-def require_free_space(work: WorkDirectory, total_bytes: int) -> None:
-    written = sum(f.stat().st_size for f in work.checkpoint.glob("*.safetensors"))
-    needed, free = total_bytes - written, shutil.disk_usage(work.path).free
-    if free < needed:
+def _other_bytes(model: Outline, dense_bits: int, group_size: int) -> int:
+    """Bytes of what is no expert."""
+    dense: set[str] = set()
+    if dense_bits == DENSE_WIDTH:
+        for layer in range(model.num_layers):
+            dense |= set(model.architecture.dense_weights(layer))
+    total = 0
+    for name, info in model.checkpoint.tensors.items():
+        if name in dense:
+            rows, columns = info.shape
+            total += rows * columns // 2 + rows * (columns // group_size) * 2
+        elif not model.architecture.is_routed_expert(name):
+            total += info.nbytes
+    return total
+
+
+def needed_bytes(
+    model: MoeModel, windows: torch.Tensor, options: QuantizeOptions, plan: Plan | None
+) -> tuple[int, int]:
+    """Bytes of the checkpoint, and of the states that are kept on the way; as far as the options
+    tell as long as there is no plan. windows: tokens [S, L]."""
+    outline, hidden = model.outline, model.hidden_size
+    of_token = hidden * model.dtype.itemsize
+    states = 2 * windows.numel() * of_token  # of both models
+    if plan is not None:
+        return count_sizes(outline, plan).total_bytes, 2 * states  # of a layer and of the next
+    probes = len(model.moe_layers) * min(PROBE_TOKENS, windows.numel()) * of_token
+    weights = len(outline.moe_layers) * outline.num_experts * 3 * hidden * outline.expert_width
+    expert_bytes = int(weights * (options.bits + 16 / options.group_size) / 8)
+    other_bytes = _other_bytes(outline, options.dense_bits, options.group_size)
+    return expert_bytes + other_bytes, 2 * max(states, states // 2 + probes)
+
+
+def require_free_space(folder: Path, needed: int, output: Path, output_bytes: int) -> None:
+    """Raises UserError if a job's folder, or its output on another disk, will not have room."""
+    needs = [(folder, needed - _written(folder))]
+    if _disk(output) != _disk(folder):
+        needs.append((output, output_bytes))
+    for path, least in needs:
+        free = shutil.disk_usage(_existing(path)).free
+        if free < least:
+            raise UserError(
+                f"the disk of {path} has {size(free)} free, the job needs {size(least)}; make "
+                "room, or choose another disk with --output or --work-dir"
+            )
+
+
+def _written(folder: Path) -> int:
+    files = (f for pattern in ("checkpoint/*", "hidden/*") for f in folder.glob(pattern))
+    return sum(file.stat().st_size for file in files)
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else path.parent
+
+
+def _disk(path: Path) -> int:
+    return _existing(path).stat().st_dev
+
+
+def move_into_place(work: WorkDirectory, output: Path) -> None:
+    """The finished checkpoint, from the work directory to the output folder.
+
+    One that does not exist appears at once, if it is on the same disk. Else it is filled file by
+    file, config.json last: a folder without that is no model to anybody, and the job that left it
+    can be resumed. What lies in the folder and is not the job's is never touched.
+    """
+    if work.job.moving is None:
+        found = (file for file in work.checkpoint.rglob("*") if file.is_file())
+        names = sorted(file.relative_to(work.checkpoint).as_posix() for file in found)
+        work.note_moving(output, sorted(names, key=lambda name: name == "config.json"))
+    job = work.job
+    if job.moving != str(output):
         raise UserError(
-            f"the disk of {work.path} has {size(free)} free, the checkpoint needs "
-            f"{size(needed)}; make room, then add --resume"
+            f"the output was being moved to {job.moving} when the job was stopped; give that as "
+            "--output again"
         )
+    with explain_os_errors(f"writing {output}"):
+        if not output.exists() and not _move(work.checkpoint, output):
+            output.mkdir()
+        if work.checkpoint.exists():
+            _fill(work.checkpoint, output, job.files)
+        if lost := [name for name in job.files if not (output / name).exists()]:
+            raise UserError(f"{output} lacks {count(lost, 'file')} that the job had moved there")
+        flush_folder(output)
+        flush_folder(output.parent)
 
 
-def move_into_place(source: Path, target: Path) -> None:
-    """Rename a finished folder to its place; across file systems, copy beside it first."""
-    with explain_os_errors(f"writing {target}"):
-        if os.stat(source).st_dev != os.stat(target.absolute().parent).st_dev:
-            partial = target.with_name(f".{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
-            source = partial
-        os.replace(source, target)
+def _fill(source: Path, output: Path, names: Sequence[str]) -> None:
+    for name in names:
+        file, target = source / name, output / name
+        if not file.exists():
+            continue  # moved before the job was stopped
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for other in target.parent.iterdir():
+            if is_partial(other.name, target.name):
+                other.unlink()  # half copied before the job was stopped
+        if target.exists():
+            if not filecmp.cmp(file, target, shallow=False):
+                raise UserError(f"{target} is there already; remove it, then add --resume")
+            file.unlink()  # copied before the job was stopped
+            continue
+        if not _move(file, target):
+            with replacing(target) as partial:
+                shutil.copyfile(file, partial)
+            file.unlink()
+
+
+def _move(source: Path, target: Path) -> bool:
+    """Rename; whether it could be, as on one disk."""
+    try:
+        source.rename(target)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        return False
+    return True

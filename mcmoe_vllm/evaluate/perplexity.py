@@ -263,7 +263,7 @@ def print_evaluation(result: Evaluation) -> None:
     table.add_row(
         result.model, f"{result.perplexity:.4f}", f"{result.loss:.5f}", f"{result.stderr:.5f}"
     )
-    console = Console(emoji=False)
+    console = Console()
     console.print(table)
     if result.loss_difference is not None:
         change = 100 * math.expm1(result.loss_difference)

@@ -190,7 +190,7 @@ def print_scores(model: str, scores: Sequence[TaskScore], base: str | None) -> N
             row.append(_with_error(s.base_score, s.base_stderr))
             row.append("" if s.recovery is None else f"{100 * s.recovery:.1f} %")
         table.add_row(*row)
-    Console(emoji=False).print(table)
+    Console().print(table)
 
 
 def _with_error(value: float | None, stderr: float | None) -> str:

@@ -22,8 +22,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
-from mcmoe_vllm.checkpoint.format import HUB_PATTERNS, MANIFEST_FILE
+from mcmoe_vllm.checkpoint.format import MANIFEST_FILE
 from mcmoe_vllm.checkpoint.manifest import read_manifest, tensor_sha256
+from mcmoe_vllm.checkpoint.side_files import HUB_IGNORED
 from mcmoe_vllm.disk import explain_os_errors
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.memory import peak_rss_bytes
@@ -70,7 +71,7 @@ class McmoeModelLoader(BaseModelLoader):
                 model_config.model,
                 revision=model_config.revision,
                 cache_dir=self.load_config.download_dir,
-                allow_patterns=HUB_PATTERNS,
+                ignore_patterns=HUB_IGNORED,
             )
         )
 

@@ -21,7 +21,7 @@ from mcmoe_kernels.pruning import Measure, beside_largest
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.checkpoint.pruning_table import RULES, PruningTable
-from mcmoe_vllm.disk import explain_os_errors, require_file, write_json
+from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.flags import out_of_range
 from mcmoe_vllm.limits import MAX_DROP, MAX_SEED, MAX_WINDOWS
@@ -34,6 +34,7 @@ from mcmoe_vllm.model.text import (
     sample_windows,
     window_length,
 )
+from mcmoe_vllm.places import require_changeable
 from mcmoe_vllm.pruning.table import Pruning
 from mcmoe_vllm.report.progress import Progress
 
@@ -224,7 +225,7 @@ def calibrate_checkpoint(
     _require_usable(target_drop, rule, samples, seed)
     checkpoint = _uncalibrated(open_checkpoint(folder))
     read_config(checkpoint)  # refuses a folder that mcmoe did not make
-    require_file(checkpoint.path / "config.json")
+    require_changeable(checkpoint.path / "config.json")
     model = open_model(checkpoint, device)
     require_prunable(model)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code)

@@ -10,11 +10,12 @@ class Progress:
     """One line per layer on stderr, below them a bar with the remaining time on a terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        from mcmoe_vllm.report.console import Console
+
+        self._console = Console(stderr=True, soft_wrap=True)
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,7 +37,7 @@ class Progress:
         self._bar.stop()
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        self._console.print(message)
 
     def start(self, phase: str, total: int, done: int) -> None:
         """Begin a phase of `total` layers of which `done` were finished before."""

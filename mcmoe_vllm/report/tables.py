@@ -56,11 +56,11 @@ def describe_counts(pairs: Sequence[Pair]) -> str:
 
 def print_plan(plan: Plan, sizes: Sizes) -> None:
     """The allocation table and the expected size, on stderr."""
-    from rich.console import Console
+    from mcmoe_vllm.report.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     console.print(widths_table(dict(zip(plan.layers, plan.pairs(), strict=True))))
-    console.print(size_lines(plan, sizes), markup=False)
+    console.print(size_lines(plan, sizes))
 
 
 def widths_table(
@@ -123,17 +123,16 @@ def size_lines(plan: Plan, sizes: Sizes) -> str:
 
 def print_result(result: Mapping[str, Any], output: Path, costs: str | None = None) -> None:
     """What was made, on stderr; costs: a line on what it is expected to cost."""
-    from rich.console import Console
+    from mcmoe_vllm.report.console import Console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)
     layers = [layer["experts"] for layer in result["layers"] if "experts" in layer]
     rounding = sum(layer["rounding_kept"] for layer in layers)
     matrices = sum(layer["matrices"] for layer in layers)
     if costs is not None:
-        console.print(costs, markup=False)
+        console.print(costs)
     console.print(
         f"rounding to nearest beat GPTQ in {rounding} of {matrices} expert matrices\n"
         f"{result['seconds']:.0f} s, peak memory {size(result['peak_rss_bytes'])}\n"
-        f"wrote {output}; serve it with: vllm serve {output} --quantization mcmoe",
-        markup=False,
+        f"wrote {output}; serve it with: vllm serve {output} --quantization mcmoe"
     )

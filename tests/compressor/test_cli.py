@@ -287,6 +287,7 @@ def test_flags_are_the_options(monkeypatch):
     """Every field has its flag, of its own type, under its own name."""
     asked = []
     monkeypatch.setattr("mcmoe_vllm.compress.pipeline.quantize", asked.append)
+    monkeypatch.setattr("mcmoe_vllm.compress.job.resumed_flags", lambda given: given)
     given = {
         "--bits": ("bits", 3.5), "--recipe": ("recipe", "paper"), "--scope": ("scope", "global"),
         "--group-size": ("group_size", 64), "--candidate-bits": ("candidate_bits", (2, 3, 4)),

@@ -301,7 +301,7 @@ def write_dequantized(folder: Path, target: Path) -> Path:
     from mcmoe_kernels.formats.packing import dequantize, dequantize_int4_linear
     from mcmoe_vllm.checkpoint.files import open_checkpoint
     from mcmoe_vllm.checkpoint.format import QuantizationConfig
-    from mcmoe_vllm.checkpoint.writing import copy_side_files
+    from mcmoe_vllm.checkpoint.side_files import copy_side_files
     from mcmoe_vllm.disk import write_json
     from mcmoe_vllm.model.architectures import find_architecture
 
