@@ -48,8 +48,8 @@ def require_changeable(file: Path) -> None:
     """Raises UserError if a file of a model, which a command changes, cannot be replaced."""
     if file.is_symlink():
         raise UserError(
-            f"{file} is a link, as in the Hub's cache, whose files are not changed; copy the folder "
-            f"first: cp -rL {file.parent} COPY"
+            f"{file} is a link, as in the Hub's cache, whose files are not changed; copy the "
+            f"folder first: cp -rL {file.parent} COPY"
         )
     is_stream(file)
     _require_room_in(file.parent)
@@ -61,7 +61,7 @@ def output_folder(name: StrPath, own: Collection[str] = ()) -> Path:
     Raises UserError if it holds anything else, and if it cannot be made.
     """
     path = _resolve(name)
-    if not path.exists():
+    if not os.path.exists(path):  # which is false where it cannot be told
         _require_room_beside(path)
         return path
     if not path.is_dir():
@@ -94,7 +94,7 @@ def work_folder(output: StrPath, work_dir: StrPath | None = None) -> Path:
 
 def require_work_folder(path: Path) -> None:
     """Raises UserError if a work directory cannot be made, or its files cannot."""
-    if not path.exists():
+    if not os.path.exists(path):
         _require_room_beside(path)
     elif path.is_dir():
         _require_room_in(path)

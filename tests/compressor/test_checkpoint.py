@@ -17,7 +17,7 @@ from mcmoe_vllm.checkpoint import writing
 from mcmoe_vllm.checkpoint.files import open_checkpoint, read_header, resolve_model
 from mcmoe_vllm.checkpoint.format import INDEX_FILE, MANIFEST_FILE
 from mcmoe_vllm.checkpoint.manifest import file_sha256, tensor_sha256, write_manifest
-from mcmoe_vllm.checkpoint.writing import copy_side_files, shard_name, write_index, write_shard
+from mcmoe_vllm.checkpoint.writing import shard_name, write_index, write_shard
 from mcmoe_vllm.errors import UserError
 
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)
@@ -378,35 +378,3 @@ def test_tensor_hash_is_that_of_the_stored_bytes(tmp_path, shape, dtype):
     data = stored[len(stored) - size :]
     assert tensor_sha256(tensor) == hashlib.sha256(data).hexdigest()
     assert file_sha256(tmp_path / "t.safetensors") == hashlib.sha256(stored).hexdigest()
-
-
-SIDE = (
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-    "tokenizer.model", "merges.txt", "qwen.tiktoken", "LICENSE", "LICENSE.md", "NOTICE",
-    "USE_POLICY.md",
-)  # fmt: skip
-NOT_SIDE = (
-    "pytorch_model.bin", "model.pt", "x.pth", "y.ckpt", "z.pkl", "other.safetensors", "README.md",
-    "config.json", "plan.json", "report.json", MANIFEST_FILE, INDEX_FILE,
-    "pytorch_model.bin.index.json", ".gitattributes", ".hidden.json",
-)  # fmt: skip
-
-
-def test_side_files_are_copied_and_weights_are_not(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in (*SIDE, *NOT_SIDE, "modeling.py"):
-        (source / name).write_text(name)
-    (source / "folder.json").mkdir()
-    assert sorted(copy_side_files(source, target)) == sorted(SIDE)
-    assert sorted(f.name for f in target.iterdir()) == sorted(SIDE)
-    assert all((target / name).read_text() == name for name in SIDE)
-    copied = copy_side_files(source, target, trust_remote_code=True)
-    assert sorted(copied) == sorted([*SIDE, "modeling.py"])
-
-
-def test_copying_to_a_missing_folder_is_one_sentence(folder):
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="copying the tokenizer's files to .* failed"):
-        copy_side_files(folder, folder / "gone")
