@@ -270,6 +270,9 @@ def _fill(source: Path, output: Path, names: Sequence[str]) -> None:
             with replacing(target) as partial:
                 shutil.copyfile(file, partial)
             file.unlink()
+    for folder in sorted((f for f in source.rglob("*") if f.is_dir()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _move(source: Path, target: Path) -> bool:

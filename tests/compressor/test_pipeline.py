@@ -1,6 +1,5 @@
 """The whole compressor on tiny models: what comes out, and what survives being killed."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,11 +13,12 @@ import torch
 
 from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.checkpoint.format import MANIFEST_FILE, QuantizationConfig
-from mcmoe_vllm.compress import quantize_layers
+from mcmoe_vllm.compress import job, pipeline, publish, quantize_layers
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import measure, plan, quantize, sweep
 from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.inspection import inspect_checkpoint
 from mcmoe_vllm.model.architectures import find_architecture
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
@@ -196,28 +196,78 @@ def test_a_killed_job_is_named_and_kept_until_it_is_resumed(finished, tmp_path):
     assert shard_bytes(output) == shard_bytes(reference)
 
 
-def test_resuming_with_other_settings_lists_all_of_them(finished, tmp_path):
-    _, settings = finished
-    work = tmp_path / "out.work"
-    work.mkdir()
-    job = {"command": "quantize", "bits": 2.5, "seed": 0, "format_version": 1}
-    (work / "job.json").write_text(json.dumps(job))
+QUICK = {
+    "bits": 2, "recipe": "paper", "method": "rtn", "finetune_passes": 0, "samples": 2,
+    "sequence_length": 64,
+}  # fmt: skip
+
+
+def test_killed_while_the_output_is_filled_it_is_finished_by_resume(
+    tiny_models, calibration_text, tmp_path, monkeypatch
+):
+    """An output folder that exists, by another name: its job's files alone may lie in it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    given = options(tiny_models("mixtral"), f"{tmp_path}/link/", calibration_text, **QUICK)
+    moved = []
+
+    def dies(source, target):
+        moved.append(target)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        source.rename(target)
+        return True
+
+    monkeypatch.setattr(publish, "_move", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(given)
+    monkeypatch.undo()
+    monkeypatch.setattr(quantize_layers, "write_shard", lambda *_: pytest.fail("done before"))
+    assert len(list((tmp_path / "real").iterdir())) == 2
+    with pytest.raises(UserError, match="--resume"):
+        quantize(given)
+    result = quantize(replace(given, resume=True))
+    inspect_checkpoint(tmp_path / "real", check=True)
+    assert result == read_json(tmp_path / "real" / "report.json")
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_other_weights_of_the_same_shape_are_not_resumed(tiny_models, calibration_text, tmp_path):
+    model = shutil.copytree(tiny_models("mixtral"), tmp_path / "model")
+    given = options(model, tmp_path / "out", calibration_text, **QUICK)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantize_layers, "write_shard", interrupt)
+        quantize(given)
+    file = model / "model.safetensors"
+    original = file.read_bytes()
+    file.write_bytes(original[: len(original) // 2] + bytes(len(original) - len(original) // 2))
+    with pytest.raises(UserError, match="weights or config.json are others than at its start"):
+        quantize(replace(given, resume=True))
+    file.write_bytes(original)  # downloaded again, elsewhere
+    shutil.move(model, tmp_path / "moved")
+    quantize(replace(given, model=str(tmp_path / "moved"), resume=True))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_resuming_with_other_settings_lists_all_of_them(
+    tiny_models, calibration_text, tmp_path, monkeypatch
+):
+    given = options(tiny_models("mixtral"), tmp_path / "out", calibration_text, **QUICK)
+    monkeypatch.setattr(job, "FORMAT_VERSION", 1)
+    monkeypatch.setattr(pipeline, "measure_and_choose", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(given)
+    monkeypatch.undo()
     with pytest.raises(UserError) as error:
-        quantize(
-            QuantizeOptions(
-                **{
-                    **vars(settings),
-                    "output": str(tmp_path / "out"),
-                    "resume": True,
-                    "bits": 2.0,
-                    "seed": 5,
-                }
-            )
-        )
-    assert "bits was 2.5, is now 2.0" in str(error.value)
+        quantize(replace(given, resume=True, bits=3, seed=5, target_drop=0.1))
+    assert "bits was 2, is now 3" in str(error.value)
     assert "seed was 0, is now 5" in str(error.value)
+    assert "target_drop was None, is now 0.1" in str(error.value)
     assert "format_version was 1, is now 2" in str(error.value)  # tensors would be of both
-    assert (work / "job.json").exists()
+    assert (tmp_path / "out.work" / "job.json").exists()
 
 
 def test_a_plan_can_be_made_first_and_gives_the_same_shards(finished, tmp_path):
