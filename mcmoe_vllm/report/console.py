@@ -15,7 +15,7 @@ class Console(rich.console.Console):
     and highlighting are off unless asked for."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(**{"highlight": False, "markup": False, **how})
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False, **how})
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(printable(text), **how)
