@@ -26,12 +26,10 @@ from mcmoe_vllm.model.agreement import (
     SCALE,
     SCALES,
     Promise,
+    open_layout,
     promised_tensors,
-    require_agreement,
-    require_one_head,
 )
-from mcmoe_vllm.model.architectures import find_architecture
-from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
+from mcmoe_vllm.model.skeleton import Skeleton
 from mcmoe_vllm.widths import average_width, bits_per_weight, count_matrices
 
 
@@ -126,12 +124,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
     and for tensors that contradict the config or the manifest: all of them are listed.
     """
     checkpoint = open_checkpoint(path)
-    architecture = find_architecture(checkpoint.config)
     config = read_config(checkpoint)
-    skeleton = make_skeleton(checkpoint, architecture)
-    require_agreement(checkpoint, skeleton, config)
-    require_one_head(checkpoint, skeleton)
-    pairs = _quantized_pairs(promised_tensors(skeleton, config))
+    layout = open_layout(checkpoint, config)
+    pairs = _quantized_pairs(promised_tensors(layout, config))
     if check:
         wrong = list(wrong_content(checkpoint, pairs))
         if wrong:
@@ -139,7 +134,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], check: bool = False) -> Ins
                 f"{checkpoint.path} is damaged, {_counted(len(wrong), 'check')} failed:"
                 f"{some(wrong)}\nDownload the checkpoint again"
             )
-    return _summarize(checkpoint, skeleton, config, pairs, check)
+    return _summarize(checkpoint, layout.skeleton, config, pairs, check)
 
 
 def print_inspection(inspection: Inspection) -> None:

@@ -55,7 +55,6 @@ from mcmoe_vllm.compress.pipeline import measure, quantize
 from mcmoe_vllm.compress.significance import LayerSignificance
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.evaluate.perplexity import WINDOWS, compare
-from mcmoe_vllm.model.architectures import find_architecture
 from mcmoe_vllm.model.experts import Expert
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.model.runner import final_hidden
@@ -114,11 +113,10 @@ class Bench:
         return [LayerSignificance(**layer) for layer in read_json(file)]
 
     def plan(self, bits: Widths, nominal: float) -> Plan:
-        architecture = find_architecture(self.base.model.checkpoint.config)
         return Plan(
             model=str(self.model),
-            architecture=architecture.name,
-            layers=tuple(architecture.moe_layers(self.base.model.checkpoint.tensors)),
+            architecture=self.base.model.name,
+            layers=tuple(self.base.model.moe_layers),
             bits=bits[0],
             w2_bits=bits[1],
             candidate_bits=(1, 2, 3, 4),

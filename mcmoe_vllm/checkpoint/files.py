@@ -91,6 +91,18 @@ class Checkpoint:
             )
         return tensors
 
+    def read_slice(self, name: str, index: int) -> torch.Tensor:
+        """`tensor[index]` alone, in memory of its own. Raises UserError for NaN and infinity."""
+        file = self.path / self.tensors[name].shard
+        with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
+            found = f.get_slice(name)[index].clone()
+        if not _is_finite(found):
+            raise UserError(
+                f"{self.path} has NaN or infinite weights in {name}[{index}]; "
+                "the checkpoint is damaged, download it again"
+            )
+        return found
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a local checkpoint folder and check it as far as headers tell.

@@ -67,7 +67,7 @@ def measure_and_choose(
     bits, w2_bits, solver, objective = _choose(options, measured, model.num_experts)
     result = Plan(
         model=options.model,
-        architecture=model.architecture.name,
+        architecture=model.name,
         layers=tuple(model.moe_layers),
         bits=bits,
         w2_bits=w2_bits,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mcmoe_kernels.formats import packing
+from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.expert_reader import LayerExperts
 from mcmoe_vllm.model.experts import Expert, Routing, count_tokens, experts_output
-from mcmoe_vllm.model.moe_model import DecoderLayer
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import Quantized
 from mcmoe_vllm.quantize.hessians import (

@@ -83,7 +83,7 @@ def require_plan_fits(plan: Plan, path: str | None, model: Outline) -> None:
     wrong = [
         f"it is for {of_plan}, the model {verb} {of_model}"
         for of_plan, verb, of_model in (
-            (plan.architecture, "is", model.architecture.name),
+            (plan.architecture, "is", model.layout.name),
             (f"layers {list(plan.layers)}", "has", f"layers {model.moe_layers}"),
             (f"{plan.num_experts} experts", "has", f"{model.num_experts} experts"),
         )
@@ -152,7 +152,7 @@ def _require_whole_groups(model: Outline, group_size: int, dense_bits: int) -> N
     experts = list(columns)
     if dense_bits == DENSE_WIDTH:
         for layer in range(model.num_layers):
-            for name in model.architecture.dense_weights(layer):
+            for name in model.layout.dense_weights(layer):
                 if name in model.checkpoint:
                     shape = model.checkpoint.tensors[name].shape
                     columns[name.removesuffix(".weight")] = shape[1]

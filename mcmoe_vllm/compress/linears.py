@@ -14,7 +14,7 @@ import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH
-from mcmoe_vllm.model.moe_model import DecoderLayer
+from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.runner import watch_inputs
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import relative_error
@@ -84,6 +84,7 @@ def quantize_router(
     """The router to the recipe's width, dequantized in the checkpoint's own dtype, which the format
     wants of a router."""
     router, name = layer.router, layer.router_name
+    assert name is not None
     weight = router.weight.detach().float().unsqueeze(0)
     hessian, _ = _input_grams(layer, blocks, [name], None)[name]
     q = quantizer.quantize(

@@ -10,10 +10,11 @@ import torch
 
 from mcmoe_vllm.compress.significance import LayerSignificance, Probe, measure_layer
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
+from mcmoe_vllm.model.decoder_layer import DecoderLayer, join
 from mcmoe_vllm.model.divergence import mean_divergences
 from mcmoe_vllm.model.experts import Routing
-from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
-from mcmoe_vllm.model.runner import States, add_rows, run_layer, to_main_memory, walk_layers
+from mcmoe_vllm.model.moe_model import MoeModel
+from mcmoe_vllm.model.runner import States, run_layer, to_main_memory, walk_layers
 from mcmoe_vllm.quantize.hessians import ROWS
 from mcmoe_vllm.recipes import Recipe
 from mcmoe_vllm.report.progress import Progress
@@ -68,9 +69,10 @@ def measure_layers(
             recipe,
             replace(probe, scores=scores),
         )
-        outputs = add_rows(run.outputs, routed)
+        outputs = join(layer, blocks, run.outputs, routed)
         if probing:
-            begun = add_rows(outputs[:probe_blocks], change)
+            first, probed = blocks[:probe_blocks], outputs[:probe_blocks]
+            begun = join(layer, first, probed, change, held=routed)
             probes[_changed_in(layer.index)] = to_main_memory(begun)
         saved = {**asdict(measured), "probe_change": float(change.double().square().sum())}
         work.save_layer("significance", layer.index, saved)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mcmoe_vllm.allocate.budget import parse_pins
-from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
 from mcmoe_vllm.checkpoint.side_files import find_side_files
 from mcmoe_vllm.compress.choose import allocate_sensitivity, measure_and_choose, require_budget
 from mcmoe_vllm.compress.expected_loss import describe_costs
@@ -70,7 +70,7 @@ def plan(options: QuantizeOptions) -> Plan:
     require_apart(Path(options.output).absolute(), folder)
     with Progress() as progress:
         model, windows = _open(options, progress)
-        _, states = needed_bytes(model, windows, options, None)
+        _, states = needed_bytes(model.outline, model.dtype, windows, options, None)
         require_free_space(folder, states, folder, 0)
         with _open_work(options, model, windows, folder, "plan", progress) as work:
             result = measure_and_choose(options, model, windows, work, progress)
@@ -140,11 +140,11 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
     with Progress() as progress:
         model = _open_model(options)
         require_apart(output, folder, model.checkpoint.path)
-        _announce_left_out(model, options, progress)
+        _announce_left_out(model.checkpoint.path, options, progress)
         if given is not None:
             require_plan_fits(given, options.plan, model.outline)
-        windows = _read_text(options, model, progress)
-        needed = needed_bytes(model, windows, options, given)
+        windows = _read_text(options, model.checkpoint, model.config, progress)
+        needed = needed_bytes(model.outline, model.dtype, windows, options, given)
         require_free_space(folder, sum(needed), output, needed[0])
         with _open_work(options, model, windows, folder, "quantize", progress, asked) as work:
             if work.job.moving is None:
@@ -170,7 +170,7 @@ def _compress(
 ) -> None:
     """From the model to a whole checkpoint in the work directory."""
     chosen = given or measure_and_choose(options, model, windows, work, progress)
-    needed = needed_bytes(model, windows, options, chosen)
+    needed = needed_bytes(model.outline, model.dtype, windows, options, chosen)
     require_free_space(work.path, sum(needed), work.path, 0)
     layers = quantize_layers(model, windows, chosen, options.traits, work, progress)
     sizes = count_sizes(model.outline, chosen)
@@ -205,7 +205,7 @@ def _open(
 ) -> tuple[MoeModel, torch.Tensor]:
     """The model and its calibration windows. allocates: whether the budget has to be possible."""
     model = _open_model(options, allocates)
-    return model, _read_text(options, model, progress)
+    return model, _read_text(options, model.checkpoint, model.config, progress)
 
 
 def _open_model(options: QuantizeOptions, allocates: bool = True) -> MoeModel:
@@ -219,13 +219,15 @@ def _open_model(options: QuantizeOptions, allocates: bool = True) -> MoeModel:
     return model
 
 
-def _read_text(options: QuantizeOptions, model: MoeModel, progress: Progress) -> torch.Tensor:
+def _read_text(
+    options: QuantizeOptions, checkpoint: Checkpoint, config: Any, progress: Progress
+) -> torch.Tensor:
     progress.say(f"reading calibration text {options.calibration}")
-    return read_windows(options, model.checkpoint, model.config, progress.say)
+    return read_windows(options, checkpoint, config, progress.say)
 
 
-def _announce_left_out(model: MoeModel, options: QuantizeOptions, progress: Progress) -> None:
-    found = find_side_files(model.checkpoint.path, options.trust_remote_code)
+def _announce_left_out(source: Path, options: QuantizeOptions, progress: Progress) -> None:
+    found = find_side_files(source, options.trust_remote_code)
     if found.left_out:
         progress.say(
             f"not copied along, too large or too many: {count(found.left_out, 'file')}; "

@@ -98,14 +98,15 @@ def _shards(folder: Path) -> list[str]:
 
 def _quantization_config(summary: Summary) -> QuantizationConfig:
     plan, group = summary.plan, summary.plan.group_size
+    dense = summary.model.layout.dense if plan.dense_bits == DENSE_WIDTH else ()
     rows = zip(plan.layers, plan.bits, plan.w2_bits or plan.bits, strict=True)
     return QuantizationConfig(
         group_size={"w13": group, "w2": group, "dense": group},
         expert_bits={
             layer: ("".join(map(str, w13)), "".join(map(str, w2))) for layer, w13, w2 in rows
         },
-        dense_bits=plan.dense_bits,
-        dense_modules=summary.model.architecture.dense if plan.dense_bits == DENSE_WIDTH else (),
+        dense_bits=plan.dense_bits if dense else 16,  # a family may have no linear to take
+        dense_modules=dense,
         average_bits={name: round(value, 4) for name, value in summary.average_bits.items()},
         recipe=summary.recipe,
     )
@@ -119,7 +120,7 @@ def _report(folder: Path, summary: Summary) -> dict[str, Any]:
         "schema_version": 1,
         "mcmoe_version": __version__,
         "model": options.model,
-        "architecture": model.architecture.name,
+        "architecture": model.name,
         "average_bits": summary.average_bits,
         "matrices": {str(w): n for w, n in count_matrices(pairs).items()},
         "bytes": {
@@ -169,28 +170,32 @@ def _other_bytes(model: Outline, dense_bits: int, group_size: int) -> int:
     dense: set[str] = set()
     if dense_bits == DENSE_WIDTH:
         for layer in range(model.num_layers):
-            dense |= set(model.architecture.dense_weights(layer))
+            dense |= set(model.layout.dense_weights(layer))
     total = 0
     for name, info in model.checkpoint.tensors.items():
         if name in dense:
             rows, columns = info.shape
             total += rows * columns // 2 + rows * (columns // group_size) * 2
-        elif not model.architecture.is_routed_expert(name):
+        elif not model.layout.is_routed_expert(name):
             total += info.nbytes
     return total
 
 
 def needed_bytes(
-    model: MoeModel, windows: torch.Tensor, options: QuantizeOptions, plan: Plan | None
+    outline: Outline,
+    dtype: torch.dtype,
+    windows: torch.Tensor,
+    options: QuantizeOptions,
+    plan: Plan | None,
 ) -> tuple[int, int]:
     """Bytes of the checkpoint, and of the states that are kept on the way; as far as the options
-    tell as long as there is no plan. windows: tokens [S, L]."""
-    outline, hidden = model.outline, model.hidden_size
-    of_token = hidden * model.dtype.itemsize
+    tell as long as there is no plan. dtype: of the states; windows: tokens [S, L]."""
+    hidden = outline.hidden_size
+    of_token = hidden * dtype.itemsize
     states = 2 * windows.numel() * of_token  # of both models
     if plan is not None:
         return count_sizes(outline, plan).total_bytes, 2 * states  # of a layer and of the next
-    probes = len(model.moe_layers) * min(PROBE_TOKENS, windows.numel()) * of_token
+    probes = len(outline.moe_layers) * min(PROBE_TOKENS, windows.numel()) * of_token
     weights = len(outline.moe_layers) * outline.num_experts * 3 * hidden * outline.expert_width
     expert_bytes = int(weights * (options.bits + 16 / options.group_size) / 8)
     other_bytes = _other_bytes(outline, options.dense_bits, options.group_size)

@@ -13,12 +13,12 @@ from mcmoe_vllm.checkpoint.writing import shard_name, write_shard
 from mcmoe_vllm.compress.experts import pack_expert, quantize_experts, routed_output
 from mcmoe_vllm.compress.linears import dense_groups, quantize_dense, quantize_router
 from mcmoe_vllm.compress.workdirectory import WorkDirectory
+from mcmoe_vllm.model.decoder_layer import DecoderLayer, join
 from mcmoe_vllm.model.memory import peak_rss_bytes
-from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
+from mcmoe_vllm.model.moe_model import MoeModel
 from mcmoe_vllm.model.runner import (
     LayerRun,
     States,
-    add_rows,
     run_layer,
     to_main_memory,
     walk_layers,
@@ -42,7 +42,7 @@ def quantize_layers(
     shards = model.num_layers + 1
     first = work.checkpoint / shard_name(1, shards)
     if not first.exists():
-        outside = [n for n in model.checkpoint.tensors if not model.architecture.is_of_layers(n)]
+        outside = [n for n in model.checkpoint.tensors if not model.layout.is_of_layers(n)]
         write_shard(first, model.checkpoint.read_weights(outside))
 
     def step(layer: DecoderLayer, states: States) -> tuple[States, str]:
@@ -80,10 +80,10 @@ def _quantize_layer(
     model: MoeModel, layer: DecoderLayer, states: States, plan: Plan, recipe: Recipe
 ) -> tuple[States, dict[str, torch.Tensor], dict[str, Any]]:
     """The next layer's states, the layer's tensors by checkpoint name, and what was lost."""
-    architecture, index = model.architecture, layer.index
+    layout, index = model.layout, layer.index
     tensors = model.checkpoint.read_weights(model.parameter_names(index))
     lost: dict[str, Any] = {}
-    linears = architecture.dense_linears if plan.dense_bits == DENSE_WIDTH else ()
+    linears = layout.dense_linears if plan.dense_bits == DENSE_WIDTH else ()
     groups = dense_groups(layer, linears)
     fits_exact = recipe.exact_targets and recipe.sequential
     exact: LayerRun | None = None
@@ -102,11 +102,11 @@ def _quantize_layer(
             layer, groups, blocks, wanted.inputs if wanted else None, plan.group_size, recipe
         )
         for name, parts in stored.items():
-            del tensors[architecture.stored_name(index, f"{name}.weight")]
+            del tensors[layout.stored_name(index, f"{name}.weight")]
             for part, tensor in parts.items():
-                tensors[architecture.stored_name(index, f"{name}.{part}")] = tensor
-    if recipe.router_bits != 16 and layer.is_moe:
-        router = architecture.stored_name(index, f"{architecture.router_module}.weight")
+                tensors[layout.stored_name(index, f"{name}.{part}")] = tensor
+    if recipe.router_bits != 16 and layer.router_name is not None:
+        router = layout.stored_name(index, f"{layer.router_name}.weight")
         lost["router"], tensors[router] = quantize_router(
             layer, blocks, tensors[router].dtype, plan.group_size, recipe
         )
@@ -120,9 +120,9 @@ def _quantize_layer(
             layer, run.routing, widths, plan.group_size, recipe, routed
         )
         for expert, matrices in experts.items():
-            names = architecture.expert_weights(index, expert)
+            names = layout.expert_weights(index, expert)
             tensors |= pack_expert(names, matrices, widths[expert])
-        outputs = add_rows(outputs, routed_output(layer, run.routing, experts))
+        outputs = join(layer, blocks, outputs, routed_output(layer, run.routing, experts))
     if recipe.sequential:
         following["compressed"] = to_main_memory(outputs)
     return following, tensors, lost

@@ -15,9 +15,10 @@ import torch
 from mcmoe_kernels.formats import packing
 from mcmoe_kernels.quantize.columns import round_scale
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
+from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.divergence import divergence
 from mcmoe_vllm.model.experts import Expert
-from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
+from mcmoe_vllm.model.moe_model import MoeModel
 from mcmoe_vllm.model.runner import run_layer
 
 UNPACKED_BYTES = 2**28  # of codes that are unpacked once, not in every pass through their layer
@@ -188,14 +189,14 @@ class Student:
 
 
 def _load_layer(model: MoeModel, checkpoint: Checkpoint, index: int) -> _Layer:
-    config, architecture = model.quantization, model.architecture
+    config, layout = model.quantization, model.layout
     assert config is not None
     layer = model.load_layer(index)
-    free = ("norm.weight", f"{architecture.router_module}.weight")  # ends of their names in a layer
+    free = ("norm.weight", f"{layer.router_name}.weight")  # ends of their names in a layer
     parameters: dict[str, _Parameter | _Linear] = {}
     for name, value in layer.module.named_parameters():
         value.requires_grad_(False)
-        stored = architecture.stored_name(index, name)
+        stored = layout.stored_name(index, name)
         scales = stored.removesuffix("weight") + "scales"
         if name.endswith(free):
             exact = value.detach().float()
@@ -210,7 +211,7 @@ def _load_layer(model: MoeModel, checkpoint: Checkpoint, index: int) -> _Layer:
         widths = zip(config.bits(index, "w13"), config.bits(index, "w2"), strict=True)
         for expert, (w13, w2) in enumerate(widths):
             if w13:
-                names = architecture.expert_weights(index, expert)
+                names = layout.expert_weights(index, expert)
                 gate, up, down = (
                     _load_matrix(checkpoint, name, width, model.device)
                     for name, width in zip(names, (w13, w13, w2), strict=True)

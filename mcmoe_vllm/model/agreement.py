@@ -12,19 +12,23 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from mcmoe_kernels.formats import FORMATS
 from mcmoe_vllm.checkpoint.files import Checkpoint, TensorInfo
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, EXPERT_SCALES, QuantizationConfig
 from mcmoe_vllm.errors import UserError, some
-from mcmoe_vllm.model.architectures import Architecture
-from mcmoe_vllm.model.skeleton import Skeleton
+from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.layout import Layout, find_layout
+from mcmoe_vllm.model.packed import with_original_names
+from mcmoe_vllm.model.skeleton import ACTIVATION, TOP_K, make_skeleton
 from mcmoe_vllm.widths import code_bits, in_words
 
 FLOATS = ("BF16", "F16", "F32")
 # Of the quantized tensors: what a name ends with.
 PACKED, SCALE, QWEIGHT, SCALES = ".weight_packed", ".weight_scale", ".qweight", ".scales"
-# Tables that older libraries stored, and that every reader makes itself.
-LEFT_UNREAD = (r"rotary_emb\.inv_freq$",)
+# Tables that older libraries stored and every reader makes itself; draft models, which are copied.
+LEFT_UNREAD = (r"rotary_emb\.inv_freq$", r"^mtp\.")
 
 
 @dataclass(frozen=True)
@@ -48,57 +52,80 @@ class Promise:
     matrix: Matrix | None = None
 
 
-def promised_tensors(
-    skeleton: Skeleton, quantization: QuantizationConfig | None
-) -> dict[str, Promise]:
+def open_layout(
+    checkpoint: Checkpoint,
+    quantization: QuantizationConfig | None,
+    dtype: torch.dtype = torch.float32,
+) -> Layout:
+    """Where a checkpoint keeps its model, all of it: nothing is opened that is not whole.
+
+    dtype: of the skeleton's parameters. Raises UserError for unsupported architectures, unusable
+    configs, and for any tensor that is not as config.json says.
+    """
+    skeleton = make_skeleton(checkpoint, find_architecture(checkpoint.config), dtype)
+    original = checkpoint if quantization is None else with_original_names(checkpoint)
+    layout = find_layout(original.tensors, skeleton)
+    require_agreement(checkpoint, layout, quantization)
+    require_one_head(checkpoint, layout)
+    return layout
+
+
+def promised_tensors(layout: Layout, quantization: QuantizationConfig | None) -> dict[str, Promise]:
     """Name on disk -> what must be there, of a 16-bit checkpoint or an mcmoe one."""
-    names, shapes = skeleton.architecture, skeleton.shapes()
+    skeleton = layout.skeleton
+    tied = skeleton.head_parameters if skeleton.ties_head else []
     promised: dict[str, Promise] = {}
-    for parameter, shape in shapes.items():
-        if parameter == f"{names.head}.weight" and skeleton.ties_head:
+    for parameter, shape in skeleton.shapes.items():
+        if parameter in tied or skeleton.is_experts(parameter):
             continue
-        layer, inside = names.split_parameter(parameter)
+        name, (layer, inside) = layout.expected_name(parameter), skeleton.split(parameter)
         if layer is None:
-            promised[parameter] = Promise(FLOATS, shape)
-        elif not inside.startswith(f"{names.module}.{names.experts}."):
-            name = names.stored_name(layer, inside)
-            promised |= _promise_plain(name, inside, shape, quantization)
+            promised[name] = Promise(FLOATS, shape)
+        else:
+            dtypes = skeleton.integers.get(parameter, FLOATS)
+            promised |= _promise_plain(name, inside, shape, dtypes, quantization)
     for layer in skeleton.moe_layers:
-        promised |= _promise_experts(skeleton, layer, quantization)
+        promised |= _promise_experts(layout, layer, quantization)
     return promised
 
 
 def contradictions(
-    tensors: Mapping[str, TensorInfo], skeleton: Skeleton, quantization: QuantizationConfig | None
+    tensors: Mapping[str, TensorInfo], layout: Layout, quantization: QuantizationConfig | None
 ) -> Iterator[str]:
     """Everything that is not as config.json says, a sentence each. tensors: of the headers."""
-    wrong = list(_wrong_settings(skeleton, quantization))
+    wrong = list(_wrong_settings(layout, quantization))
     yield from wrong
     if wrong:
         return  # shapes that follow from settings that contradict each other say nothing
-    promised = promised_tensors(skeleton, quantization)
+    promised = promised_tensors(layout, quantization)
     for name, promise in promised.items():
         found = tensors.get(name)
         if found is None:
             yield f"{name} is missing" + (f", config says {promise.note}" if promise.note else "")
         elif found.dtype not in promise.dtypes or found.shape != promise.shape:
             yield _describe_difference(name, found, promise)
-    yield from _unexpected(tensors, skeleton, promised)
+    yield from _unexpected(tensors, layout, promised)
 
 
 def require_agreement(
-    checkpoint: Checkpoint, skeleton: Skeleton, quantization: QuantizationConfig | None
+    checkpoint: Checkpoint, layout: Layout, quantization: QuantizationConfig | None
 ) -> None:
     """Raises UserError listing what contradicts config.json."""
-    names, layers = skeleton.architecture, skeleton.moe_layers
-    first = [name for layer in layers for name in names.expert_weights(layer, 0)]
-    if quantization is None and first and not any(name in checkpoint for name in first):
+    layers = layout.skeleton.moe_layers
+    experts = (layout.is_routed_expert(name) for name in checkpoint.tensors)
+    if quantization is None and not any(experts):
         # One sentence, not one for each expert.
         raise UserError(
-            f"{checkpoint.path} has no tensors {names.expert_prefix(layers[0], 0)}.*: its experts "
+            f"{checkpoint.path} has no tensors {layout.expert_prefix(layers[0], 0)}.*: its experts "
             "are missing or stored in a layout or under names that are not supported"
         )
-    wrong = list(contradictions(checkpoint.tensors, skeleton, quantization))
+    if layout.layers == "layers":
+        raise UserError(
+            f"{checkpoint.path} has names such as {next(iter(layout.stored.values()))}, without "
+            "the prefix that engines ask for: it was saved from the model without its head. Save "
+            f"{layout.name} as a whole"
+        )
+    wrong = list(contradictions(checkpoint.tensors, layout, quantization))
     if wrong:
         remedy = (
             "Give the original 16-bit model whole, with the config.json that belongs to it"
@@ -111,13 +138,13 @@ def require_agreement(
         )
 
 
-def require_one_head(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+def require_one_head(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raises UserError if a head is stored that config.json says is the embedding, and is another:
     engines believe the config."""
-    names = [f"{skeleton.architecture.head}.weight", f"{skeleton.architecture.embedding}.weight"]
-    if not (skeleton.ties_head and all(name in checkpoint for name in names)):
+    names = [layout.stored.get(parameter) for parameter in layout.ends]
+    if not (layout.skeleton.ties_head and all(names)):
         return
-    head, embedding = checkpoint.read(names).values()
+    head, embedding = checkpoint.read([name for name in names if name]).values()
     if head.shape != embedding.shape or not bool((head == embedding).all()):
         raise UserError(
             f"{checkpoint.path} holds a {names[0]} other than the embedding, and config.json has "
@@ -126,7 +153,11 @@ def require_one_head(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
 
 
 def _promise_plain(
-    name: str, inside: str, shape: tuple[int, ...], quantization: QuantizationConfig | None
+    name: str,
+    inside: str,
+    shape: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    quantization: QuantizationConfig | None,
 ) -> dict[str, Promise]:
     """A parameter of a decoder layer that is no routed expert's: as it is, or an int4 linear."""
     prefix, _, kind = name.rpartition(".")
@@ -139,7 +170,7 @@ def _promise_plain(
         and bool(set(parent) & set(quantization.dense_modules))
     )
     if not int4 or quantization is None:
-        return {name: Promise(FLOATS, shape)}
+        return {name: Promise(dtypes, shape)}
     (rows, columns), group = shape, quantization.group_size["dense"]
     matrix = Matrix(rows, columns, DENSE_WIDTH, group)
     return {
@@ -151,16 +182,24 @@ def _promise_plain(
 
 
 def _promise_experts(
-    skeleton: Skeleton, layer: int, quantization: QuantizationConfig | None
+    layout: Layout, layer: int, quantization: QuantizationConfig | None
 ) -> dict[str, Promise]:
     """The matrices of a layer's routed experts; nothing for a dropped one."""
+    skeleton = layout.skeleton
+    if quantization is None and layout.has_fused_experts(layer):
+        path = f"{skeleton.layers}.{layer}.{skeleton.experts[layer]}"
+        parameters = (f"{path}.gate_up_proj", f"{path}.down_proj")
+        names = layout.fused_experts(layer)
+        return {
+            n: Promise(FLOATS, skeleton.shapes[p]) for n, p in zip(names, parameters, strict=True)
+        }
     hidden, width = skeleton.hidden_size, skeleton.expert_width
     shapes = ((width, hidden), (width, hidden), (hidden, width))
     groups = ("w13", "w13", "w2")
     promised: dict[str, Promise] = {}
     for expert in range(skeleton.num_experts):
-        names = skeleton.architecture.expert_weights(layer, expert)
-        for name, shape, group in zip(names, shapes, groups, strict=True):
+        names3 = layout.expert_weights(layer, expert)
+        for name, shape, group in zip(names3, shapes, groups, strict=True):
             if quantization is None:
                 promised[name] = Promise(FLOATS, shape)
             elif bits := quantization.bits(layer, group)[expert]:
@@ -184,55 +223,54 @@ def _promise_matrix(
     }
 
 
-def _wrong_settings(skeleton: Skeleton, quantization: QuantizationConfig | None) -> Iterator[str]:
+def _wrong_settings(layout: Layout, quantization: QuantizationConfig | None) -> Iterator[str]:
     """What config.json says against itself, or against what engines compute."""
-    names, layers = skeleton.architecture, skeleton.moe_layers
-    activation = getattr(skeleton.config, names.activation)
-    if activation not in names.activations:
-        yield (
-            f"{names.activation} is {activation!r}, vLLM's {names.name} computes "
-            f"{' or '.join(names.activations)}"
-        )
+    skeleton = layout.skeleton
+    key, allowed = skeleton.setting(ACTIVATION), skeleton.architecture.activations
+    activation = getattr(skeleton.text_config, key, "silu")  # a class without a choice
+    if activation not in allowed:
+        yield f"{key} is {activation!r}, vLLM's {layout.name} computes {' or '.join(allowed)}"
     if not 1 <= skeleton.top_k <= skeleton.num_experts:
-        yield f"{names.top_k} is {skeleton.top_k}, the model has {skeleton.num_experts} experts"
-    if not layers:
-        yield "no layer has routed experts"
+        yield (
+            f"{skeleton.setting(TOP_K)} is {skeleton.top_k}, the model has "
+            f"{skeleton.num_experts} experts"
+        )
     if quantization is None:
         return
     if quantization.num_experts != skeleton.num_experts:
         yield (
-            f"{names.num_experts} is {skeleton.num_experts}, quantization_config has widths of "
+            f"the model has {skeleton.num_experts} experts, quantization_config has widths of "
             f"{quantization.num_experts} experts"
         )
+    layers = skeleton.moe_layers
     for layer in sorted(set(layers) ^ set(quantization.expert_bits)):
         has, lacks = "routed experts", "widths in expert_bits"
         if layer not in layers:
             has, lacks = lacks, has
         yield f"layer {layer} has {has} but no {lacks}"
-    for group, key, size in (
-        ("w13", "hidden_size", skeleton.hidden_size),
-        ("w2", names.expert_width, skeleton.expert_width),
+    for group, what, size in (
+        ("w13", "hidden size", skeleton.hidden_size),
+        ("w2", "expert width", skeleton.expert_width),
     ):
         if size % quantization.group_size[group]:
             yield (
-                f"{key} is {size}, no multiple of the group size "
+                f"the {what} is {size}, no multiple of the group size "
                 f"{quantization.group_size[group]} of {group}"
             )
     if quantization.dense_bits == DENSE_WIDTH:
-        yield from _wrong_modules(skeleton, quantization)
+        yield from _wrong_modules(layout, quantization)
 
 
-def _wrong_modules(skeleton: Skeleton, quantization: QuantizationConfig) -> Iterator[str]:
-    names, group = skeleton.architecture, quantization.group_size["dense"]
+def _wrong_modules(layout: Layout, quantization: QuantizationConfig) -> Iterator[str]:
+    group = quantization.group_size["dense"]
     for module in quantization.dense_modules:
-        if module not in names.dense:
-            yield f"dense_modules names {module!r}, {names.name} has {', '.join(names.dense)}"
-    for parameter, shape in skeleton.shapes().items():
-        _, inside = names.split_parameter(parameter)
-        parent = inside.split(".")[-3:-2]
-        is_linear = len(shape) == 2 and set(parent) & set(quantization.dense_modules)
-        if is_linear and shape[1] % group:
-            yield f"{parameter} has {shape[1]} columns, no multiple of the group size {group}"
+        if module not in layout.dense:
+            yield f"dense_modules names {module!r}, {layout.name} has {', '.join(layout.dense)}"
+    for layer in range(layout.skeleton.num_layers):
+        for name in layout.dense_weights(layer):
+            columns = layout.skeleton.shapes[layout.parameter(name)][1]
+            if columns % group:
+                yield f"{name} has {columns} columns, no multiple of the group size {group}"
 
 
 def _describe_difference(name: str, found: TensorInfo, promise: Promise) -> str:
@@ -252,22 +290,20 @@ def _describe_difference(name: str, found: TensorInfo, promise: Promise) -> str:
 
 
 def _unexpected(
-    tensors: Mapping[str, TensorInfo], skeleton: Skeleton, promised: Mapping[str, Promise]
+    tensors: Mapping[str, TensorInfo], layout: Layout, promised: Mapping[str, Promise]
 ) -> Iterator[str]:
     """Tensors that no part of the model asks for."""
-    unread = [re.compile(pattern) for pattern in (*LEFT_UNREAD, *skeleton.ignored())]
-    names = skeleton.architecture
+    unread = [re.compile(p) for p in (*LEFT_UNREAD, *layout.skeleton.ignored(), *layout.drafts())]
+    tied = {layout.stored.get(p) for p in layout.ends} if layout.skeleton.ties_head else set()
     for name in tensors:
-        if name in promised or any(pattern.search(name) for pattern in unread):
+        if name in promised or name in tied or any(p.search(name) for p in unread):
             continue
-        if name == f"{names.head}.weight" and skeleton.ties_head:
-            continue  # `require_one_head`
-        yield f"{name} is not expected{_why_unexpected(names, name, promised)}"
+        yield f"{name} is not expected{_why_unexpected(layout, name, promised)}"
 
 
-def _why_unexpected(names: Architecture, name: str, promised: Mapping[str, Promise]) -> str:
+def _why_unexpected(layout: Layout, name: str, promised: Mapping[str, Promise]) -> str:
     prefix, _, kind = name.rpartition(".")
-    if names.is_routed_expert(name):
+    if layout.is_routed_expert(name):
         return ": its expert has 0 bits, or the model has no such tensor of an expert"
     if kind == "weight" and prefix + QWEIGHT in promised:
         return f": config says int4 ({prefix}{QWEIGHT})"

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 
 from mcmoe_vllm.checkpoint.files import Checkpoint
-from mcmoe_vllm.model.architectures import Architecture
 from mcmoe_vllm.model.experts import Expert, ExpertWeights
+from mcmoe_vllm.model.layout import Layout
 
 KEPT_BYTES = 16 << 30  # of a layer's experts that wait for their next use
 
@@ -24,18 +24,25 @@ class ExpertReader(Protocol):
         ...
 
 
-class SeparateExperts:
-    """A 16-bit matrix for each projection of each expert, as most checkpoints have it; in main
-    memory, as it is stored."""
+class StoredExperts:
+    """The experts of a 16-bit checkpoint, in main memory, as they are stored: a matrix for each
+    projection of each expert, or a tensor with those of all."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
-        self._checkpoint, self._architecture = checkpoint, architecture
+    def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
+        self._checkpoint, self._layout = checkpoint, layout
 
     def read(self, layer: int, expert: int) -> Expert:
-        names = self._architecture.expert_weights(layer, expert)
-        weights = self._checkpoint.read_weights(names)
-        gate, up, down = (weights[name] for name in names)
-        return Expert(torch.cat([gate, up]), down)
+        if not self._layout.has_fused_experts(layer):
+            names = self._layout.expert_weights(layer, expert)
+            weights = self._checkpoint.read_weights(names)
+            gate, up, down = (weights[name] for name in names)
+            return Expert(torch.cat([gate, up]), down)
+        gate_up, down = (
+            self._checkpoint.read_slice(name, expert) for name in self._layout.fused_experts(layer)
+        )
+        if self._layout.skeleton.are_transposed(layer):
+            gate_up, down = gate_up.t().contiguous(), down.t().contiguous()
+        return Expert(gate_up, down)
 
 
 class ExpertsOnDevice:

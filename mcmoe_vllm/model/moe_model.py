@@ -2,6 +2,8 @@
 
 The skeleton is a transformers model on the meta device, so it takes no memory; a layer's weights
 are read when it is opened and dropped after it. Hidden states live in blocks of a few windows each.
+What comes before the layers and behind them is the model's own forward, its layers replaced by
+stand-ins: whatever a family does there is done.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,87 +21,29 @@ from torch import nn
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.agreement import require_agreement, require_one_head
-from mcmoe_vllm.model.architectures import Architecture, find_architecture
+from mcmoe_vllm.model.agreement import open_layout
+from mcmoe_vllm.model.decoder_layer import (
+    Arguments,
+    DecoderLayer,
+    ExpertsTap,
+    LastLayer,
+    StandIn,
+)
 from mcmoe_vllm.model.expert_reader import (
     ExpertReader,
     ExpertsOnDevice,
     LayerExperts,
-    SeparateExperts,
+    StoredExperts,
 )
-from mcmoe_vllm.model.experts import Activation, Routing
+from mcmoe_vllm.model.experts import Activation
+from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.model.memory import return_freed_memory
 from mcmoe_vllm.model.packed import DequantizedLinears, PackedExperts, with_original_names
-from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
+from mcmoe_vllm.model.skeleton import Skeleton
 
 BLOCK_TOKENS = 8192  # tokens that go through a layer at once
 
 ReadTensors = Callable[[list[str]], Mapping[str, torch.Tensor]]
-
-
-class _RoutedExpertsTap(nn.Module):
-    """Stands where transformers keeps the routed experts: records the routing and adds nothing,
-    so that a layer returns everything but the routed experts' part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.routing: Routing | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        self.routing = Routing(hidden_states, top_k_index, top_k_weights)
-        return torch.zeros_like(hidden_states)
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """A decoder layer in memory, and its routed experts.
-
-    module: transformers' layer, its experts replaced by a tap; arguments: of a block of so many
-    windows, what transformers hands to the layer; router_name: of the router in the module.
-    """
-
-    index: int
-    module: nn.Module
-    router_name: str
-    experts: LayerExperts
-    num_experts: int
-    activation: Activation
-    device: torch.device
-    dtype: torch.dtype
-    arguments: Callable[[torch.Tensor], dict[str, Any]]
-    tap: _RoutedExpertsTap | None
-
-    @property
-    def is_moe(self) -> bool:
-        return self.tap is not None
-
-    @property
-    def router(self) -> Any:
-        """The router of a layer with experts."""
-        return self.module.get_submodule(self.router_name)
-
-    def run(
-        self, block: torch.Tensor, changed: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, Routing | None]:
-        """A block [B, L, H] on the device through everything but the routed experts; and what
-        these would be given (None for a dense layer).
-
-        changed: parameters to use instead of the layer's, by their names in it; gradients flow to
-        these alone.
-        """
-        arguments = self.arguments(block)
-        if changed is None:
-            with torch.no_grad():
-                output = self.module(block, **arguments)
-        else:
-            output = torch.func.functional_call(self.module, dict(changed), (block,), arguments)
-        output = output[0] if isinstance(output, tuple) else output
-        if self.tap is None:
-            return output, None
-        routing, self.tap.routing = self.tap.routing, None
-        return output, routing
 
 
 @dataclass(frozen=True)
@@ -107,7 +51,7 @@ class Outline:
     """What config.json and headers say of a model, before any weight is read."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
+    layout: Layout
     num_layers: int
     moe_layers: list[int]
     num_experts: int
@@ -124,15 +68,20 @@ class MoeModel:
     """
 
     checkpoint: Checkpoint
-    architecture: Architecture
+    layout: Layout
     skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
     experts: ExpertReader
     read: ReadTensors
     quantization: QuantizationConfig | None = None
-    _head: list[torch.Tensor] = field(default_factory=list)
-    _arguments: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    _loaded: set[str] = field(default_factory=set)
+    _arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+    _joins: dict[int, float | None] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.layout.name
 
     @property
     def num_layers(self) -> int:
@@ -151,6 +100,15 @@ class MoeModel:
         return self.skeleton.expert_width
 
     @property
+    def config(self) -> Any:
+        """Transformers' config of the language model."""
+        return self.skeleton.text_config
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.skeleton.text_config.vocab_size)
+
+    @property
     def moe_layers(self) -> list[int]:
         """The decoder layers with routed experts."""
         return self.skeleton.moe_layers
@@ -159,7 +117,7 @@ class MoeModel:
     def outline(self) -> Outline:
         return Outline(
             self.checkpoint,
-            self.architecture,
+            self.layout,
             self.num_layers,
             self.moe_layers,
             self.num_experts,
@@ -169,15 +127,8 @@ class MoeModel:
 
     @property
     def activation(self) -> Activation:
-        """The experts' activation function."""
-        from transformers.activations import ACT2FN
-
-        return ACT2FN[getattr(self.config, self.architecture.activation)]
-
-    @property
-    def config(self) -> Any:
-        """Transformers' config object."""
-        return self.skeleton.config
+        """What the experts make of gate and up."""
+        return self.skeleton.activation
 
     def with_experts(self, experts: ExpertReader) -> MoeModel:
         """The same model with experts from elsewhere."""
@@ -188,16 +139,15 @@ class MoeModel:
     @torch.no_grad()
     def embed(self, windows: torch.Tensor) -> list[torch.Tensor]:
         """Token windows [S, L] to blocks of hidden states [B, L, hidden]."""
-        name = f"{self.architecture.embedding}.weight"
-        weight = self.read([name])[name].to(self.device, self.dtype)
+        self._load_outside(lambda parameter: parameter not in self.skeleton.head_parameters)
         per_block = max(1, BLOCK_TOKENS // windows.shape[1])
-        blocks = [
-            nn.functional.embedding(part.to(self.device), weight)
-            for part in windows.split(per_block)
-        ]
         self._arguments.clear()  # of windows of another length
-        for block in blocks:
-            self._arguments_of(0, block)
+        blocks = []
+        for part in windows.split(per_block):
+            given = self._pass_through(input_ids=part.to(self.device))
+            self._arguments[part.shape[0]] = [arguments for arguments, _ in given]
+            blocks.append(given[0][1])
+        self._release_outside()
         return blocks
 
     @contextmanager
@@ -210,17 +160,19 @@ class MoeModel:
 
     def load_layer(self, index: int) -> DecoderLayer:
         """Decoder layer `index` with its weights; its routed experts are read when needed."""
-        module = self._body.layers[index]
-        block = getattr(module, self.architecture.module)
+        module = self.skeleton.body.layers[index]
         tap = None
-        if hasattr(block, self.architecture.experts):
-            tap = _RoutedExpertsTap()
-            setattr(block, self.architecture.experts, tap)
-        self._load_parameters(module, index)
+        routers = self.skeleton.routers  # looked for while the experts are there
+        if index in self.skeleton.experts:
+            parent, _, name = self.skeleton.experts[index].rpartition(".")
+            tap = ExpertsTap()
+            setattr(module.get_submodule(parent), name, tap)
+        prefix = f"{self.skeleton.layers}.{index}."
+        self._load(module, prefix)
         return DecoderLayer(
             index,
             module,
-            self.architecture.router_module,
+            routers.get(index),
             LayerExperts(self.experts, index),
             self.num_experts,
             self.activation,
@@ -228,18 +180,19 @@ class MoeModel:
             self.dtype,
             lambda given: self._arguments_of(index, given),
             tap,
+            self._joins,
         )
 
     def release_layer(self, index: int) -> None:
-        self._body.layers[index].to("meta")
+        self.skeleton.body.layers[index].to("meta")
         return_freed_memory()
 
     def parameter_names(self, index: int) -> list[str]:
         """Checkpoint names of a layer's tensors that are not routed experts'."""
         return [
             name
-            for name in self.checkpoint.names(self.architecture.layer_prefix(index))
-            if not self.architecture.is_routed_expert(name)
+            for name in self.checkpoint.names(self.layout.layer_prefix(index))
+            if not self.layout.is_routed_expert(name)
         ]
 
     @torch.no_grad()
@@ -251,41 +204,94 @@ class MoeModel:
 
     def head(self, window: torch.Tensor) -> torch.Tensor:
         """Final hidden states [L, H] to float32 logits [L, vocabulary]; gradients may flow."""
-        if not self._head:
-            self._head.append(self._read_head())
-        return nn.functional.linear(self._body.norm(window), self._head[0]).float()
+        self._load_outside(lambda parameter: parameter not in self.skeleton.embedding_parameters)
+        return self._finish(window.unsqueeze(0)).squeeze(0).float()
 
-    @property
-    def _body(self) -> Any:
-        return self.skeleton.body
+    def _load_outside(self, wanted: Callable[[str], bool]) -> None:
+        """Parameters outside the decoder layers that are wanted and not there yet."""
+        skeleton = self.skeleton
+        outside = [p for p in skeleton.shapes if skeleton.split(p)[0] is None and wanted(p)]
+        missing = [p for p in outside if p not in self._loaded]
+        if not missing:
+            return
+        sources = {p: self._source(p) for p in missing}
+        tensors = self.read(sorted(set(sources.values())))
+        state = {p: self._placed(p, tensors[name]) for p, name in sources.items()}
+        skeleton.model.load_state_dict(state, strict=False, assign=True)
+        skeleton.model.requires_grad_(False)
+        self._loaded.update(missing)
 
-    def _load_parameters(self, module: nn.Module, index: int) -> None:
-        prefix = self.architecture.layer_prefix(index)
-        names = {
-            self.architecture.module_name(name).removeprefix(prefix): name
-            for name in self.parameter_names(index)
-        }
-        wanted = dict(module.named_parameters())
-        tensors = self.read([names[name] for name in wanted])
-        state = {name: tensors[names[name]].to(self.device, self.dtype) for name in wanted}
+    def _release_outside(self) -> None:
+        """Drop what comes before the layers; the head stays once it is there, as it is used window
+        by window."""
+        if self._loaded & set(self.skeleton.head_parameters):
+            return
+        for parameter in self._loaded:
+            path, _, name = parameter.rpartition(".")
+            module = self.skeleton.model.get_submodule(path)
+            held = module._parameters if name in module._parameters else module._buffers
+            value = held[name].to("meta")
+            held[name] = nn.Parameter(value, False) if held is module._parameters else value
+        self._loaded.clear()
+        return_freed_memory()
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """A decoder layer's parameters and buffers."""
+        skeleton = self.skeleton
+        wanted = [p for p in skeleton.shapes if p.startswith(prefix) and not skeleton.is_experts(p)]
+        tensors = self.read([self._source(p) for p in wanted])
+        state = {p.removeprefix(prefix): self._placed(p, tensors[self._source(p)]) for p in wanted}
         module.load_state_dict(state, strict=False, assign=True)
+        skeleton.make_tables(module, self.device)
 
-    def _arguments_of(self, index: int, block: torch.Tensor) -> dict[str, Any]:
+    def _source(self, parameter: str) -> str:
+        """The tensor that a parameter is read from."""
+        if parameter in self.skeleton.head_parameters and self.skeleton.ties_head:
+            (parameter,) = self.skeleton.embedding_parameters
+        return self.layout.stored[parameter]
+
+    def _placed(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if self.skeleton.stays_float32(parameter) else self.dtype)
+
+    def _arguments_of(self, index: int, block: torch.Tensor) -> Arguments:
         """What transformers hands to a layer with a block of so many windows."""
         windows = block.shape[0]
         if windows not in self._arguments:
-            self._arguments[windows] = _record_layer_arguments(self._body, block)
+            ends = (*self.skeleton.head_parameters, *self.skeleton.embedding_parameters)
+            self._load_outside(lambda parameter: parameter not in ends)
+            given = self._pass_through(inputs_embeds=block)
+            self._arguments[windows] = [arguments for arguments, _ in given]
         return self._arguments[windows][index]
 
-    def _read_head(self) -> torch.Tensor:
-        names = self.architecture
-        source = names.embedding if self.skeleton.ties_head else names.head
-        norm, head = f"{names.norm}.weight", f"{source}.weight"
-        tensors = self.read([norm, head])
-        weight = tensors[norm].to(self.device, self.dtype)
-        self._body.norm.load_state_dict({"weight": weight}, assign=True)
-        self._body.norm.requires_grad_(False)
-        return tensors[head].to(self.device, self.dtype)
+    @torch.no_grad()
+    def _pass_through(self, **inputs: torch.Tensor) -> list[tuple[Arguments, torch.Tensor]]:
+        """What each decoder layer would be given, and the states that the first one is."""
+        seen: list[tuple[Arguments, torch.Tensor]] = []
+        with self._stand_ins(seen, stop=True), suppress(LastLayer):
+            self.skeleton.base(**inputs, use_cache=False)
+        return seen
+
+    def _finish(self, block: torch.Tensor) -> torch.Tensor:
+        """The last layer's output [B, L, H] to logits."""
+        with self._stand_ins([], stop=False):
+            return self.skeleton.model(inputs_embeds=block, use_cache=False).logits
+
+    @contextmanager
+    def _stand_ins(self, seen: list[tuple[Arguments, torch.Tensor]], stop: bool) -> Iterator[None]:
+        """Layers that record what they are given; the last one ends the run, or hands it on."""
+        body = self.skeleton.body
+        layers = body.layers
+        last = len(layers) - 1
+        try:
+            body.layers = nn.ModuleList(
+                StandIn(layer, seen, stop and index == last) for index, layer in enumerate(layers)
+            )
+            yield
+        finally:
+            body.layers = layers
 
 
 def open_model(
@@ -303,22 +309,19 @@ def open_model(
     Raises UserError for unsupported architectures, other quantization methods, unusable configs,
     and for any tensor that is not as config.json says.
     """
-    architecture = find_architecture(checkpoint.config)
     settings = checkpoint.config.get("quantization_config")
     quantization = None if settings is None else QuantizationConfig.from_dict(settings)
     place = choose_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    skeleton = make_skeleton(checkpoint, architecture, dtype)
-    require_agreement(checkpoint, skeleton, quantization)
-    require_one_head(checkpoint, skeleton)
-    _make_tables(skeleton, place)
-    reader: ExpertReader = SeparateExperts(checkpoint, architecture)
+    layout = open_layout(checkpoint, quantization, dtype)
+    layout.skeleton.make_tables(layout.skeleton.model, place)
+    reader: ExpertReader = StoredExperts(checkpoint, layout)
     if quantization is not None:
-        reader = PackedExperts(checkpoint, architecture, quantization)
+        reader = PackedExperts(checkpoint, layout, quantization)
     return MoeModel(
         checkpoint if quantization is None else with_original_names(checkpoint),
-        architecture,
-        skeleton,
+        layout,
+        layout.skeleton,
         place,
         dtype,
         reader if as_stored else ExpertsOnDevice(reader, place, dtype),
@@ -343,36 +346,3 @@ def choose_device(name: str) -> torch.device:
                 f"cuda:{torch.cuda.device_count() - 1}"
             )
     return device
-
-
-def _make_tables(skeleton: Skeleton, device: torch.device) -> None:
-    """The rotary tables, which no checkpoint stores, on the device."""
-    with torch.device(device):
-        skeleton.body.rotary_emb = type(skeleton.body.rotary_emb)(config=skeleton.config)
-
-
-def _record_layer_arguments(body: Any, block: torch.Tensor) -> list[dict[str, Any]]:
-    """The keyword arguments (mask, rotary tables, ...) that each decoder layer would be given."""
-    recorded: list[dict[str, Any]] = []
-
-    class Recorder(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            # Models may choose masks by an attribute of the layer.
-            for name in ("attention_type", "layer_type"):
-                if hasattr(layer, name):
-                    setattr(self, name, getattr(layer, name))
-
-        def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            recorded.append(arguments)
-            return hidden_states
-
-    layers, norm = body.layers, body.norm
-    try:
-        body.layers = nn.ModuleList(Recorder(layer) for layer in layers)
-        body.norm = nn.Identity()
-        with torch.no_grad():
-            body(inputs_embeds=block, use_cache=False)
-    finally:
-        body.layers, body.norm = layers, norm
-    return recorded

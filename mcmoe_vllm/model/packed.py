@@ -10,8 +10,8 @@ from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.architectures import Architecture
 from mcmoe_vllm.model.experts import Expert
+from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.widths import code_bits
 
 
@@ -19,16 +19,16 @@ class PackedExperts:
     """Experts of an mcmoe checkpoint, dequantized to float32."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, quantization: QuantizationConfig
+        self, checkpoint: Checkpoint, layout: Layout, quantization: QuantizationConfig
     ) -> None:
-        self._checkpoint, self._architecture = checkpoint, architecture
+        self._checkpoint, self._layout = checkpoint, layout
         self._quantization = quantization
 
     def read(self, layer: int, expert: int) -> Expert | None:
         w13, w2 = (self._quantization.bits(layer, group)[expert] for group in ("w13", "w2"))
         if w13 == 0:
             return None
-        names = self._architecture.expert_weights(layer, expert)
+        names = self._layout.expert_weights(layer, expert)
         gate, up, down = (
             read_expert_matrix(self._checkpoint, name, width)
             for name, width in zip(names, (w13, w13, w2), strict=True)
@@ -72,10 +72,13 @@ class DequantizedLinears:
 
 
 def with_original_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint's table of tensors with int4 linears under their original names."""
+    """The checkpoint's table of tensors with quantized ones under their original names; what it
+    says of those is of their codes."""
     tensors = dict(checkpoint.tensors)
     for name in checkpoint.tensors:
-        if name.endswith(".qweight"):
-            tensors[name.removesuffix("qweight") + "weight"] = tensors.pop(name)
-            tensors.pop(name.removesuffix("qweight") + "scales", None)
+        for codes, scales in ((".qweight", ".scales"), (".weight_packed", ".weight_scale")):
+            if name.endswith(codes):
+                prefix = name.removesuffix(codes)
+                tensors[f"{prefix}.weight"] = tensors.pop(name)
+                tensors.pop(prefix + scales, None)
     return Checkpoint(checkpoint.path, checkpoint.config, tensors)

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from mcmoe_vllm.model.decoder_layer import DecoderLayer, join
 from mcmoe_vllm.model.experts import ExpertWeights, Routing, experts_output, join_routings
-from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel
+from mcmoe_vllm.model.moe_model import MoeModel
 
 DEVICE_BYTES = 3 << 30  # of tokens' states that stay on the device while their layer is worked on
 
@@ -88,7 +89,7 @@ def run_layer(
             weights, ids = prune(layer.index, routed.weights, routed.ids)
             kept = Routing(routed.hidden, ids, weights)
         change = experts_output(kept, experts, layer.num_experts, layer.activation)
-        outputs = add_rows(outputs, change)
+        outputs = join(layer, blocks, outputs, change, changed=changed)
     return LayerRun(outputs, routed, inputs)
 
 
@@ -130,12 +131,6 @@ def final_hidden(
 
     blocks = [block.cpu() for block in model.embed(tokens)]
     return walk_layers(model, {"tokens": blocks}, step)["tokens"]
-
-
-def add_rows(blocks: Sequence[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-    """Blocks [B, L, H] plus the matching rows of [T, H]."""
-    parts = rows.split([b.shape[0] * b.shape[1] for b in blocks])
-    return [b + p.view_as(b).to(b) for b, p in zip(blocks, parts, strict=True)]
 
 
 def to_main_memory(blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:

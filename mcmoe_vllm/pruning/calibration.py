@@ -25,8 +25,9 @@ from mcmoe_vllm.disk import explain_os_errors, write_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.flags import out_of_range
 from mcmoe_vllm.limits import MAX_DROP, MAX_SEED, MAX_WINDOWS
+from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.divergence import mean_divergences
-from mcmoe_vllm.model.moe_model import DecoderLayer, MoeModel, open_model
+from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.model.runner import LayerProgress, Prune, States, run_layer, walk_layers
 from mcmoe_vllm.model.text import (
     load_tokenizer,
@@ -108,7 +109,7 @@ def choose_shares(layers: Sequence[LayerRouting], target: float) -> list[float]:
 
 def require_prunable(model: MoeModel) -> None:
     """Raises UserError for a model whose tokens have one expert each: the largest always stays."""
-    top_k = int(getattr(model.config, model.architecture.top_k))
+    top_k = model.skeleton.top_k
     if top_k < 2:
         raise UserError(
             f"{model.checkpoint.path} routes a token to {top_k} expert, which always stays: there "
@@ -232,7 +233,7 @@ def calibrate_checkpoint(
     length = window_length(model.config, sequence_length)
     with Progress() as progress:
         tokens = sample_windows(text, tokenizer, samples, length, seed, progress.say)
-        require_known_tokens(tokens, int(model.config.vocab_size), checkpoint.path)
+        require_known_tokens(tokens, model.vocabulary, checkpoint.path)
         table = calibrate_pruning(model, tokens, target_drop or TARGET_DROP, rule, progress)
     store_table(checkpoint, table)
     return table

@@ -145,7 +145,7 @@ def test_bugs_stay_visible(monkeypatch):
         (["quantize", "m", "-o", "elsewhere", "--work-dir", "out.work"], True),
         (["plan", "m", "-o", "out"], True),
         (["quantize", "m", "-o", "other"], False),  # nothing was kept yet
-        (["plan", "m", "-o", "out", "--sweep", "2"], False),
+        (["plan", "m", "--sweep", "2"], False),
         (["inspect", "out"], False),
         (["eval", "out", "--text", "x"], False),
         (["calibrate-pruning", "out", "--text", "x"], False),

@@ -10,8 +10,8 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.model import expert_reader
-from mcmoe_vllm.model.architectures import find_architecture
-from mcmoe_vllm.model.expert_reader import ExpertsOnDevice, LayerExperts, SeparateExperts
+from mcmoe_vllm.model.agreement import open_layout
+from mcmoe_vllm.model.expert_reader import ExpertsOnDevice, LayerExperts, StoredExperts
 from mcmoe_vllm.model.experts import Expert, run_expert
 
 
@@ -47,7 +47,7 @@ def test_what_there_is_no_room_for_is_read_again(monkeypatch):
 
 def test_gate_lies_above_up_as_the_checkpoint_has_them(tiny_models):
     checkpoint = open_checkpoint(tiny_models("mixtral"))
-    reader = SeparateExperts(checkpoint, find_architecture(checkpoint.config))
+    reader = StoredExperts(checkpoint, open_layout(checkpoint, None))
     prefix = "model.layers.1.block_sparse_moe.experts.2"
     stored = checkpoint.read([f"{prefix}.{m}.weight" for m in ("w1", "w3", "w2")])
     gate, up, down = stored.values()
@@ -72,7 +72,7 @@ def test_a_job_reads_an_expert_once_a_phase_and_hashes_a_shard_once(
     tiny_models, tmp_path, calibration_text, monkeypatch
 ):
     reads, hashes = Counter(), Counter()
-    read, file_sha256 = SeparateExperts.read, manifest.file_sha256
+    read, file_sha256 = StoredExperts.read, manifest.file_sha256
 
     def counted(self, layer, expert):
         reads[layer, expert] += 1
@@ -82,7 +82,7 @@ def test_a_job_reads_an_expert_once_a_phase_and_hashes_a_shard_once(
         hashes[path.name] += 1
         return file_sha256(path)
 
-    monkeypatch.setattr(SeparateExperts, "read", counted)
+    monkeypatch.setattr(StoredExperts, "read", counted)
     monkeypatch.setattr(manifest, "file_sha256", hashed)
     quantize(
         QuantizeOptions(

@@ -280,9 +280,9 @@ def test_unusable_quantization_config(folder, value):
         ({"hidden_size": None}, "'hidden_size' expected int"),
         ({"moe_intermediate_size": "32"}, "'moe_intermediate_size' expected int"),
         ({"num_hidden_layers": 2**40}, "num_hidden_layers is 1099511627776, there are"),
-        ({"num_experts": 6}, "num_experts is 6, quantization_config has widths of 5"),
+        ({"num_experts": 6}, "the model has 6 experts, quantization_config has widths of 5"),
         ({"num_hidden_layers": 1}, "layer 1 has widths in expert_bits but no routed experts"),
-        ({"hidden_size": 48}, "hidden_size is 48, no multiple of the group size 32 of w13"),
+        ({"hidden_size": 48}, "the hidden size is 48, no multiple of the group size 32 of w13"),
     ],
 )
 def test_model_config_that_does_not_fit(folder, change, message):

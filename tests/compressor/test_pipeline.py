@@ -19,7 +19,7 @@ from mcmoe_vllm.compress.pipeline import measure, plan, quantize, sweep
 from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.inspection import inspect_checkpoint
-from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.agreement import open_layout
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows
@@ -48,13 +48,13 @@ def test_every_architecture_becomes_a_checkpoint_that_computes(
     result = quantize(options(source, output, calibration_text, bits=2.5))
     checkpoint = open_checkpoint(output)
     config = QuantizationConfig.from_dict(checkpoint.config["quantization_config"])
-    architecture = find_architecture(checkpoint.config)
+    layout = open_layout(checkpoint, config)
     experts = config.num_experts
     for layer in (0, 1):
         bits = config.bits(layer, "w13")
         for expert in range(experts):
             for name, width in zip(
-                architecture.expert_weights(layer, expert),
+                layout.expert_weights(layer, expert),
                 (bits[expert], bits[expert], config.bits(layer, "w2")[expert]),
                 strict=True,
             ):

@@ -303,7 +303,7 @@ def write_dequantized(folder: Path, target: Path) -> Path:
     from mcmoe_vllm.checkpoint.format import QuantizationConfig
     from mcmoe_vllm.checkpoint.side_files import copy_side_files
     from mcmoe_vllm.disk import write_json
-    from mcmoe_vllm.model.architectures import find_architecture
+    from mcmoe_vllm.model.agreement import open_layout
 
     checkpoint = open_checkpoint(folder)
     config = dict(checkpoint.config)
@@ -321,14 +321,14 @@ def write_dequantized(folder: Path, target: Path) -> Path:
             plain[f"{stem}.weight"] = dequantize_int4_linear(tensor, stored[f"{stem}.scales"])
         elif kind not in ("weight_scale", "scales"):
             plain[name] = tensor.float()
-    architecture = find_architecture(config)
+    layout = open_layout(checkpoint, quantization)
     for layer in quantization.expert_bits:  # an expert that was dropped adds nothing
         for expert, bits in enumerate(quantization.bits(layer, "w13")):
             if not bits:
                 kept = quantization.bits(layer, "w13").index(max(quantization.bits(layer, "w13")))
                 for name, like in zip(
-                    architecture.expert_weights(layer, expert),
-                    architecture.expert_weights(layer, kept),
+                    layout.expert_weights(layer, expert),
+                    layout.expert_weights(layer, kept),
                     strict=True,
                 ):
                     plain[name] = torch.zeros_like(plain[like])

@@ -36,7 +36,7 @@ def make(vllm_config, monkeypatch):
     def get(switch=None, data_parallel_size=1):
         vllm_config.additional_config = {} if switch is None else {"mcmoe": {"pruning": switch}}
         vllm_config.parallel_config.data_parallel_size = data_parallel_size
-        return Launch(quantization_config(TABLE.to_dict()), vllm_config)
+        return Launch(quantization_config(TABLE), vllm_config)
 
     return get
 

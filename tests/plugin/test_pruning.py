@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("vllm")
 
 from mcmoe_kernels.pruning import prune
-from mcmoe_vllm.model.architectures import ARCHITECTURES
 from mcmoe_vllm.plugin.pruning import LayerPruning
 from tests.conftest import SIZES, TINY_MODELS
 from tests.helpers.expert_layers import random_routing
@@ -35,7 +34,7 @@ def kept_pairs(weights, ids):
 
 
 @pytest.mark.parametrize("renormalize_kept", [False, True])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ROUTERS))
 def test_every_router_is_pruned_by_the_definition(architecture, renormalize_kept):
     """vLLM's routing behind the plugin, against transformers' behind plain torch."""
     cpu_router = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.cpu_router")

@@ -45,11 +45,7 @@ def register() -> None:
     AutoModelForCausalLM.register(OrchardConfig, OrchardForCausalLM)
     ModelRegistry.register_model(NAME, Served)
     ARCHITECTURES[NAME] = Architecture(
-        NAME,
-        block="moe",
-        projections=tuple(MATRICES),
-        num_experts="num_local_experts",
-        expert_width="intermediate_size",
+        NAME, projections=("gate", "up", "down"), renames=((".moe.", ".mlp."),)
     )
 
 

@@ -1,0 +1,251 @@
+"""Small random models of the classes that people run: a row for each family.
+
+Sizes are such that group size 64 divides every width; what a real config.json has and transformers
+does not write, vLLM's classes need: `ENGINE_SETTINGS`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 256, 128, 8, 2
+BASE: dict[str, Any] = {
+    "vocab_size": 8192, "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+HEADS = {"head_dim": 64}
+DENSE = {"intermediate_size": 512, "moe_intermediate_size": WIDTH}
+# vLLM's latent attention on a CPU was only tried with these.
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 128, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+SLIDING = {
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 128,
+}  # fmt: skip
+LINEAR = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "shared_expert_intermediate_size": WIDTH,
+}  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1,
+    "mamba_expand": 2,
+}  # fmt: skip
+
+
+def count(name: str, top_k: str = "num_experts_per_tok") -> dict[str, int]:
+    return {name: EXPERTS, top_k: TOP_K}
+
+
+@dataclass(frozen=True)
+class Family:
+    """model_type, cls: of transformers; settings: of its config; engine: what config.json needs
+    besides; serves: whether vLLM 0.32 runs the plain model on a CPU."""
+
+    model_type: str
+    cls: str
+    settings: dict[str, Any]
+    engine: dict[str, Any] = field(default_factory=dict)
+    serves: bool = False
+
+
+ROUTED, LOCAL, PLAIN = count("n_routed_experts"), count("num_local_experts"), count("num_experts")
+SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+GROUPS = {"n_group": 1, "topk_group": 1}
+FIRST_DENSE = {"first_k_dense_replace": 1}
+SHARED = {"n_shared_experts": 1}
+
+FAMILIES = {
+    "mixtral": Family(
+        "mixtral", "MixtralForCausalLM", {**HEADS, **LOCAL, "intermediate_size": WIDTH}, serves=True
+    ),
+    "deepseek_v2": Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        {**LATENT, **ROUTED, **DENSE, **FIRST_DENSE, "n_shared_experts": 2, "q_lora_rank": None,
+         "topk_method": "greedy"},
+        GROUPS,
+        serves=True,
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        {**LATENT, **ROUTED, **DENSE, **SHARED, **FIRST_DENSE, "n_group": 2, "topk_group": 1,
+         "num_nextn_predict_layers": 0},
+        SIGMOID,
+        serves=True,
+    ),
+    "deepseek_v32": Family(
+        "deepseek_v32",
+        "DeepseekV32ForCausalLM",
+        {**LATENT, **ROUTED, **DENSE, **SHARED, **SPARSE, **GROUPS, "index_head_dim": 128,
+         "index_n_heads": 4, "index_topk": 64},
+        SIGMOID,
+    ),
+    "glm4_moe": Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        {**HEADS, **ROUTED, **DENSE, **SHARED, **FIRST_DENSE, **GROUPS,
+         "num_nextn_predict_layers": 0},
+        serves=True,
+    ),
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        {**LATENT, **ROUTED, **DENSE, **SHARED, **SPARSE},
+        {**SIGMOID, **FIRST_DENSE},
+        serves=True,
+    ),
+    "qwen3_next": Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {**HEADS, **LINEAR, **PLAIN, **DENSE},
+        serves=True,
+    ),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", {**HEADS, **LINEAR, **PLAIN, **DENSE}
+    ),
+    "phimoe": Family(
+        "phimoe",
+        "PhimoeForCausalLM",
+        {**LOCAL, "intermediate_size": WIDTH, "attention_bias": True, "lm_head_bias": True},
+        {"architectures": ["PhiMoEForCausalLM"]},
+        serves=True,
+    ),
+    "ernie4_5_moe": Family(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        {**count("moe_num_experts", "moe_k"), **DENSE, "moe_num_shared_experts": 1,
+         "moe_layer_start_index": 1, "moe_layer_end_index": 2, "tie_word_embeddings": True},
+    ),
+    "lfm2_moe": Family(
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        {**PLAIN, **DENSE, "num_dense_layers": 1,
+         "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "hy_v3": Family(
+        "hy_v3", "HYV3ForCausalLM", {**HEADS, **PLAIN, **DENSE, **SPARSE}, FIRST_DENSE, serves=True
+    ),
+    "minimax_m2": Family(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        {**HEADS, **LOCAL, "intermediate_size": WIDTH, "rotary_dim": 32},
+        {"scoring_func": "sigmoid"},
+    ),
+    "gemma4": Family(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        {**HEADS, **count("num_experts", "top_k_experts"), **DENSE, "enable_moe_block": True,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+         "vocab_size_per_layer_input": 8192, "hidden_size_per_layer_input": 0,
+         "global_head_dim": 64, "num_global_key_value_heads": 2, "sliding_window": 128,
+         "num_kv_shared_layers": 0},
+        serves=True,
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        {**LOCAL, "intermediate_size": WIDTH, "residual_multiplier": 0.22,
+         "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "logits_scaling": 6.0},
+        serves=True,
+    ),
+    "granitemoehybrid": Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {**LOCAL, **MAMBA, "intermediate_size": WIDTH, "shared_intermediate_size": 128,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        serves=True,
+    ),
+    "hunyuan_v1_moe": Family(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM",
+        {**HEADS, **count("num_experts", "moe_topk"), "intermediate_size": WIDTH},
+        serves=True,
+    ),
+    "dots1": Family(
+        "dots1",
+        "Dots1ForCausalLM",
+        {**HEADS, **ROUTED, **DENSE, **SHARED, **FIRST_DENSE, **GROUPS, "norm_topk_prob": True},
+        serves=True,
+    ),
+    "laguna": Family(
+        "laguna",
+        "LagunaForCausalLM",
+        {**HEADS, **PLAIN, **DENSE, **SPARSE, **SLIDING, "shared_expert_intermediate_size": WIDTH,
+         "num_attention_heads_per_layer": [4, 4, 4], "moe_routed_scaling_factor": 2.5},
+    ),
+    "mimo_v2_flash": Family(
+        "mimo_v2_flash",
+        "MiMoV2FlashForCausalLM",
+        {**HEADS, **ROUTED, **DENSE, **SPARSE, **SLIDING, **GROUPS, "v_head_dim": 64},
+    ),
+    "exaone_moe": Family(
+        "exaone_moe",
+        "ExaoneMoeForCausalLM",
+        {**HEADS, **PLAIN, **DENSE, **SPARSE, **SLIDING, **GROUPS, **FIRST_DENSE},
+        serves=True,
+    ),
+    "afmoe": Family(
+        "afmoe",
+        "AfmoeForCausalLM",
+        {**HEADS, **PLAIN, **DENSE, "num_dense_layers": 1, "num_shared_experts": 1,
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "solar_open": Family(
+        "solar_open",
+        "SolarOpenForCausalLM",
+        {**HEADS, **ROUTED, **SHARED, "moe_intermediate_size": WIDTH},
+        serves=True,
+    ),
+    "cohere2_moe": Family(
+        "cohere2_moe",
+        "Cohere2MoeForCausalLM",
+        {**HEADS, **PLAIN, "intermediate_size": WIDTH, "num_shared_experts": 1,
+         "mlp_layer_types": ["sparse"] * 3,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        serves=True,
+    ),
+    "flex_olmo": Family(
+        "flex_olmo", "FlexOlmoForCausalLM", {**PLAIN, "intermediate_size": WIDTH}, serves=True
+    ),
+    "jamba": Family(
+        "jamba",
+        "JambaForCausalLM",
+        {**PLAIN, "num_hidden_layers": 4, "intermediate_size": WIDTH, "attn_layer_period": 2,
+         "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 16,
+         "use_mamba_kernels": False},
+    ),
+}  # fmt: skip
+
+
+def save_family(name: str, folder: Path, tokenizer: Path) -> Path:
+    """A random model of a family with another model's tokenizer; the same each time."""
+    import torch
+    import transformers
+
+    family = FAMILIES[name]
+    config = transformers.CONFIG_MAPPING[family.model_type](**{**BASE, **family.settings})
+    config.architectures = [family.cls]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = getattr(transformers, family.cls)(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.05)
+        for buffer_name, buffer in model.named_buffers():
+            if "bias" in buffer_name:  # what a router chooses with
+                buffer.normal_(0, 0.02)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / file, folder / file)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **family.engine}, indent=2))
+    return folder
