@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mcmoe_vllm.disk import replacing
+from mcmoe_vllm.errors import printable
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.widths import Pair, average_width, in_words
 
@@ -95,7 +96,7 @@ def draw_widths(
     height = NUMBERED_ROW * len(layers) if numbered else MOSAIC_HEIGHT
     figure = _figure(INCHES, 1.7 + down * (height + 0.75))
     average = average_width(pair for row in pairs for pair in row)
-    title = f"{name}: width of each expert's matrices\n{average:.2f} bits on average"
+    title = f"{printable(name)}: width of each expert's matrices\n{average:.2f} bits on average"
     figure.suptitle(title, fontsize=12, parse_math=False)
     ratios = [max(columns, 6), max(columns, 6) * 0.16 * across] * across
     grid = figure.add_gridspec(down, 2 * across, width_ratios=ratios)
