@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,22 +68,32 @@ OUT_OF_MEMORY = (
 
 
 def _fail(message: str) -> int:
-    print(f"error: {brief(message)}", file=sys.stderr)
+    _tell(f"error: {message}")
     return 2
 
 
 def _interrupted(how: str, parsed: argparse.Namespace, number: int) -> int:
     """Say what is left of an interrupted command; its exit code."""
-    kept = ""
-    if getattr(parsed, "command", None) in RESUMABLE and not getattr(parsed, "sweep", None):
-        folder = work_folder(parsed.output, getattr(parsed, "work_dir", None))
-        if (folder / JOB_FILE).exists():
-            kept = f"; finished layers are kept in {folder}, add --resume to continue"
-    print(brief(f"{how}{kept}"), file=sys.stderr)
+    folder = _unfinished(parsed)
+    kept = f"; finished layers are kept in {folder}, add --resume to continue" if folder else ""
+    _tell(f"{how}{kept}")
     return 128 + number
 
 
-RESUMABLE = ("quantize", "plan")
+def _tell(message: str) -> None:
+    with suppress(OSError):  # of a stderr that is full or closed: nobody is left to be told
+        print(brief(message), file=sys.stderr, flush=True)
+
+
+def _unfinished(parsed: argparse.Namespace) -> Path | None:
+    """The work directory that a command leaves, if it leaves one."""
+    if getattr(parsed, "command", None) not in ("quantize", "plan") or "sweep" in parsed:
+        return None
+    try:
+        folder = work_folder(parsed.output, getattr(parsed, "work_dir", None))
+    except UserError:
+        return None
+    return folder if (folder / JOB_FILE).exists() else None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -66,7 +66,8 @@ def output_folder(name: StrPath, own: Collection[str] = ()) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"output {name} is a file; choose a folder")
-    if strange := sorted(set(os.listdir(path)) - set(own)):
+    made_with_the_disk = {"lost+found"} if os.path.ismount(path) else set()
+    if strange := sorted(set(os.listdir(path)) - set(own) - made_with_the_disk):
         raise UserError(
             f"output {name} exists and is not empty (it holds {strange[0]!r:.100}); "
             "choose another folder"

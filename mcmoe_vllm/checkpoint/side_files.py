@@ -54,7 +54,7 @@ def find_side_files(folder: Path, trust_remote_code: bool = False) -> SideFiles:
     format, none of a compressed checkpoint's own, nothing hidden, code only if it is trusted.
 
     Raises UserError listing links that lead out of the folder (and of the Hub's cache, if it lies
-    in that), and what is no regular file.
+    in that), what is no regular file, and what cannot be read.
     """
     roots = _roots(folder.resolve())
     found: list[tuple[str, int]] = []
@@ -69,8 +69,9 @@ def find_side_files(folder: Path, trust_remote_code: bool = False) -> SideFiles:
             found.append((name, size))
     if strange:
         raise UserError(
-            f"{folder} holds files that would be copied but are links to elsewhere, or no regular "
-            f"files: {some(strange)}\nReplace them by copies (cp -L), or remove them"
+            f"{folder} holds files that would be copied but are links to elsewhere, no regular "
+            f"files, or not readable: {some(strange)}\n"
+            "Replace them by copies (cp -L), or remove them"
         )
     # The upper folders' first, which tokenizers and engines read.
     found.sort(key=lambda entry: (entry[0].count("/"), entry[0]))
@@ -99,8 +100,12 @@ def copy_side_files(source: Path, target: Path, trust_remote_code: bool = False)
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     """Relative names and paths of all files that are not hidden, links to folders among them."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
     seen = 0
-    for top, folders, files in os.walk(folder):
+    for top, folders, files in os.walk(folder, onerror=fail):
         above = Path(top).relative_to(folder).parts
         links = [name for name in folders if os.path.islink(os.path.join(top, name))]
         folders[:] = sorted(
@@ -139,11 +144,13 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _regular_size(path: Path, roots: list[Path]) -> int | None:
-    """A regular file's size; None for what else it is, and for a link that leads out of `roots`."""
+    """The size of a regular file that can be read, None for all else; of a link the target's, if
+    that lies in one of `roots`."""
     try:
         target = path.resolve(strict=True) if path.is_symlink() else path
         found = target.stat()
     except (OSError, RuntimeError):
         return None
     inside = target == path or any(root in target.parents for root in roots)
-    return found.st_size if stat.S_ISREG(found.st_mode) and inside else None
+    usable = inside and stat.S_ISREG(found.st_mode) and os.access(target, os.R_OK)
+    return found.st_size if usable else None

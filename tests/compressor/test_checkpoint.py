@@ -290,6 +290,17 @@ def test_unknown_dtype_is_refused(folder):
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_shards_have_the_mode_that_the_user_set(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_shard(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_that_are_not_finite(folder, value, dtype):

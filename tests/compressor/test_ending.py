@@ -63,6 +63,11 @@ def test_when_nobody_reads_any_more_it_ends_quietly(arguments):
     assert process.returncode == 141 and err == ""
 
 
+def test_errors_that_nobody_can_be_told_keep_their_exit_code():
+    for shell in ("2> /dev/full", "> /dev/full 2> /dev/full"):
+        assert end("print('x')\nraise cli.UserError('wrong')", shell)[0] == 2
+
+
 def test_tables_end_as_quietly():
     body = "from mcmoe_vllm.report.console import Console\nConsole().print('a line\\n' * 100000)"
     with start(body) as process:

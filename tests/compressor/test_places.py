@@ -108,6 +108,14 @@ def test_what_a_job_put_into_its_output_is_its_own(tmp_path):
         output_folder(tmp_path, ["a"])
 
 
+def test_a_new_disk_is_empty(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    with pytest.raises(UserError, match="not empty"):
+        output_folder(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    assert output_folder(tmp_path) == tmp_path
+
+
 def test_work_goes_into_an_output_that_nothing_can_stand_beside(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

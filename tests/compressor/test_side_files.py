@@ -108,6 +108,24 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path):
         find_side_files(snapshot)
 
 
+def test_what_cannot_be_read_is_said(tmp_path, monkeypatch):
+    folder = fill(tmp_path, ["a.json", "b.json", "c/d"])
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "b.json")
+    with pytest.raises(UserError, match="not readable: \n  - b.json"):
+        find_side_files(folder)
+    monkeypatch.undo()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="c cannot be read: Permission denied"):
+        find_side_files(folder)
+
+
 def test_large_and_many_files_are_left_out_by_name(tmp_path, monkeypatch):
     folder = fill(tmp_path, ["a.json", "b.unknown", "c/d", "c/e", "z.json"])
     os.truncate(folder / "b.unknown", side_files.MOST_BYTES + 1)
