@@ -8,11 +8,11 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from mcmoe_vllm.disk import open_regular
 from mcmoe_vllm.errors import UserError, reason_of
 
 DATASET_CONFIGS = {"allenai/c4": "en"}  # the subset meant when a dataset needs one
@@ -119,7 +119,7 @@ def read_documents(
         return _read_dataset(source)
     path = Path(source)
     ending = path.suffix.lower()
-    with _open(path) as f:
+    with open_regular(path) as f:
         head = f.read(HEAD_BYTES).removeprefix(BOM)
     _refuse_foreign(path, ending, head)
     if ending == ".json" and head.lstrip()[:1] == b"[":
@@ -129,15 +129,6 @@ def read_documents(
 
 
 # Files
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-            yield f
-    except OSError as e:
-        raise UserError(f"text {path} cannot be read: {reason_of(e)}") from None
 
 
 def _refuse_foreign(path: Path, ending: str, head: bytes) -> None:
@@ -163,7 +154,7 @@ def _begins_with_record(head: bytes) -> bool:
 
 def _read_parts(path: Path, most_bytes: int, say: Say) -> Iterator[_Part]:
     """A file whole, or excerpts of a larger one: whole lines as far as there are any."""
-    with _open(path) as f:
+    with open_regular(path) as f:
         content = f.read(most_bytes + 1)  # some files do not tell their size
         if len(content) <= most_bytes:
             yield _Part(path, 0, content.removeprefix(BOM), True)
@@ -216,7 +207,7 @@ def _read_lines(parts: Iterator[_Part]) -> Iterator[str]:
 
 def _read_list(path: Path, most_bytes: int) -> Iterator[str]:
     """A JSON list of objects, or of strings."""
-    with _open(path) as f:
+    with open_regular(path) as f:
         content = f.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise UserError(
