@@ -184,7 +184,8 @@ class Skeleton:
             if any(table.is_meta for table in tables.values()):
                 for name, table in tables.items():
                     part._buffers[name] = torch.empty_like(table, device=device)
-                self.model._init_weights(part)
+                with torch.device(device):  # where they are computed decides their last bits
+                    self.model._init_weights(part)
 
     def ignored(self) -> list[str]:
         """Patterns of stored names that transformers leaves unread."""
