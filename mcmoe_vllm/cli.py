@@ -208,6 +208,7 @@ def _run_calibrate_pruning(parsed: argparse.Namespace) -> None:
 def _run_inspect(parsed: argparse.Namespace) -> None:
     if "heatmap" in parsed:
         require_result(parsed.heatmap)
+    from mcmoe_vllm.checkpoint.manifest import read_manifest
     from mcmoe_vllm.inspection import inspect_checkpoint, print_inspection
     from mcmoe_vllm.report.plots import write_bits_heatmap
 
@@ -223,6 +224,9 @@ def _run_inspect(parsed: argparse.Namespace) -> None:
             write_bits_heatmap(found.layers, pairs, Path(parsed.heatmap), name)
     if "check" in parsed:
         print("all checks passed", file=sys.stderr)
+        uncovered = read_manifest(found.path).uncovered
+        if uncovered is not None:
+            print(f"not checked: {uncovered}", file=sys.stderr)
 
 
 def _run_eval(parsed: argparse.Namespace) -> None:

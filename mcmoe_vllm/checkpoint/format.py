@@ -179,7 +179,7 @@ def _mistyped_fields(value: Mapping[str, Any]) -> list[str]:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "mcmoe_manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 def stored_scale(tensor: torch.Tensor, bits: int, name: str) -> torch.Tensor:

@@ -15,14 +15,22 @@ def register() -> None:
     global _registered
     if _registered:
         return
+    from vllm.model_executor import model_loader
     from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.model_loader import register_model_loader
 
     from mcmoe_vllm.plugin import metrics
     from mcmoe_vllm.plugin.config import McmoeConfig
-    from mcmoe_vllm.plugin.loader import McmoeModelLoader
+    from mcmoe_vllm.plugin.loader import CheckedModelLoader, McmoeModelLoader
+    from mcmoe_vllm.plugin.unsupported import refuse_saving
 
     register_quantization_config("mcmoe")(McmoeConfig)
-    register_model_loader("mcmoe")(McmoeModelLoader)
+    model_loader.register_model_loader("mcmoe")(McmoeModelLoader)
+    # vLLM checks what was loaded for unquantized models alone. Its own way of replacing a loader
+    # warns everyone who starts it, with whatever model.
+    loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    for load_format, loader in loaders.items():
+        if loader is model_loader.DefaultModelLoader:
+            loaders[load_format] = CheckedModelLoader
+    refuse_saving(model_loader.TensorizerLoader, "save_tensorized_model")
     metrics.export()
     _registered = True

@@ -29,6 +29,10 @@ class CacheBudget:
         self.bytes -= nbytes
         return True
 
+    def give(self, nbytes: int) -> None:
+        """What `take` spent is to be spent again."""
+        self.bytes += nbytes
+
     @classmethod
     def from_additional_config(cls, options: object) -> CacheBudget:
         given = options.get(CACHE_OPTION) if isinstance(options, dict) else None

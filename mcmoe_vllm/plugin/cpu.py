@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from vllm.logger import init_logger
 
 from mcmoe_kernels.cpu.experts import (
     CpuExperts,
-    DenseKernel,
     dense_bytes,
     fused_experts_cpu,
     int4_supported,
@@ -30,12 +31,16 @@ def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -
         experts = prepare(layer, mode, None if kernel else dense, kernel)
         path = f"CPU, weights dequantized to {_short(dtype)} at load"
         path += " (vLLM's fused kernel)" if kernel else ""
-    else:
-        experts = prepare(layer, mode)
-        path = {"int4": "CPU, int4", "packed": f"CPU, dequantized to {_short(dtype)} per call"}[
-            mode
-        ]
-    return PreparedExperts(path, _bind(experts), keeps_packed=mode != "dense")
+        held = dense if kernel is None else (kernel.packed13, kernel.packed2)
+        return PreparedExperts(path, _bind(experts), False, held, dense_bytes(layer, dtype))
+    experts = prepare(layer, mode)
+    path = "CPU, int4" if mode == "int4" else f"CPU, dequantized to {_short(dtype)} per call"
+    codes = [m for side in (experts.w13, experts.w2) for m in (() if side is None else side)]
+    tensors = (
+        *(t for m in (layer.w13, layer.w2) for t in (*m.packed, *m.scale)),
+        *(t for matrix in codes for t in (matrix.code, matrix.scale)),
+    )
+    return PreparedExperts(path, _bind(experts), True, tensors)
 
 
 def choose_mode(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> str:
@@ -45,7 +50,35 @@ def choose_mode(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> s
     return "int4" if int4_supported(layer, dtype) else "packed"
 
 
-def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> DenseKernel | None:
+@dataclass(frozen=True, eq=False)
+class VllmKernel:
+    """vLLM's fused kernel on weights that it has repacked: a `DenseKernel`."""
+
+    packed13: torch.Tensor
+    packed2: torch.Tensor
+    activation: str
+    isa: str
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+
+        out = torch.empty_like(x)
+        ops.cpu_fused_moe(
+            out,
+            x.contiguous(),
+            self.packed13,
+            self.packed2,
+            None,
+            None,
+            weights.to(torch.float32).contiguous(),
+            slots.to(torch.int32).contiguous(),
+            self.activation,
+            self.isa,
+        )
+        return out
+
+
+def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> VllmKernel | None:
     """vLLM's fused kernel over dequantized experts, or None where this vLLM or CPU has none.
 
     The kernel holds a repacked copy of w13 [S, 2I, H] and w2 [S, H, I]. vLLM's interface differs
@@ -61,25 +94,8 @@ def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> DenseKe
     probe = torch.linspace(-1, 1, w13.shape[2]).to(w13.dtype).unsqueeze(0)
     expected = _one_expert(probe, w13[0], w2[0], activation)
     try:
-        packed13 = ops.cpu_prepack_moe_weight(w13, isa)
-        packed2 = ops.cpu_prepack_moe_weight(w2, isa)
-
-        def kernel(x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-            out = torch.empty_like(x)
-            ops.cpu_fused_moe(
-                out,
-                x.contiguous(),
-                packed13,
-                packed2,
-                None,
-                None,
-                weights.to(torch.float32).contiguous(),
-                slots.to(torch.int32).contiguous(),
-                activation,
-                isa,
-            )
-            return out
-
+        packed13, packed2 = (ops.cpu_prepack_moe_weight(w, isa) for w in (w13, w2))
+        kernel = VllmKernel(packed13, packed2, activation, isa)
         got = kernel(probe, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
     except (AttributeError, RuntimeError, TypeError) as e:
         logger.warning_once("mcmoe: vLLM's fused CPU kernel is not used: %s", str(e))

@@ -8,18 +8,18 @@ Parameters of the layer, for its E' present local experts (w2 likewise):
 Gate rows lie above up rows. Tensor parallelism takes rows of w1 and w3 and whole groups of w2's
 columns; expert parallelism takes whole experts. Loading fills views of these buffers and counts
 what it filled: a gap, a surplus or a shape that contradicts config.json is an error.
+
+vLLM may load again (reload_weights): it puts parameters as `create_weights` made them in the place
+of what is there, loads, and calls `process_weights_after_loading` once more.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     FusedMoEConfig,
@@ -35,7 +35,9 @@ from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig, stor
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
-from mcmoe_vllm.plugin.prepared import PreparedExperts
+from mcmoe_vllm.plugin.prepared import PreparedExperts, renew
+from mcmoe_vllm.plugin.pruning import LayerPruning
+from mcmoe_vllm.plugin.unsupported import refuse_state_dict
 from mcmoe_vllm.widths import code_bits
 
 try:
@@ -53,7 +55,12 @@ DUMMY_SCALE = int(pack_scale(torch.tensor(2.0**-7), torch.tensor(1.0), bits=3))
 
 
 class McmoeExpertsMethod(FusedMoEMethodBase):
-    """One instance per layer. `moe_kernel` stays None, so vLLM's runner reduces over the ranks."""
+    """One instance per layer. `moe_kernel` stays None, so vLLM's runner reduces over the ranks.
+
+    counted: the layer's parameters of which it knows itself whether all of them was loaded.
+    """
+
+    counted = tuple(f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS)
 
     def __init__(
         self,
@@ -161,7 +168,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         return True if return_success else None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if get_current_vllm_config().load_config.load_format == "dummy":
+        if self.launch.dummy:
             self._fill_dummy(layer)
         else:
             self._refuse_gaps()
@@ -179,18 +186,32 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         pruning = self.launch.pruning(
             self.layer_index, layer.w13_weight_scale.device, counting=first_rank
         )
-        self.prepared = prepare_experts(
-            experts, self.dtype, self.launch.budget, self.moe.experts_per_token, pruning
-        )
+        if self.prepared is None:
+            layer.register_state_dict_pre_hook(refuse_state_dict)
+        self._prepare(experts, pruning)
+        assert self.prepared is not None
+        self.filled.clear()  # what is loaded next must be whole by itself
         self._views.clear()  # they keep the buffers alive
         if not self.prepared.keeps_packed:
-            for name in (f"{group}_{kind}" for group in ("w13", "w2") for kind in KINDS):
+            for name in self.counted:
                 param = getattr(layer, name)
                 param.data = torch.empty(0, dtype=param.dtype)
+        if pruning is not None and pruning.counts is not None:
+            # vLLM keeps buffers through a sleep of level 2, which loses all other memory.
+            layer.register_buffer("pruning_counts", pruning.counts.sums, persistent=False)
         if current_platform.is_cpu():
             add_layer(self.prefix, self.prepared)
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
         self.launch.ready(self.prefix, self.prepared.path, announce=first_rank)
+
+    def _prepare(self, experts: ExpertLayer, pruning: LayerPruning | None) -> None:
+        """Make `prepared`, or renew it where the weights were loaded again."""
+        if self.prepared is not None:
+            self.launch.budget.give(self.prepared.booked)
+        new = prepare_experts(
+            experts, self.dtype, self.launch.budget, self.moe.experts_per_token, pruning
+        )
+        self.prepared = new if self.prepared is None else renew(self.prepared, new)
 
     def apply(
         self,
@@ -254,8 +275,21 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         # vLLM keeps a parameter's attributes for as long as the layer lives, so one that held the
         # layer would keep a deleted engine's weights.
         held = weakref.proxy(layer)
-        loader: Callable[..., bool | None] = functools.partial(self.load_weight, held)
-        set_weight_attrs(param, {"weight_loader": loader})
+
+        # vLLM asks for its name and binds its arguments by theirs.
+        def weight_loader(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            return self.load_weight(
+                held, param, loaded_weight, weight_name, shard_id, expert_id, return_success
+            )
+
+        set_weight_attrs(param, {"weight_loader": weight_loader})
 
     def _check_groups(self) -> None:
         wrong = [
@@ -342,7 +376,6 @@ def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
     backend = getattr(parallel, "all2all_backend", None)
     refused = {
         "experts with biases": getattr(moe, "has_bias", False),
-        "LoRA on experts: drop --enable-lora": getattr(moe, "is_lora_enabled", False),
         "expert load balancing: drop --enable-eplb": getattr(parallel, "enable_eplb", False),
         f"--all2all-backend {backend}: use allgather_reducescatter": (
             getattr(parallel, "use_all2all_kernels", False) and backend != "allgather_reducescatter"

@@ -27,18 +27,22 @@ def prepare_on_gpu(
             "plain torch (every expert on every token)",
             lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
             keeps_packed=True,
+            tensors=tuple(t for m in (layer.w13, layer.w2) for t in (*m.packed, *m.scale)),
         )
         return add_pruning(plain, pruning)
     from mcmoe_kernels.gpu.experts import fused_experts, warm_up
     from mcmoe_kernels.gpu.tiled import tile_layer
 
     tiled = tile_layer(layer)
+    tensors = tuple(t for m in (tiled.w13, tiled.w2) for t in (m.records, m.table))
+    tensors += (tiled.lookup,)
     if pruning is None or pruning.renormalize:  # the kernels leave weights as they are
         warm_up(tiled, top_k, dtype)
         prepared = PreparedExperts(
             "Triton kernels",
             lambda x, weights, ids: fused_experts(x, tiled, weights, ids),
             keeps_packed=False,
+            tensors=tensors,
         )
         return add_pruning(prepared, pruning)
     ratio, counts = pruning.ratio, pruning.counts
@@ -51,7 +55,7 @@ def prepare_on_gpu(
             counts.show()
         return out
 
-    return PreparedExperts("Triton kernels", compute, keeps_packed=False)
+    return PreparedExperts("Triton kernels", compute, keeps_packed=False, tensors=tensors)
 
 
 def why_not_triton(layer: ExpertLayer, dtype: torch.dtype) -> list[str]:

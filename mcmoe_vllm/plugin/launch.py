@@ -16,6 +16,7 @@ from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.metrics import PruningCounts
 from mcmoe_vllm.plugin.pruning import LayerPruning, refuse_decode_only
+from mcmoe_vllm.plugin.unsupported import refuse_flags
 from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of
 
 logger = init_logger("vllm.mcmoe")
@@ -39,8 +40,10 @@ class Launch:
 
     def __init__(self, config: QuantizationConfig, vllm_config: Any) -> None:
         """vllm_config: the VllmConfig that the model is loaded with. Raises UserError for
-        additional options that say nothing."""
+        flags that mcmoe does not serve with, and for additional options that say nothing."""
+        refuse_flags(vllm_config)
         self.config = config
+        self._vllm_config = vllm_config
         self.budget = CacheBudget.from_additional_config(vllm_config.additional_config)
         table = read_table(config)
         setting = switch_of(vllm_config.additional_config)
@@ -51,6 +54,11 @@ class Launch:
         self._counts: PruningCounts | None = None
         self._expected: set[str] = set()
         self._ready: set[str] = set()
+
+    @property
+    def dummy(self) -> bool:
+        """Whether weights are made up now: vLLM can change its mind before it loads again."""
+        return bool(self._vllm_config.load_config.load_format == "dummy")
 
     def pruning(self, layer: int, device: torch.device, counting: bool) -> LayerPruning | None:
         """What the launch prunes in a layer; None where it prunes in no layer. Raises UserError

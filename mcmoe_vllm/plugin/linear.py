@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +21,13 @@ from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, Au
 from vllm.platforms import current_platform
 
 from mcmoe_kernels.formats.packing import dequantize_int4_linear
-from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, QuantizationConfig
+from mcmoe_vllm.checkpoint.verification import wrong_values
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.launch import Launch
 
 logger = init_logger("vllm.mcmoe")
+STORED = {"qweight": torch.int32, "scales": torch.float16}
 
 
 # vLLM chooses the weight loader by the name of the method's class.
@@ -36,6 +41,8 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
     """
 
     kernel: Any  # vLLM's MPLinearKernel
+    # Parameters of which it knows itself whether all was loaded, and those that are in no file.
+    counted = ("qweight", "scales", "qzeros", "g_idx")
 
     def __init__(self, config: QuantizationConfig, launch: Launch, prefix: str) -> None:
         self.group_size = config.group_size["dense"]
@@ -45,6 +52,9 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
         self.launch = launch
         self.prefix = prefix
         self.plain: UnquantizedLinearMethod | None = None  # once the weights are dequantized
+        # Parameter -> what vLLM has loaded of it: "q", "k", "v" or 0, 1 of fused linears, or None
+        # for all.
+        self.filled: dict[str, set[Any]] = {name: set() for name in STORED}
 
     def create_weights(
         self,
@@ -74,8 +84,57 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
         )
         self.kernel = prefer_marlin(self.kernel)
         self.dtype = params_dtype
+        self.parts = len(output_partition_sizes)
+        for name in STORED:
+            param = getattr(layer, name)
+            param.weight_loader = self._counting(name, param.weight_loader)
+
+    def _counting(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's loader of a parameter, which refuses another dtype and notes what was loaded."""
+        held = weakref.WeakMethod(loader) if inspect.ismethod(loader) else lambda: loader
+
+        def weight_loader(
+            param: torch.nn.Parameter, loaded_weight: torch.Tensor, *part: Any, **named: Any
+        ) -> Any:
+            self._check_tensor(name, loaded_weight)
+            load = held()
+            assert load is not None, "the layer is gone"
+            result = load(param, loaded_weight, *part, **named)
+            self.filled[name].add(next(iter((*part, *named.values())), None))
+            return result
+
+        return weight_loader
+
+    def _check_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        wrong: list[str] = []
+        if tensor.dtype != STORED[name]:
+            wrong = [f"{name} is {_short(tensor.dtype)}, needs {_short(STORED[name])}"]
+        elif name == "scales":
+            wrong = list(wrong_values(name, tensor, DENSE_WIDTH))
+        if wrong:
+            raise UserError(
+                f"{self.prefix}: {'; '.join(wrong)}. The folder is damaged: copy or compress it "
+                f"again."
+            )
+
+    def _refuse_gaps(self) -> None:
+        missing = [
+            f"{name} ({len(filled)} of {self.parts} parts loaded)"
+            for name, filled in self.filled.items()
+            if None not in filled and len(filled) != self.parts
+        ]
+        if missing:
+            raise UserError(
+                f"{self.prefix}: the checkpoint lacks {' and '.join(missing)} of an int4 linear. "
+                f"The folder is incomplete: copy or compress it again. `mcmoe inspect --check "
+                f"<folder>` lists what is there."
+            )
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if not self.launch.dummy:
+            self._refuse_gaps()
+        for filled in self.filled.values():  # what is loaded next must be whole by itself
+            filled.clear()
         if self.plain is None and self._dequantize_here(layer):
             self.plain = UnquantizedLinearMethod()
         if self.plain is None:
@@ -150,3 +209,7 @@ def prefer_marlin(kernel: Any) -> Any:
     names = [kernel.w_q_name, kernel.w_s_name, kernel.w_zp_name]
     names += [kernel.w_gidx_name] if hasattr(kernel, "w_gidx_name") else []  # vLLM 0.26
     return MarlinLinearKernel(kernel.config, *names)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

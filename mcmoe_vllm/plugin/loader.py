@@ -1,12 +1,13 @@
-"""`--load-format mcmoe`: read a checkpoint, checking every tensor against its manifest.
+"""vLLM's loaders of an mcmoe model: what they read is whole, and all of the model was filled.
 
-The manifest (docs/FORMAT.md) names every tensor with the SHA-256 of its bytes. A rank reads only
-what it needs: with expert parallelism, experts of other ranks stay on the disk. Under tensor
-parallelism each rank reads whole tensors, because the hash is of the whole.
+`--load-format mcmoe` compares every tensor with the manifest's SHA-256 (docs/FORMAT.md) as well. A
+rank reads only what it needs: with expert parallelism, experts of other ranks stay on the disk.
+Under tensor parallelism each rank reads whole tensors, because the hash is of the whole.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import time
@@ -16,118 +17,180 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from safetensors import safe_open
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
 
-from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
-from mcmoe_vllm.checkpoint.format import MANIFEST_FILE
-from mcmoe_vllm.checkpoint.manifest import read_manifest, tensor_sha256
+from mcmoe_vllm.checkpoint.format import MANIFEST_FILE, QUANT_METHOD
+from mcmoe_vllm.checkpoint.manifest import RecordedTensor, tensor_sha256
 from mcmoe_vllm.checkpoint.side_files import HUB_IGNORED
+from mcmoe_vllm.checkpoint.verification import names_by_shard, wrong_values
 from mcmoe_vllm.disk import explain_os_errors
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.agreement import SCALE, SCALES, Promise
 from mcmoe_vllm.model.memory import peak_rss_bytes
+from mcmoe_vllm.plugin.completeness import WholeFolder, open_whole, refuse_unfilled, refuse_wrong
 
 logger = init_logger("vllm.mcmoe")
 
-REMEDY = (
-    "The folder is damaged or was changed after mcmoe wrote it: copy or compress it again. "
-    "Without --load-format mcmoe vLLM would load it unchecked."
-)
-SHOWN = 8
 MIB = 1 << 20
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
+# (name, tensor) of a checkpoint, one after another
+Weights = Iterator[tuple[str, torch.Tensor]]
 
 
-class McmoeModelLoader(BaseModelLoader):
+class CheckedModelLoader(DefaultModelLoader):
+    """vLLM's default loader, in whose place it is registered. Of an mcmoe model it finds out before
+    and after it loads whether something is missing; any other model it loads as ever."""
+
+    load_config: Any
+    _checks = False  # whether it loads an mcmoe model
+    _checked = False
+
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
+        super().load_weights(model, model_config)
+        if self._checks and not self._checked:
+            raise UserError(
+                f"vLLM {vllm.__version__} does not tell what it loads, so that the model might be "
+                "incomplete unnoticed: use vLLM 0.26 to 0.33"
+            )
+
+    def get_all_weights(self, model_config: ModelConfig, model: Any) -> Weights:
+        """Checks at once, not with the first tensor: vLLM's reload_weights makes room between."""
+        self._checks = is_mcmoe(model_config)
+        if not self._checks:
+            return super().get_all_weights(model_config, model)
+        self.enable_weights_track = True
+        weights = self.get_checked_weights(model_config, model)
+        forget_packed_copies(model)
+        return weights
+
+    def get_checked_weights(self, model_config: ModelConfig, model: Any) -> Weights:
+        """The tensors of an mcmoe model's folder, which is whole as far as headers tell."""
+        open_whole(find_folder(model_config, self.load_config), model)
+        if self.load_config.load_format == "auto":
+            # In a folder that holds a consolidated*.safetensors as well, "auto" would read that.
+            self.load_config = copy.copy(self.load_config)
+            self.load_config.load_format = "hf"
+        return super().get_all_weights(model_config, model)
+
+    def track_weights_loading(
+        self, model: Any, loaded_weights: set[str] | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """What vLLM calls when all is loaded."""
+        if not self._checks:
+            super().track_weights_loading(model, loaded_weights, *args, **kwargs)
+            return
+        refuse_unfilled(model, loaded_weights)
+        self._checked = True
+
+
+class McmoeModelLoader(CheckedModelLoader):
     """vLLM's loader for the load format "mcmoe"; the weights equal those of its default loader."""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        self._folder(model_config)
+        find_folder(model_config, self.load_config)
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
-        start, count = time.perf_counter(), ReadCount()
-        checkpoint = open_checkpoint(self._folder(model_config))
-        hashes = read_hashes(checkpoint)
-        model.load_weights(read_verified(checkpoint, hashes, remote_experts(model), count))
+        start = time.perf_counter()
+        super().load_weights(model, model_config)
+        count = self._count
+        if not count.finished:
+            raise UserError(
+                f"vLLM took {count.tensors + count.skipped} tensors of {model_config.model} and "
+                "left the others, whose hashes are not checked"
+            )
         logger.info(
-            "mcmoe: read %d tensors, %.1f MiB in %.2f s, all hashes right, %d skipped as other "
-            "ranks' experts, peak memory of the process %.0f MiB",
+            "mcmoe: read %d tensors, %.1f MiB in %.2f s, their %s are the manifest's%s, peak "
+            "memory of the process %.0f MiB",
             count.tensors,
             count.bytes / MIB,
             time.perf_counter() - start,
-            count.skipped,
+            "SHA-256, dtypes and shapes" if self._uncovered is None else "SHA-256",
+            f"; {count.skipped} of other ranks' experts are left to those" * bool(count.skipped),
             peak_rss_bytes() / MIB,
         )
+        if self._uncovered is not None:
+            logger.warning("mcmoe: %s", self._uncovered)
 
-    def _folder(self, model_config: ModelConfig) -> Path:
-        if os.path.isdir(model_config.model):
-            return Path(model_config.model)
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                model_config.model,
-                revision=model_config.revision,
-                cache_dir=self.load_config.download_dir,
-                ignore_patterns=HUB_IGNORED,
+    def get_all_weights(self, model_config: ModelConfig, model: Any) -> Weights:
+        if not is_mcmoe(model_config):
+            raise UserError(
+                f"{model_config.model} is not compressed, --load-format mcmoe reads nothing else: "
+                "drop it, or name another format for a draft model in --speculative-config"
             )
-        )
+        return super().get_all_weights(model_config, model)
+
+    def get_checked_weights(self, model_config: ModelConfig, model: Any) -> Weights:
+        """The same, each tensor by its hash."""
+        folder = open_whole(find_folder(model_config, self.load_config), model)
+        if folder.manifest is None:
+            raise UserError(
+                f"{folder.checkpoint.path} has no {MANIFEST_FILE}, which --load-format mcmoe "
+                "checks tensors against. Drop --load-format to load the folder without, or "
+                "compress the model again."
+            )
+        self._count, self._uncovered = ReadCount(), folder.manifest.uncovered
+        self.counter_before_loading_weights = time.perf_counter()
+        return read_verified(folder, remote_experts(model), self._count)
+
+
+def forget_packed_copies(model: torch.nn.Module) -> None:
+    """Before weights are loaded anew on a CPU: a head that is tied to the embedding computes from
+    the embedding's weight, not from the copy of it that vLLM packs once and loads never again."""
+    owners: dict[int, list[Any]] = {}
+    for module in model.modules():
+        if "weight" in module._parameters:
+            owners.setdefault(id(module.weight), []).append(module)
+    for modules in owners.values():
+        for module in modules if len(modules) > 1 else ():
+            if hasattr(module, "cpu_linear"):
+                module.cpu_linear = torch.nn.functional.linear
+
+
+def is_mcmoe(model_config: ModelConfig) -> bool:
+    return str(model_config.quantization).lower() == QUANT_METHOD
+
+
+def find_folder(model_config: ModelConfig, load_config: Any) -> Path:
+    """The local folder of a model, which is downloaded if need be."""
+    name, revision = model_config.model, model_config.revision
+    name = maybe_download_from_modelscope(name, revision) or name
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    cache = load_config.download_dir
+    return Path(
+        snapshot_download(name, revision=revision, cache_dir=cache, ignore_patterns=HUB_IGNORED)
+    )
 
 
 @dataclass
 class ReadCount:
-    """What `read_verified` has read so far."""
+    """What `read_verified` has read so far. finished: it came to its end and all was right."""
 
     tensors: int = 0
     bytes: int = 0
     skipped: int = 0
-
-
-def read_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor name -> SHA-256, from the manifest.
-
-    Raises UserError for a manifest that is missing, newer or no manifest, and for tensors that
-    only one of manifest and shards names.
-    """
-    file = checkpoint.path / MANIFEST_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{checkpoint.path} has no {MANIFEST_FILE}, which --load-format mcmoe checks tensors "
-            f"against. Drop --load-format to load the folder unchecked, or compress the model "
-            f"again."
-        )
-    hashes: dict[str, str] = read_manifest(checkpoint.path)["tensors"]
-    _refuse(
-        checkpoint,
-        [
-            *(f"{n}: in the manifest, in no shard" for n in hashes if n not in checkpoint),
-            *(
-                f"{n}: in a shard, not in the manifest"
-                for n in checkpoint.names()
-                if n not in hashes
-            ),
-        ],
-    )
-    return hashes
+    finished: bool = False
 
 
 def read_verified(
-    checkpoint: Checkpoint,
-    hashes: Mapping[str, str],
-    is_remote: Callable[[str], bool],
-    count: ReadCount,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every tensor whose hash is right, except those of remote experts.
+    folder: WholeFolder, is_remote: Callable[[str], bool], count: ReadCount
+) -> Weights:
+    """Yield (name, tensor) of every tensor that is right, except those of remote experts.
 
-    Raises UserError at the end, naming every tensor whose bytes have another hash.
+    Raises UserError at the end, naming every tensor whose bytes have another hash than the manifest
+    says, and every scale or zero that docs/FORMAT.md does not allow.
     """
-    by_shard: dict[str, list[str]] = {}
-    for name, info in checkpoint.tensors.items():
-        by_shard.setdefault(info.shard, []).append(name)
-    wrong = []
-    for shard, names in by_shard.items():
+    checkpoint, manifest = folder.checkpoint, folder.manifest
+    assert manifest is not None, "nothing to verify with"
+    wrong: list[str] = []
+    for shard, names in names_by_shard(checkpoint).items():
         file = checkpoint.path / shard
         with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
             for name in names:
@@ -137,11 +200,23 @@ def read_verified(
                 tensor = f.get_tensor(name)
                 count.tensors += 1
                 count.bytes += tensor.nbytes
-                if tensor_sha256(tensor) == hashes[name]:
+                found = _wrong_tensor(name, tensor, manifest.tensors[name], folder.promised)
+                if not found:
                     yield name, tensor
-                else:
-                    wrong.append(f"{name} in {shard}: the SHA-256 of its bytes is another one")
-    _refuse(checkpoint, wrong)
+                wrong += [f"{line} (in {shard})" for line in found]
+    refuse_wrong(checkpoint, wrong)
+    count.finished = True
+
+
+def _wrong_tensor(
+    name: str, tensor: torch.Tensor, recorded: RecordedTensor, promised: Mapping[str, Promise]
+) -> list[str]:
+    if tensor_sha256(tensor) != recorded.sha256:
+        return [f"{name} has another SHA-256"]
+    matrix = promised[name].matrix if name in promised else None
+    if matrix is None or not name.endswith((SCALE, SCALES)):
+        return []
+    return list(wrong_values(name, tensor, matrix.width))
 
 
 def remote_experts(model: torch.nn.Module) -> Callable[[str], bool]:
@@ -160,15 +235,3 @@ def remote_experts(model: torch.nn.Module) -> Callable[[str], bool]:
         return layer in held and expert not in held[layer]
 
     return is_remote
-
-
-def _refuse(checkpoint: Checkpoint, wrong: list[str]) -> None:
-    """Raise UserError if anything is wrong, listing it."""
-    if not wrong:
-        return
-    shown = "".join(f"\n  - {line}" for line in wrong[:SHOWN])
-    rest = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    raise UserError(
-        f"{checkpoint.path}: {len(wrong)} tensor(s) are not what {MANIFEST_FILE} says:{shown}{rest}"
-        f"\n{REMEDY}"
-    )

@@ -21,8 +21,10 @@ without the process's. So `write_counts` writes the files.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -41,6 +43,8 @@ METRICS = (
     ("mcmoe_pruned_pairs", "Routed pairs that online pruning left out."),
 )
 FOLDER = "MCMOE_METRICS_DIR"
+PREFIX = "mcmoe-metrics-"
+TRIES = 8
 PROMETHEUS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 PUBLISH_SECONDS = 0.5
 
@@ -55,9 +59,46 @@ def export() -> None:
     from prometheus_client.multiprocess import MultiProcessCollector
 
     if not os.path.isdir(os.environ.get(FOLDER, "")):
-        _folder = tempfile.TemporaryDirectory(prefix="mcmoe-metrics-")
+        remove_abandoned(Path(tempfile.gettempdir()))
+        _folder = make_folder()
         os.environ[FOLDER] = _folder.name
     MultiProcessCollector(REGISTRY, path=os.environ[FOLDER])
+
+
+def make_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder, locked for as long as this process or a forked child of its lives: the kernel
+    lets the lock go with them, however they end."""
+    for _ in range(TRIES):
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX)
+        if _lock(Path(folder.name)) is not None and os.path.isdir(folder.name):
+            return folder  # and the lock stays open
+        folder.cleanup()  # another process took it for an abandoned one
+    return tempfile.TemporaryDirectory(prefix=PREFIX)  # a file system without locks
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove this user's folders whose processes were killed or left without cleaning up."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder of this user's; None if it is gone, or another process has the lock."""
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(opened).st_uid == os.geteuid():
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return opened
+    except OSError:
+        pass
+    os.close(opened)
+    return None
 
 
 class PruningCounts:
@@ -66,10 +107,10 @@ class PruningCounts:
 
     def __init__(self, layers: Sequence[int], device: torch.device) -> None:
         self.layers = tuple(layers)
-        self._sums = torch.zeros(len(self.layers) + 1, 2, dtype=torch.int64, device=device)
-        self._shown = self._sums
+        self.sums = torch.zeros(len(self.layers) + 1, 2, dtype=torch.int64, device=device)
+        self._shown = self.sums
         if device.type != "cpu":  # a copy that the writing thread can read without the device
-            self._shown = torch.zeros(self._sums.shape, dtype=torch.int64, pin_memory=True)
+            self._shown = torch.zeros(self.sums.shape, dtype=torch.int64, pin_memory=True)
         self._last = -1
 
     def of_layer(self, layer: int) -> LayerCounts:
@@ -79,13 +120,13 @@ class PruningCounts:
 
     def row(self, place: int) -> torch.Tensor:
         # What is captured runs when it is replayed, and then for requests.
-        captured = self._sums.is_cuda and torch.cuda.is_current_stream_capturing()
-        return self._sums[place if captured or not _is_dummy_run() else -1]
+        captured = self.sums.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self.sums[place if captured or not _is_dummy_run() else -1]
 
     def show(self, place: int) -> None:
         """Once a forward pass, behind its last layer."""
-        if self._shown is not self._sums and place == self._last:
-            self._shown.copy_(self._sums, non_blocking=True)
+        if self._shown is not self.sums and place == self._last:
+            self._shown.copy_(self.sums, non_blocking=True)
 
     def values(self) -> dict[int, tuple[int, int]]:
         """Layer -> pairs routed and pruned so far."""
@@ -108,6 +149,11 @@ class LayerCounts:
 
     counts: PruningCounts
     place: int
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Of all layers."""
+        return self.counts.sums
 
     def row(self) -> torch.Tensor:
         """int64 [2] to which a kernel adds."""

@@ -31,12 +31,15 @@ def add_layer(name: str, prepared: PreparedExperts) -> None:
     Raises UserError if another live layer has the name: a second engine in this process would
     otherwise compute with the weights of the first.
     """
+    if _layers.get(name) is prepared:  # its weights were loaded again
+        return
     if name in _layers:
         gc.collect()  # a deleted engine's objects refer to each other and wait for the collector
     if name in _layers:
         raise UserError(
             f"{name} is already loaded in this process: two mcmoe engines cannot share one "
-            f"process. Delete the first one, or start each in a process of its own."
+            f"process. End the first one with llm.llm_engine.engine_core.shutdown() and delete it, "
+            f"or start each in a process of its own."
         )
     _layers[name] = prepared
 

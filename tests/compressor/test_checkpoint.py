@@ -363,7 +363,7 @@ def test_index_and_manifest_hold_true_hashes(folder):
     assert index["weight_map"] == {"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND}
     assert index["metadata"]["total_size"] == 24 + 8 + 2 + 4
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     for shard in TENSORS:
         data = (folder / shard).read_bytes()
         assert manifest["shards"][shard] == {
@@ -375,7 +375,8 @@ def test_index_and_manifest_hold_true_hashes(folder):
     length = struct.unpack("<Q", data[:8])[0]
     start, end = json.loads(data[8 : 8 + length])["b"]["data_offsets"]
     expected = hashlib.sha256(data[8 + length + start : 8 + length + end]).hexdigest()
-    assert manifest["tensors"]["b"] == expected
+    assert manifest["tensors"]["b"] == {"dtype": "BF16", "shape": [4], "sha256": expected}
+    assert manifest["tensors"]["d"]["shape"] == []
     assert sorted(manifest["tensors"]) == ["a", "b", "c", "d"]
 
 

@@ -479,15 +479,17 @@ def edit_manifest(folder, edit):
     ("edit", "message"),
     [
         (lambda m: m["tensors"].pop("model.norm.weight"), "model.norm.weight is not in"),
-        (lambda m: m["tensors"].update(x="0"), "x is in mcmoe_manifest.json alone"),
+        (
+            lambda m: m["tensors"].update(x=m["tensors"]["model.norm.weight"]),
+            "x is in mcmoe_manifest.json alone",
+        ),
+        (lambda m: m["tensors"]["model.norm.weight"].update(dtype="F16"), "BF16 .* says F16"),
         (lambda m: m["shards"].pop(SHARDS[0]), f"{SHARDS[0]} is not in"),
         (lambda m: m["shards"].update(x=m["shards"][SHARDS[0]]), "x is in"),
         (lambda m: m["shards"][SHARDS[0]].update(bytes=5), "the manifest says 5"),
-        (lambda m: m["shards"][SHARDS[0]].update(sha256="0"), "has another SHA-256"),
-        (lambda m: m.update(format_version=2), "format_version 2, .*up to 1: upgrade"),
-        (lambda m: m.pop("format_version"), "is no manifest of hashes"),
-        (lambda m: m.update(shards=[]), "is no manifest of hashes"),
-        (lambda m: m["shards"].update({SHARDS[0]: 3}), "is no manifest of hashes"),
+        (lambda m: m["shards"][SHARDS[0]].update(sha256="0" * 64), "has another SHA-256"),
+        (lambda m: m.update(format_version=3), "format_version 3, .*up to 2: upgrade"),
+        (lambda m: m.update(shards=[]), "is no manifest of version 2"),
     ],
 )
 def test_manifest_that_does_not_fit(folder, edit, message):

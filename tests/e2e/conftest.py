@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,9 @@ class Engines:
 def run_engine(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., dict[str, Any]]]:
-    """run_engine(folder, prompts, environment={}, max_tokens=16, then_alone=False, **LLM arguments)
-    -> what engine.py writes, and the log. An engine of one rank runs inside engine.py's process,
-    one of several has processes of its own, as behind a server."""
+    """run_engine(folder, prompts, environment={}, max_tokens=16, then_alone=False, calls=(),
+    lora=None, **LLM arguments) -> what engine.py writes, and the log. An engine of one rank runs
+    inside engine.py's process, one of several has processes of its own, as behind a server."""
     current: list[Engines] = []
 
     def engines(environment: Mapping[str, str]) -> Engines:
@@ -179,6 +179,8 @@ def run_engine(
         environment: dict[str, str] | None = None,
         max_tokens: int = 16,
         then_alone: bool = False,
+        calls: Sequence[tuple[str, dict[str, Any]]] = (),
+        lora: Path | None = None,
         **arguments: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
@@ -198,6 +200,8 @@ def run_engine(
             "prompts": prompts,
             "max_tokens": max_tokens,
             "then_alone": then_alone,
+            "calls": calls,
+            "lora": None if lora is None else str(lora),
             "log": str(folder / "log.txt"),
             "output": str(folder / "result.json"),
         }

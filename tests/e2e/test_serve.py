@@ -117,7 +117,7 @@ class TestEagerWithTheCheckedLoader:
         assert answer["usage"]["completion_tokens"] == 8
 
     def test_the_loader_reports(self, server):
-        assert "all hashes right, 0 skipped" in server.log()
+        assert "their SHA-256, dtypes and shapes are the manifest's, peak" in server.log()
         assert server.log().count("compute path = CPU") == 1
 
 

@@ -55,7 +55,7 @@ def moe_config() -> Callable[..., SimpleNamespace]:
             all2all_backend="allgather_reducescatter",
             enable_eplb=False,
         )
-        values = {"has_bias": False, "is_lora_enabled": False, **settings}
+        values = {"has_bias": False, **settings}
         return SimpleNamespace(
             num_experts=num_experts, experts_per_token=2, moe_parallel_config=parallel, **values
         )

@@ -12,6 +12,8 @@ pytest.importorskip("vllm")
 from mcmoe_kernels.formats.packing import unpack_scale
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.plugin import metrics
+from mcmoe_vllm.pruning.table import PruningTable
 from tests.helpers.expert_layers import (
     experts_float64,
     random_input,
@@ -282,14 +284,88 @@ def test_an_unknown_activation_is_refused(moe_config, fake_layer, activation):
 def test_every_unsupported_setting_is_listed(moe_config):
     from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
 
-    moe = moe_config(8, has_bias=True, is_lora_enabled=True)
+    moe = moe_config(8, has_bias=True)
     moe.moe_parallel_config.enable_eplb = True
     moe.moe_parallel_config.use_all2all_kernels = True
     moe.moe_parallel_config.all2all_backend = "deepep_low_latency"
     with pytest.raises(UserError) as error:
         McmoeExpertsMethod(quantization_config(), None, moe, PREFIX, 0)
-    for part in ("biases", "--enable-lora", "--enable-eplb", "deepep_low_latency"):
+    for part in ("biases", "--enable-eplb", "deepep_low_latency"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("cache_gib", [0, 1])  # int4 codes, dequantized at load
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_are_loaded_again_take_the_place_of_the_old(
+    vllm_config, moe_config, fake_layer, dtype, cache_gib
+):
+    """As reload_weights does it: parameters as they were created, then loading and processing."""
+    vllm_config.additional_config = {"cpu_weight_cache_gib": cache_gib}
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer, dtype=dtype)
+    created = {name: p.data.clone() for name, p in layer.named_parameters()}
+    x, (weights, ids) = random_input(5, HIDDEN, dtype), random_routing(5, 8, 3)
+    limit = {torch.bfloat16: 1e-2, torch.float32: 1e-6}[dtype]
+    budget = []
+    for seed in (1, 2, 1):
+        widths = [[int(b) for b in side] for side in (BITS13, BITS2)]
+        checkpoint = random_layer(*widths, HIDDEN, WIDTH, group_size=GROUP, seed=seed)
+        for name, value in created.items():
+            getattr(layer, name).data = value.clone()
+        load(layer, expert_tensors(checkpoint))
+        method.process_weights_after_loading(layer)
+        out = method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+        assert relative_error(out, experts_float64(x, checkpoint, weights, ids)) < limit
+        budget.append(method.launch.budget.bytes)
+    assert budget[0] == budget[1] == budget[2], "memory is booked once"
+
+
+def test_what_is_loaded_again_must_be_whole(checkpoint, vllm_config, moe_config, fake_layer):
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    created = {name: p.data.clone() for name, p in layer.named_parameters()}
+    load(layer, expert_tensors(checkpoint))
+    method.process_weights_after_loading(layer)
+    for name, value in created.items():
+        getattr(layer, name).data = value
+    load(layer, list(expert_tensors(checkpoint))[:-1])
+    with pytest.raises(UserError, match="lacks 1 expert tensor"):
+        method.process_weights_after_loading(layer)
+
+
+def test_a_loader_has_the_name_and_the_arguments_that_vllm_asks_for(moe_config, fake_layer):
+    import inspect
+
+    layer = fake_layer(8)
+    make_method(moe_config, layer)
+    loader = layer.w13_weight_packed.weight_loader
+    assert loader.__name__ and {"param", "loaded_weight"} <= set(
+        inspect.signature(loader).parameters
+    )
+
+
+def test_a_loaded_layer_is_not_saved(checkpoint, vllm_config, moe_config, fake_layer):
+    """By save_sharded_state, torch.save or whoever asks for the model's state."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), fake_layer(8))
+    method = make_method(moe_config, model[1])
+    assert "1.w13_weight_packed" in model.state_dict()  # vLLM's dummy loader fills these
+    load(model[1], expert_tensors(checkpoint))
+    method.process_weights_after_loading(model[1])
+    with pytest.raises(UserError, match="save_sharded_state .* cannot save .*experts .1. are laid"):
+        model.state_dict()
+
+
+def test_counts_outlive_a_sleep(checkpoint, vllm_config, moe_config, fake_layer, monkeypatch):
+    """vLLM keeps buffers through a sleep of level 2."""
+    monkeypatch.delenv(metrics.FOLDER, raising=False)  # they are published nowhere
+    vllm_config.additional_config = {"mcmoe": {"pruning": 0.1}}
+    layer = fake_layer(8)
+    table = PruningTable("sensitivity", 0.1, (0,), {0.1: (0.5,)})
+    method = make_method(moe_config, layer, replace(quantization_config(), pruning=table))
+    load(layer, expert_tensors(checkpoint))
+    method.process_weights_after_loading(layer)
+    (buffer,) = layer.buffers()
+    assert buffer.shape == (2, 2) and "pruning_counts" not in layer._parameters
 
 
 def test_two_live_layers_of_one_name_are_refused(checkpoint, vllm_config, moe_config, fake_layer):

@@ -1,5 +1,7 @@
 """Dense int4 linears: vLLM's kernel in 16 bits, exact weights in float32."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -46,16 +48,21 @@ def make_layer(dtype, group_size, input_size=K):
     layer, method = torch.nn.Module(), make_method(group_size)
     layer.bias = torch.nn.Parameter(torch.ones(N, dtype=dtype), requires_grad=False)
     method.create_weights(
-        layer, K, [N], input_size, N, dtype, weight_loader=lambda param, value: None
+        layer, K, [N], input_size, N, dtype, weight_loader=lambda p, value: p.data.copy_(value)
     )
+    qweight, scales = stored(group_size)
+    layer.qweight.weight_loader(layer.qweight, qweight)
+    layer.scales.weight_loader(layer.scales, scales)
+    method.process_weights_after_loading(layer)
+    return layer, method, dequantize_int4_linear(qweight, scales.float())
+
+
+def stored(group_size):
+    """As a checkpoint has them: int32 [K/8, N], float16 [K/G, N]."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (N, K), generator=generator)
-    scales = (torch.rand(K // group_size, N, generator=generator) * 0.1).bfloat16()
-    layer.qweight.data.copy_(pack_int4_linear(codes))
-    layer.scales.data.copy_(scales)
-    exact = dequantize_int4_linear(layer.qweight.data, scales.float())
-    method.process_weights_after_loading(layer)
-    return layer, method, exact
+    scales = torch.rand(K // group_size, N, generator=generator) * 0.1 + 0.01
+    return pack_int4_linear(codes), scales.bfloat16().half()
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -100,6 +107,84 @@ def test_activations_are_kept_in_16_bits(monkeypatch, case):
         monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
     config = MPLinearLayerConfig((K, N), (K, N), None, torch.bfloat16, 128, False)
     assert (keep_activations(config).act_type != torch.bfloat16) == (case == "kept")
+
+
+PARTS = ("q", "k", "v")
+
+
+@pytest.fixture
+def fused(vllm_config):
+    """A fused linear of three parts and its method."""
+    layer, method = torch.nn.Module(), make_method(32)
+    method.create_weights(
+        layer, K, [N, N, N], K, 3 * N, torch.bfloat16,
+        weight_loader=lambda param, value, part: param.data.narrow(
+            1, PARTS.index(part) * N, N
+        ).copy_(value),
+    )  # fmt: skip
+    return layer, method
+
+
+@pytest.mark.parametrize("gap", [("qweight", "k"), ("scales", "v"), None])
+def test_gaps_of_fused_linears_are_listed(fused, gap):
+    layer, method = fused
+    for name, value in zip(("qweight", "scales"), stored(32), strict=True):
+        for part in PARTS:
+            if (name, part) != gap:
+                getattr(layer, name).weight_loader(getattr(layer, name), value, part)
+    if gap is None:
+        method.process_weights_after_loading(layer)
+        return
+    with pytest.raises(UserError, match=rf"o_proj: .* lacks {gap[0]} \(2 of 3 parts loaded\) of"):
+        method.process_weights_after_loading(layer)
+
+
+def test_what_is_loaded_again_must_be_whole(fused):
+    layer, method = fused
+    for name, value in zip(("qweight", "scales"), stored(32), strict=True):
+        for part in PARTS:
+            getattr(layer, name).weight_loader(getattr(layer, name), value, part)
+    method.process_weights_after_loading(layer)
+    with pytest.raises(UserError, match="0 of 3 parts loaded"):
+        method.process_weights_after_loading(layer)
+
+
+def test_dummy_weights_have_no_gaps(vllm_config, fused):
+    vllm_config.load_config.load_format = "dummy"
+    layer, method = fused
+    method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qweight", lambda t: t.view(torch.float32), "qweight is float32, needs int32"),
+        ("scales", lambda t: t.bfloat16(), "scales is bfloat16, needs float16"),
+        ("scales", lambda t: t * torch.nan, "scales has 512 scales that are not finite"),
+        ("scales", lambda t: -t, "scales has 512 scales that are not finite and positive"),
+    ],
+)
+def test_a_damaged_tensor_is_refused(fused, name, change, said):
+    layer, _ = fused
+    value = change(dict(zip(("qweight", "scales"), stored(32), strict=True))[name])
+    with pytest.raises(UserError, match=said):
+        getattr(layer, name).weight_loader(getattr(layer, name), value, "q")
+
+
+def test_a_deleted_engine_gives_its_linears_back(vllm_config):
+    """vLLM keeps a parameter's attributes until the layer is gone, which they must not prevent."""
+
+    class Linear(torch.nn.Module):
+        def load(self, param, value):
+            param.data.copy_(value)
+
+    layer, method = Linear(), make_method(32)
+    method.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=layer.load)
+    layer.qweight.weight_loader(layer.qweight, stored(32)[0])
+    loaders, alive = [p.weight_loader for p in layer.parameters()][:2], weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert len(loaders) == 2 and alive() is None
 
 
 def test_a_split_through_a_group_is_refused(vllm_config):

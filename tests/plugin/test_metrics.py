@@ -1,8 +1,12 @@
 """Counts of pruned pairs, and their way to /metrics."""
 
 import gc
+import os
+import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +128,81 @@ def test_counts_are_written_while_an_engine_lives(tmp_path, monkeypatch):
     del counts
     gc.collect()
     wait_until(lambda: not any(t.name == "mcmoe-metrics" for t in threading.enumerate()))
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """child(worker): a forked process that makes a folder, and its own child if it has a worker.
+    -> its id, the folder, and what ends both when it is called."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ends = []
+
+    def start(worker=False):
+        told, stay = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(stay[1])
+            made = metrics.make_folder()
+            os.write(told[1], made.name.encode())
+            if worker and os.fork() != 0:
+                os._exit(0)
+            os.read(stay[0], 1)  # until the test closes the other end
+            os._exit(0)
+        os.close(told[1])
+        ends.append(stay[1])
+        return pid, Path(os.read(told[0], 4096).decode())
+
+    yield start
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_a_process_left_the_next_one_removes(tmp_path, child, killed):
+    pid, folder = child(worker=not killed)
+    (folder / "counter_mcmoe-1-0.db").write_bytes(b"counts")
+    metrics.remove_abandoned(tmp_path)
+    assert (folder / "counter_mcmoe-1-0.db").exists(), "its process lives"
+    if killed:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert folder.exists(), "no process cleans up after os._exit"
+    metrics.remove_abandoned(tmp_path)
+    assert folder.exists() != killed, "a worker outlives its parent and still counts"
+
+
+def test_folders_of_others_are_left(tmp_path, monkeypatch):
+    """Links, files and other users' folders, which stand in everybody's TMPDIR."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / f"{metrics.PREFIX}link").symlink_to(target)
+    (tmp_path / f"{metrics.PREFIX}file").touch()
+    theirs = tmp_path / f"{metrics.PREFIX}theirs"
+    theirs.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    metrics.remove_abandoned(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_folder_that_is_taken_for_an_abandoned_one_is_made_again(tmp_path, monkeypatch):
+    """Between its making and its locking."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock, taken = metrics._lock, []
+
+    def late(folder):
+        if not taken:
+            taken.append(folder)
+            folder.rmdir()
+        return lock(folder)
+
+    monkeypatch.setattr(metrics, "_lock", late)
+    folder = metrics.make_folder()
+    assert Path(folder.name).is_dir() and Path(folder.name) != taken[0]
+
+
+def test_without_locks_there_is_still_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics, "_lock", lambda folder: None)
+    folder = metrics.make_folder()
+    metrics.remove_abandoned(tmp_path)
+    assert Path(folder.name).is_dir() and len(list(tmp_path.iterdir())) == 1

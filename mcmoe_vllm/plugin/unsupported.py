@@ -1,0 +1,100 @@
+"""What vLLM does with other models and not with an mcmoe one: a sentence for each flag and call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mcmoe_vllm.errors import UserError
+
+# Those that hand over the folder's own tensors by name (and dummy none), so that what is loaded can
+# be checked.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mcmoe", "dummy")
+ATTENTION = "q_proj k_proj v_proj o_proj"
+NO_SAVING = (
+    "{call} cannot save an mcmoe model, since loaded experts ({where}) are laid out for this "
+    "machine's kernels and are no tensors of a checkpoint: copy the folder that is served instead"
+)
+
+
+def refuse_flags(vllm_config: Any) -> None:
+    """Raise UserError, with every flag of the launch that an mcmoe model is not served with.
+
+    vllm_config: vLLM's VllmConfig of the model that it builds.
+    """
+    wrong = [sentence for find in FLAGS if (sentence := find(vllm_config))]
+    if wrong:
+        raise UserError("mcmoe does not serve with " + "; nor with ".join(wrong))
+
+
+def _load_format(config: Any) -> str | None:
+    given = config.load_config.load_format
+    if given in LOAD_FORMATS:
+        return None
+    return (
+        f"--load-format {given}, by which what was loaded could not be checked: use "
+        f"{', '.join(LOAD_FORMATS)}"
+    )
+
+
+def _lora(config: Any) -> str | None:
+    lora = getattr(config, "lora_config", None)
+    targets = getattr(lora, "target_modules", None) or ["experts"]  # None stands for all modules
+    if lora is None or not any(name.rpartition(".")[2] == "experts" for name in targets):
+        return None
+    return (
+        f"--enable-lora for experts, whose codes take no adapters: name the modules of adapters "
+        f"for attention alone, as in --lora-target-modules {ATTENTION}"
+    )
+
+
+def _offload(config: Any) -> str | None:
+    offload = getattr(config, "offload_config", None)
+    given = {
+        "--cpu-offload-gb": getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0),
+        "--offload-group-size": getattr(
+            getattr(offload, "prefetch", None), "offload_group_size", 0
+        ),
+    }
+    flags = [f"{flag} {value:g}" for flag, value in given.items() if value]
+    if not flags:
+        return None
+    return (
+        f"{' and '.join(flags)}, which would leave the experts where they are: drop it, and "
+        f"compress to fewer bits or use more GPUs if memory is short"
+    )
+
+
+def _weight_transfer(config: Any) -> str | None:
+    if getattr(config, "weight_transfer_config", None) is None:
+        return None
+    return (
+        "--weight-transfer-config, since uncompressed weights cannot take the place of codes: "
+        "compress the new model, and call reload_weights with its folder if its widths are the same"
+    )
+
+
+FLAGS: tuple[Callable[[Any], str | None], ...] = (_load_format, _lora, _offload, _weight_transfer)
+
+
+def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A hook that a loaded layer's `state_dict` begins with: nobody is to take it for complete, as
+    vLLM's save_sharded_state and torch.save would. Raises UserError."""
+    call = "save_sharded_state (or another use of state_dict)"
+    raise UserError(NO_SAVING.format(call=call, where=prefix.rstrip(".")))
+
+
+def refuse_saving(loader: Any, call: str) -> None:
+    """Let `loader.save_model(model, ...)`, which `call` is for, refuse an mcmoe model."""
+    save = loader.save_model
+
+    @functools.wraps(save)
+    def save_model(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(hasattr(getattr(m, "quant_method", None), "counted") for m in model.modules()):
+            raise UserError(NO_SAVING.format(call=call, where="of every layer"))
+        return save(model, *args, **kwargs)
+
+    loader.save_model = staticmethod(save_model)
