@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from mcmoe_vllm.arguments import parse
 from mcmoe_vllm.compress.options import QuantizeOptions
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as e:
             return _fail(str(e))
         except BrokenPipeError:
-            _drop_output()
+            _drop(sys.stdout)
             return 128 + signal.SIGPIPE
         except OSError as e:
-            _drop_output()
+            _drop(sys.stdout)
             file = f" ({e.filename})" if e.filename else ""
             return _fail(f"reading or writing failed: {e.strerror or e}{file}")
         except MemoryError:
@@ -81,8 +81,9 @@ def _interrupted(how: str, parsed: argparse.Namespace, number: int) -> int:
 
 
 def _tell(message: str) -> None:
-    with suppress(OSError):  # of a stderr that is full or closed: nobody is left to be told
-        print(brief(message), file=sys.stderr, flush=True)
+    with suppress(OSError):  # of a full device, or a pipe that nobody reads: none is left to tell
+        print(brief(message), file=sys.stderr)
+    _drop(sys.stderr)
 
 
 def _unfinished(parsed: argparse.Namespace) -> Path | None:
@@ -115,13 +116,14 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """What stdout cannot take is not tried again at the end of the program."""
+def _drop(stream: TextIO) -> None:
+    """Flush a stream; what it cannot take is not tried again at the end of the program, which would
+    then end with an exit code of its own."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, stream.fileno())
         os.close(descriptor)
 
 
