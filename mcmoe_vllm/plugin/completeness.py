@@ -79,7 +79,10 @@ def refuse_unfilled(model: torch.nn.Module, loaded: set[str] | None) -> None:
         return
     counted = set(_counted(model))
     own = [(n, p) for n, p in model.named_parameters() if n not in counted and p.numel()]
-    missing = [name for name, _ in own if name not in loaded]
+    # One parameter may stand in several places, and be loaded under the name of another.
+    places = model.named_parameters(remove_duplicate=False)
+    filled = {id(parameter) for name, parameter in places if name in loaded}
+    missing = [name for name, parameter in own if id(parameter) not in filled]
     broken = [name for name, parameter in own if not _is_finite(parameter.data)]
     if broken and not missing:
         raise UserError(
