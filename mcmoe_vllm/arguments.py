@@ -203,6 +203,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--self-test", metavar="DIR", help="instead: what holds for a compressed folder here"
+    )
+
+
 def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, help="tokens in a window")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
@@ -242,8 +248,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] 
         " mixtral-2.5bit --against mistralai/Mixtral-8x7B-v0.1 --text eval.jsonl",
     ),
     "doctor": (
-        lambda parser: None,
+        _add_doctor,
         "Check versions, GPU, solver and whether vLLM sees the plugin.",
-        "",
+        " --self-test mixtral-2.5bit",
     ),
 }

@@ -265,7 +265,13 @@ def _given(parsed: argparse.Namespace, *without: str) -> dict[str, Any]:
 def _run_doctor(parsed: argparse.Namespace) -> int:
     from mcmoe_vllm.doctor import has_errors, print_findings, run_doctor
 
-    findings = run_doctor()
+    folder = getattr(parsed, "self_test", None)
+    if folder is None:
+        findings = run_doctor()
+    else:
+        from mcmoe_vllm.self_test import run_self_test
+
+        findings = run_self_test(folder)
     print_findings(findings)
     return int(has_errors(findings))
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -34,9 +34,15 @@ class Finding:
     detail: str
 
 
-def run_doctor() -> list[Finding]:
-    """All checks in order. Raises nothing: an exception in a check becomes an error finding."""
-    return [finding for name, check in CHECKS for finding in _run(name, check)]
+def run_doctor(names: Collection[str] | None = None) -> list[Finding]:
+    """All checks in order, or those of some names. Raises nothing: an exception in a check becomes
+    an error finding."""
+    asked = [check for check in CHECKS if names is None or check[0] in names]
+    return [finding for name, check in asked for finding in _run(name, check)]
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def has_errors(findings: Sequence[Finding]) -> bool:
@@ -62,7 +68,7 @@ def _run(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]
     try:
         yield from check()
     except Exception as e:  # whatever breaks is what the user came to learn
-        yield Finding(name, "error", f"{type(e).__name__}: {' '.join(str(e).split())}")
+        yield Finding(name, "error", in_one_line(f"{type(e).__name__}: {e}"))
 
 
 def _check_package() -> Iterator[Finding]:

@@ -13,7 +13,7 @@ LONGER: dict[str, int] = {}  # a module and its own limit, beside the reason for
 MAX_FILES = 16
 MAX_FUNCTIONS = 10
 # Plain data that more functions are about: frozen, and without a verb of its own but reading.
-VALUES = {"Layout", "QuantizeOptions", "Recipe", "TiledLayer"}
+VALUES = {"Folder", "Layout", "QuantizeOptions", "Recipe", "TiledLayer"}
 
 
 def modules() -> dict[str, Path]:
