@@ -19,7 +19,7 @@ export DO_NOT_TRACK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-compile lint format bench test-gpu clean install-cpu install-gpu
+.PHONY: help demo test test-all test-compile fuzz lint format bench test-gpu clean install-cpu install-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,11 @@ test-all:  ## run also the tests that are too slow for every push
 
 test-compile: .venv/ready  ## compile every shipped kernel for every supported GPU (no GPU needed)
 	@.venv/bin/python -m pytest tests/kernels/test_compile.py --all $(ARGS)
+
+SECONDS ?= 3600
+fuzz: .venv/ready  ## damage folders at random and kill jobs at random, for SECONDS of each
+	@.venv/bin/python -m tests.fuzz.campaign --count 1000000 --seconds $(SECONDS) $(ARGS)
+	@.venv/bin/python -m tests.fuzz.kills --kills 200 $(ARGS)
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -78,12 +78,12 @@ def promised_tensors(layout: Layout, quantization: QuantizationConfig | None) ->
     for parameter, shape in skeleton.shapes.items():
         if parameter in tied or skeleton.is_experts(parameter):
             continue
-        name, (layer, inside) = layout.expected_name(parameter), skeleton.split(parameter)
+        name, (layer, _) = layout.expected_name(parameter), skeleton.split(parameter)
         if layer is None:
             promised[name] = Promise(FLOATS, shape)
         else:
             dtypes = skeleton.integers.get(parameter, FLOATS)
-            promised |= _promise_plain(name, inside, shape, dtypes, quantization)
+            promised |= _promise_plain(name, shape, dtypes, quantization)
     for layer in skeleton.moe_layers:
         promised |= _promise_experts(layout, layer, quantization)
     return promised
@@ -154,14 +154,13 @@ def require_one_head(checkpoint: Checkpoint, layout: Layout) -> None:
 
 def _promise_plain(
     name: str,
-    inside: str,
     shape: tuple[int, ...],
     dtypes: tuple[str, ...],
     quantization: QuantizationConfig | None,
 ) -> dict[str, Promise]:
     """A parameter of a decoder layer that is no routed expert's: as it is, or an int4 linear."""
     prefix, _, kind = name.rpartition(".")
-    parent = inside.split(".")[-3:-2]
+    parent = name.split(".")[-3:-2]
     int4 = (
         quantization is not None
         and quantization.dense_bits == DENSE_WIDTH

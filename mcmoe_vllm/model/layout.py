@@ -163,7 +163,13 @@ def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
         place = ours[0]["place"]
         projections = next(f for f in fashions if ours[0]["matrix"] in f)
     linears = tuple(_dense_groups(skeleton))
-    parents = {group[0].split(".")[-2]: None for group in linears}
+    # Engines tell linears by the names on disk.
+    names16 = [
+        stored.get(f"{skeleton.layers}.{layer}.{group[0]}.weight")
+        for group in linears
+        for layer in range(skeleton.num_layers)
+    ]
+    parents = {name.split(".")[-3]: None for name in names16 if name}
     name = skeleton.architecture.name
     return Layout(name, layers, stored, place, projections, linears, tuple(parents), skeleton)
 

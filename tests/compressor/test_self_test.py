@@ -120,7 +120,10 @@ DAMAGES = {  # what is done -> the row that says so, how, and what it says
     "flipped": (flip, "hashes and scales", "error", "SHA-256"),
     "no manifest": (lambda f: (f / MANIFEST_FILE).unlink(), "manifest", "error", "again"),
     "NaN": (lambda f: edit_tensors(f, put_nan), "numbers", "error", "NaN"),
-    "pruning": (lambda f: edit_quantization(f, pruning={"rule": "x"}), "settings", "error", "rule"),
+    "pruning": (
+        lambda f: edit_quantization(f, pruning={"rule": "x"}),
+        "settings", "error", "layers is missing",
+    ),
     "no tokenizer": (
         lambda f: [g.unlink() for g in f.glob("tokenizer*")], "tokenizer", "error", "copy"
     ),
