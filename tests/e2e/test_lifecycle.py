@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from mcmoe_vllm.checkpoint.manifest import write_manifest
 from tests.helpers.logprobs import TINY, assert_equal_numbers, difference
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 RANK = 4
+# A process of their own: vLLM keeps the layers whose loading anew was refused.
+ALONE = {"environment": {"MCMOE_TEST": "lifecycle"}}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,7 @@ def test_weights_are_loaded_again_and_nothing_is_saved(
             ("reload_weights", {"weights_path": str(other)}),
             ("reload_weights", {"weights_path": str(served)}),
         ],
+        **ALONE,
         load_format=load_format,
         additional_config={"cpu_weight_cache_gib": cache_gib},
     )
@@ -107,6 +110,7 @@ def test_an_adapter_for_attention_alone(
     result = run_engine(
         served,
         prompts[:2],
+        **ALONE,
         lora=tmp_path,
         enable_lora=True,
         max_lora_rank=8,
