@@ -7,7 +7,7 @@ count for themselves, since many tensors fill a parameter of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mcmoe_vllm.checkpoint.format import MANIFEST_FILE
 from mcmoe_vllm.checkpoint.manifest import Manifest, read_manifest
 from mcmoe_vllm.checkpoint.verification import wrong_headers
 from mcmoe_vllm.errors import UserError, count, some
-from mcmoe_vllm.model.agreement import Promise, open_layout, promised_tensors
+from mcmoe_vllm.model.agreement import open_layout
 
 logger = init_logger("vllm.mcmoe")
 
@@ -32,12 +32,10 @@ DECISIVE = ("format_version", "group_size", "expert_bits", "dense_bits", "dense_
 
 @dataclass(frozen=True)
 class WholeFolder:
-    """A folder that is whole as far as headers tell. manifest: None if it has none; promised: what
-    must be there of every tensor."""
+    """A folder that is whole as far as headers tell. manifest: None if it has none."""
 
     checkpoint: Checkpoint
     manifest: Manifest | None
-    promised: Mapping[str, Promise]
 
 
 def open_whole(folder: Path, model: torch.nn.Module) -> WholeFolder:
@@ -49,7 +47,7 @@ def open_whole(folder: Path, model: torch.nn.Module) -> WholeFolder:
     """
     checkpoint = open_checkpoint(folder)
     quantization = read_config(checkpoint)
-    layout = open_layout(checkpoint, quantization)
+    open_layout(checkpoint, quantization)
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
     refuse_wrong(checkpoint, wrong_headers(checkpoint, manifest))
     differing = {
@@ -64,7 +62,7 @@ def open_whole(folder: Path, model: torch.nn.Module) -> WholeFolder:
             f"{', '.join(sorted(differing))} differ in quantization_config. Start vLLM with this "
             "folder instead"
         )
-    return WholeFolder(checkpoint, manifest, promised_tensors(layout, quantization))
+    return WholeFolder(checkpoint, manifest)
 
 
 def refuse_unfilled(model: torch.nn.Module, loaded: set[str] | None) -> None:

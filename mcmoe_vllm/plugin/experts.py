@@ -32,6 +32,7 @@ from vllm.platforms import current_platform
 from mcmoe_kernels.formats.packing import pack_scale
 from mcmoe_kernels.layer import ACTIVATIONS, ExpertLayer, ExpertMatrices, packed_offsets, split_flat
 from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig, stored_scale
+from mcmoe_vllm.checkpoint.verification import wrong_values
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
@@ -172,6 +173,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             self._fill_dummy(layer)
         else:
             self._refuse_gaps()
+            self._refuse_values(layer)
         expert_map = layer.expert_map
         experts = ExpertLayer(
             self.hidden_size,
@@ -340,6 +342,21 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             packed, scale = (getattr(layer, f"{group}_{kind}").data for kind in KINDS)
             packed.random_(0, 256)
             scale.fill_(DUMMY_SCALE)
+
+    def _refuse_values(self, layer: Any) -> None:
+        """Raise UserError for scales and zeros that docs/FORMAT.md does not allow."""
+        wrong: list[str] = []
+        for group, widths in self.bits.items():
+            scale = getattr(layer, f"{group}_weight_scale").data
+            present = [bits for bits in widths if bits]
+            for bits in sorted(set(present)):
+                part = scale[[i for i, b in enumerate(present) if b == bits]]
+                wrong += wrong_values(f"{bits}-bit {group}.weight_scale", part, bits)
+        if wrong:
+            raise UserError(
+                f"{self.prefix}: {'; '.join(wrong)}. The folder is damaged: copy or compress it "
+                f"again. `mcmoe inspect --check <folder>` names the tensors."
+            )
 
     def _refuse_gaps(self) -> None:
         missing = [

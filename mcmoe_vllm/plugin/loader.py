@@ -25,12 +25,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
 
 from mcmoe_vllm.checkpoint.format import MANIFEST_FILE, QUANT_METHOD
-from mcmoe_vllm.checkpoint.manifest import RecordedTensor, tensor_sha256
+from mcmoe_vllm.checkpoint.manifest import tensor_sha256
 from mcmoe_vllm.checkpoint.side_files import HUB_IGNORED
-from mcmoe_vllm.checkpoint.verification import names_by_shard, wrong_values
+from mcmoe_vllm.checkpoint.verification import names_by_shard
 from mcmoe_vllm.disk import explain_os_errors
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.agreement import SCALE, SCALES, Promise
 from mcmoe_vllm.model.memory import peak_rss_bytes
 from mcmoe_vllm.plugin.completeness import WholeFolder, open_whole, refuse_unfilled, refuse_wrong
 
@@ -182,14 +181,13 @@ class ReadCount:
 def read_verified(
     folder: WholeFolder, is_remote: Callable[[str], bool], count: ReadCount
 ) -> Weights:
-    """Yield (name, tensor) of every tensor that is right, except those of remote experts.
+    """Yield (name, tensor) of every tensor whose hash is right, except those of remote experts.
 
-    Raises UserError at the end, naming every tensor whose bytes have another hash than the manifest
-    says, and every scale or zero that docs/FORMAT.md does not allow.
+    Raises UserError at the end, naming every tensor whose bytes have another hash.
     """
     checkpoint, manifest = folder.checkpoint, folder.manifest
     assert manifest is not None, "nothing to verify with"
-    wrong: list[str] = []
+    wrong = []
     for shard, names in names_by_shard(checkpoint).items():
         file = checkpoint.path / shard
         with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
@@ -200,23 +198,12 @@ def read_verified(
                 tensor = f.get_tensor(name)
                 count.tensors += 1
                 count.bytes += tensor.nbytes
-                found = _wrong_tensor(name, tensor, manifest.tensors[name], folder.promised)
-                if not found:
+                if tensor_sha256(tensor) == manifest.tensors[name].sha256:
                     yield name, tensor
-                wrong += [f"{line} (in {shard})" for line in found]
+                else:
+                    wrong.append(f"{name} has another SHA-256 (in {shard})")
     refuse_wrong(checkpoint, wrong)
     count.finished = True
-
-
-def _wrong_tensor(
-    name: str, tensor: torch.Tensor, recorded: RecordedTensor, promised: Mapping[str, Promise]
-) -> list[str]:
-    if tensor_sha256(tensor) != recorded.sha256:
-        return [f"{name} has another SHA-256"]
-    matrix = promised[name].matrix if name in promised else None
-    if matrix is None or not name.endswith((SCALE, SCALES)):
-        return []
-    return list(wrong_values(name, tensor, matrix.width))
 
 
 def remote_experts(model: torch.nn.Module) -> Callable[[str], bool]:

@@ -192,6 +192,20 @@ def test_gaps_are_listed(checkpoint, vllm_config, moe_config, fake_layer):
     assert all(f"expert 2 {p}.weight_packed" in message for p in ("w1", "w2", "w3"))
 
 
+@pytest.mark.parametrize(("expert", "steps"), [(0, 2), (1, 7), (2, 8)])  # of 1, 2 and 3 bits
+def test_zeros_that_no_width_has_are_refused(
+    checkpoint, vllm_config, moe_config, fake_layer, expert, steps
+):
+    layer = fake_layer(8)
+    method = make_method(moe_config, layer)
+    load(layer, expert_tensors(checkpoint))
+    word = 20 << 7 | steps << 12
+    layer.w13_weight_scale.data[expert, 3, 1] = word - 65536 if word > 32767 else word
+    said = f"{expert + 1}-bit w13.weight_scale has 1 zeros out of range"
+    with pytest.raises(UserError, match=said):
+        method.process_weights_after_loading(layer)
+
+
 def test_version_1_loads_the_same_weights(vllm_config, moe_config, fake_layer, checkpoint):
     found = []
     for version in (1, 2):
