@@ -36,10 +36,12 @@ test-all:  ## run also the tests that are too slow for every push
 test-compile: .venv/ready  ## compile every shipped kernel for every supported GPU (no GPU needed)
 	@.venv/bin/python -m pytest tests/kernels/test_compile.py --all $(ARGS)
 
+# Cores are shared by processes of one thread each. docs/reliability.md names the other campaigns.
 SECONDS ?= 3600
-fuzz: .venv/ready  ## damage folders at random and kill jobs at random, for SECONDS of each
-	@.venv/bin/python -m tests.fuzz.campaign --count 1000000 --seconds $(SECONDS) $(ARGS)
-	@.venv/bin/python -m tests.fuzz.kills --kills 200 $(ARGS)
+PROCESSES ?= $(shell nproc)
+fuzz: .venv/ready  ## damage inputs for SECONDS (an hour), in as many processes as there are cores
+	@PYTHONPATH=.:kernels OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.campaign \
+	  --count 100000000 --seconds $(SECONDS) --processes $(PROCESSES) $(ARGS)
 
 lint: .venv/ready  ## check style, format and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

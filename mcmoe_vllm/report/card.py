@@ -18,6 +18,12 @@ PAPER = (
     "[MC-MoE](https://arxiv.org/abs/2410.06270) (Huang et al., ICLR 2025)."
 )
 
+# It would make up random experts, with no more than a warning.
+ONLY_VLLM = (
+    "The `from_pretrained` of transformers cannot load this folder: its experts are read by vLLM "
+    "with mcmoe-vllm, and by `mcmoe eval`, alone."
+)
+
 # How widths were chosen, by the trait "allocation" of a recipe.
 METHODS = {
     "sensitivity": "gate and up of every expert share a width, down has one of its own. A knapsack "
@@ -58,6 +64,8 @@ With mcmoe-vllm installed beside vLLM, in the folder that holds `{name}` (or giv
 ```
 vllm serve {name} --quantization mcmoe
 ```
+
+{ONLY_VLLM}
 
 | | original | this checkpoint |
 |---|---|---|

@@ -68,6 +68,11 @@ def test_the_card_serves_the_folder_itself(tmp_path):
     assert "Mixtral-8x7B-mcmoe" not in text
 
 
+def test_the_card_says_that_transformers_cannot_load_the_folder(tmp_path):
+    (line,) = [line for line in card(tmp_path).splitlines() if "from_pretrained" in line]
+    assert "cannot load" in line and "vLLM with mcmoe-vllm" in line and "mcmoe eval" in line
+
+
 def test_the_card_links_the_paper_by_the_papers_name(tmp_path):
     assert re.findall(r"\[([^]]*)\]\(https?:", card(tmp_path)) == ["MC-MoE"]
 
