@@ -215,8 +215,10 @@ def make_skeleton(
         raise UserError(f"{architecture.name} needs a package: {describe_exception(e)}") from None
     except Exception as e:  # whatever a config class or a module thinks of a value
         raise UserError(f"{file} cannot be used: {describe_exception(e)}") from None
-    fits = isinstance(config, getattr(type(model), "config_class", None) or object)
-    if not fits or type(model).__name__ != (architecture.alias or architecture.name):
+    # By name, not by class: vLLM registers config classes of its own for some families.
+    known = getattr(getattr(type(model), "config_class", None), "model_type", config.model_type)
+    wanted = architecture.alias or architecture.name
+    if known != config.model_type or type(model).__name__ != wanted:
         raise UserError(
             f"{file} has the model_type {config.model_type!r}, which is not that of "
             f"{architecture.name}, named in architectures"
