@@ -158,6 +158,7 @@ MOMENTS = (  # in the order in which they come
 )
 
 
+@pytest.mark.nightly
 def test_killed_at_any_moment_and_resumed_gives_identical_shards(finished, tmp_path):
     reference, settings = finished
     output, work = tmp_path / "out", tmp_path / "out.work"

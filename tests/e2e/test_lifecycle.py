@@ -47,9 +47,8 @@ def other_widths(compressed):
     return compressed("mixtral", group_size=32, **{**TINY, "bits": 3})
 
 
-@pytest.mark.parametrize(
-    ("load_format", "cache_gib"), [("auto", 2), pytest.param("mcmoe", 0, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("load_format", "cache_gib"), [("auto", 2), ("mcmoe", 0)])
 def test_weights_are_loaded_again_and_nothing_is_saved(
     served, other, other_widths, dequantized, prompts, transformers_logprobs, run_engine, tmp_path,
     load_format, cache_gib,

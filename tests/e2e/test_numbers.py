@@ -8,7 +8,7 @@ from tests.helpers.logprobs import RATIOS, TINY, assert_equal_numbers, differenc
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(0)
 @pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe", "qwen3_moe"])
 def test_other_architectures(
     compressed, with_ratios, dequantized, prompts, transformers_logprobs, run_engine, model_type
