@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 SECONDS = 300.0  # after which an answer is missed
+PATIENCE = 10.0  # for an answer to half a request
 WORDS = (
     "the file", "import os", "a dictionary", "of text", "def parse(self):", "returns", "None", "é",
     "日本", "\n", "\t", "0", "\U0001f600", "{", "}", '"', "\\", "<s>", "</s>", "[INST]", "\x00",
@@ -95,7 +96,7 @@ def cut_off(target: Target, rng: Random) -> Answer:
         how = rng.choice(("close", "reset", "shutdown"))
         if how == "shutdown":
             s.shutdown(socket.SHUT_WR)
-            s.settimeout(5)  # whether a server answers half a request is its own affair
+            s.settimeout(PATIENCE)  # whether a server answers half a request is its own affair
             try:
                 return Answer(None, s.recv(100))
             except TimeoutError:
@@ -125,7 +126,7 @@ def malformed(target: Target, rng: Random) -> Answer:
     )  # fmt: skip
     with _connect(target) as s:
         s.sendall(request)
-        s.settimeout(10)  # a server may wait for the rest of what has none
+        s.settimeout(PATIENCE)  # a server may wait for the rest of what has none
         try:
             return _read(s)
         except TimeoutError:
