@@ -13,8 +13,11 @@ from tests.helpers.logprobs import TINY, assert_equal_numbers, difference
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 RANK = 4
-# A process of their own: vLLM keeps the layers whose loading anew was refused.
-ALONE = {"environment": {"MCMOE_TEST": "lifecycle"}}
+
+
+def alone(case: str) -> dict[str, dict[str, str]]:
+    """A process for each case: vLLM keeps the layers of a model that was loaded anew."""
+    return {"environment": {"MCMOE_TEST": case}}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_weights_are_loaded_again_and_nothing_is_saved(
             ("reload_weights", {"weights_path": str(other)}),
             ("reload_weights", {"weights_path": str(served)}),
         ],
-        **ALONE,
+        **alone(f"reload {load_format}"),
         load_format=load_format,
         additional_config={"cpu_weight_cache_gib": cache_gib},
     )
@@ -109,7 +112,7 @@ def test_an_adapter_for_attention_alone(
     result = run_engine(
         served,
         prompts[:2],
-        **ALONE,
+        **alone("adapter"),
         lora=tmp_path,
         enable_lora=True,
         max_lora_rank=8,
