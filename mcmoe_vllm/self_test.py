@@ -25,7 +25,7 @@ from mcmoe_vllm.inspection import inspect_checkpoint
 from mcmoe_vllm.model.architectures import find_architecture
 from mcmoe_vllm.model.layout import Layout, find_layout
 from mcmoe_vllm.model.packed import with_original_names
-from mcmoe_vllm.model.skeleton import ACTIVATION, Skeleton, make_skeleton
+from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
 from mcmoe_vllm.model.text import load_tokenizer
 from mcmoe_vllm.pruning.table import read_table
 
@@ -119,8 +119,7 @@ def _ask_settings(folder: Folder) -> Answer:
 
 def _ask_architecture(folder: Folder) -> Answer:
     skeleton, names = folder.skeleton, folder.skeleton.architecture
-    setting = skeleton.setting(ACTIVATION)
-    activation = getattr(skeleton.text_config, setting, "silu")
+    setting, activation = skeleton.activation_setting
     if activation not in names.activations:
         return "error", (
             f"{names.name} with {setting} {activation!r}, but vLLM computes "
@@ -144,8 +143,7 @@ def _ask_manifest(folder: Folder) -> Answer:
             f"no {MANIFEST_FILE}, so that nothing can be said of the bytes; download the "
             "checkpoint again"
         )
-    manifest = read_manifest(folder.path)
-    uncovered = getattr(manifest, "uncovered", None)
+    uncovered = read_manifest(folder.path).uncovered
     return ("warning", uncovered) if uncovered else ("ok", "a hash of every shard and tensor")
 
 

@@ -21,7 +21,7 @@ from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.model.architectures import find_architecture
 from mcmoe_vllm.model.layout import Layout, find_layout
 from mcmoe_vllm.model.packed import with_original_names
-from mcmoe_vllm.model.skeleton import ACTIVATION, TOP_K, make_skeleton
+from mcmoe_vllm.model.skeleton import TOP_K, make_skeleton
 from mcmoe_vllm.widths import code_bits, in_words
 
 FLOATS = ("BF16", "F16", "F32")
@@ -186,11 +186,9 @@ def _promise_experts(
     """The matrices of a layer's routed experts; nothing for a dropped one."""
     skeleton = layout.skeleton
     if quantization is None and layout.has_fused_experts(layer):
-        path = f"{skeleton.layers}.{layer}.{skeleton.experts[layer]}"
-        parameters = (f"{path}.gate_up_proj", f"{path}.down_proj")
-        names = layout.fused_experts(layer)
         return {
-            n: Promise(FLOATS, skeleton.shapes[p]) for n, p in zip(names, parameters, strict=True)
+            layout.stored[p]: Promise(FLOATS, skeleton.shapes[p])
+            for p in skeleton.expert_parameters(layer)
         }
     hidden, width = skeleton.hidden_size, skeleton.expert_width
     shapes = ((width, hidden), (width, hidden), (hidden, width))
@@ -225,8 +223,7 @@ def _promise_matrix(
 def _wrong_settings(layout: Layout, quantization: QuantizationConfig | None) -> Iterator[str]:
     """What config.json says against itself, or against what engines compute."""
     skeleton = layout.skeleton
-    key, allowed = skeleton.setting(ACTIVATION), skeleton.architecture.activations
-    activation = getattr(skeleton.text_config, key, "silu")  # a class without a choice
+    (key, activation), allowed = skeleton.activation_setting, skeleton.architecture.activations
     if activation not in allowed:
         yield f"{key} is {activation!r}, vLLM's {layout.name} computes {' or '.join(allowed)}"
     if not 1 <= skeleton.top_k <= skeleton.num_experts:

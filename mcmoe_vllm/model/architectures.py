@@ -1,7 +1,7 @@
-"""What transformers does not say of a family: what vLLM computes of it, and what was tried.
+"""What transformers does not say of a family: what vLLM computes of it.
 
 A family needs no row to be read: `model.skeleton` and `model.layout` find everything in
-transformers' modules. One without a row is announced as never tried.
+transformers' modules. A row corrects what cannot be found there.
 """
 
 from dataclasses import dataclass
@@ -15,29 +15,26 @@ class Architecture:
     """A row.
 
     activations: the values of the config's activation that vLLM's class computes, whatever
-    config.json says; tried: how far tests go; alias: the class in transformers, where config.json
-    names another; projections: what checkpoints call gate, up and down of an expert, where that is
-    none of the fashions of `model.layout`; renames: parts of names on disk, and what transformers
-    calls them, where its own mapping does not say.
+    config.json says; alias: the class in transformers, where config.json names another;
+    projections: what checkpoints call gate, up and down of an expert, where that is none of the
+    fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
+    where its own mapping does not say.
     """
 
     name: str
     activations: tuple[str, ...] = ("silu",)
-    tried: str = ""
     projections: tuple[str, str, str] | None = None
     renames: tuple[tuple[str, str], ...] = ()
     alias: str | None = None
 
 
-SERVED, READ = "compressed and served in tests", "compressed and evaluated in tests"
-
 ARCHITECTURES = {
     row.name: row
     for row in (
-        Architecture("MixtralForCausalLM", tried=SERVED),
-        Architecture("Qwen2MoeForCausalLM", tried=SERVED),
-        Architecture("Qwen3MoeForCausalLM", tried=SERVED),
-        Architecture("OlmoeForCausalLM", tried=SERVED),
+        Architecture("MixtralForCausalLM"),
+        Architecture("Qwen2MoeForCausalLM"),
+        Architecture("Qwen3MoeForCausalLM"),
+        Architecture("OlmoeForCausalLM"),
         Architecture("PhiMoEForCausalLM", alias="PhimoeForCausalLM"),
         Architecture("Gemma4ForCausalLM", ("gelu_pytorch_tanh",)),
         Architecture("Gemma4ForConditionalGeneration", ("gelu_pytorch_tanh",)),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -70,12 +71,11 @@ class Layout:
     def fused_experts(self, layer: int) -> tuple[str, str]:
         """Names of the tensors with gate and up, and with down, of all experts of a layer, where
         the 16-bit model has such."""
-        path = f"{self.skeleton.layers}.{layer}.{self.skeleton.experts[layer]}"
-        return self.stored[f"{path}.gate_up_proj"], self.stored[f"{path}.down_proj"]
+        gate_up, down = self.skeleton.expert_parameters(layer)
+        return self.stored[gate_up], self.stored[down]
 
     def has_fused_experts(self, layer: int) -> bool:
-        path = f"{self.skeleton.layers}.{layer}.{self.skeleton.experts[layer]}"
-        return f"{path}.gate_up_proj" in self.stored
+        return self.skeleton.expert_parameters(layer)[0] in self.stored
 
     def is_routed_expert(self, name: str) -> bool:
         """Whether a tensor belongs to a routed expert (and so is never copied as it is)."""
@@ -118,7 +118,7 @@ class Layout:
 
     def parameter(self, tensor: str) -> str:
         """The parameter of transformers that a tensor stands for: the inverse of `stored`."""
-        return next(parameter for parameter, name in self.stored.items() if name == tensor)
+        return self._parameters[tensor]
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -141,7 +141,11 @@ class Layout:
         wanted = [f"{path}{linear}.weight" for group in self.dense_linears for linear in group]
         return [self.stored[name] for name in wanted if name in self.stored]
 
-    @property
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        return {tensor: parameter for parameter, tensor in self.stored.items()}
+
+    @cached_property
     def _fused(self) -> Collection[str]:
         names = self.skeleton
         return {tensor for parameter, tensor in self.stored.items() if names.is_experts(parameter)}

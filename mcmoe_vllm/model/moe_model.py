@@ -127,7 +127,7 @@ class MoeModel:
 
     @property
     def activation(self) -> Activation:
-        """What the experts make of gate and up."""
+        """The experts' activation function."""
         return self.skeleton.activation
 
     def with_experts(self, experts: ExpertReader) -> MoeModel:

@@ -58,7 +58,7 @@ class Skeleton:
         """The module that holds the decoder layers."""
         return self.model.get_submodule(self.layers.rpartition(".")[0])
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return len(self.body.layers)
 
@@ -143,6 +143,17 @@ class Skeleton:
     def are_transposed(self, layer: int) -> bool:
         """Whether a layer's experts, all in one tensor, are stored [in, out]."""
         return bool(getattr(self.modules[layer], "is_transposed", False))
+
+    def expert_parameters(self, layer: int) -> tuple[str, str]:
+        """Gate and up, and down, of all experts of a layer."""
+        path = f"{self.layers}.{layer}.{self.experts[layer]}"
+        return f"{path}.gate_up_proj", f"{path}.down_proj"
+
+    @property
+    def activation_setting(self) -> tuple[str, Any]:
+        """What the config calls the experts' activation, and its value."""
+        name = self.setting(ACTIVATION)
+        return name, getattr(self.text_config, name, "silu")  # a class without a choice
 
     @property
     def activation(self) -> Any:
