@@ -183,7 +183,7 @@ def _ask_tokenizer(folder: Folder) -> Answer:
             f"{in_one_line(str(e))}; copy the tokenizer's files of the original model into the "
             "folder, or serve with --tokenizer MODEL"
         )
-    rows = int(folder.skeleton.config.vocab_size)
+    rows = int(folder.skeleton.text_config.vocab_size)
     if not ids or max(ids) >= rows:
         return "error", (
             f"it makes {ids} of a text, the model knows 0 to {rows - 1}: it is another model's; "

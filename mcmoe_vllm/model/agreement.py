@@ -187,7 +187,7 @@ def _promise_experts(
     skeleton = layout.skeleton
     if quantization is None and layout.has_fused_experts(layer):
         return {
-            layout.stored[p]: Promise(FLOATS, skeleton.shapes[p])
+            layout.expected_name(p): Promise(FLOATS, skeleton.shapes[p])
             for p in skeleton.expert_parameters(layer)
         }
     hidden, width = skeleton.hidden_size, skeleton.expert_width

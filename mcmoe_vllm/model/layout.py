@@ -75,7 +75,7 @@ class Layout:
         return self.stored[gate_up], self.stored[down]
 
     def has_fused_experts(self, layer: int) -> bool:
-        return self.skeleton.expert_parameters(layer)[0] in self.stored
+        return any(p in self.stored for p in self.skeleton.expert_parameters(layer))
 
     def is_routed_expert(self, name: str) -> bool:
         """Whether a tensor belongs to a routed expert (and so is never copied as it is)."""

@@ -98,6 +98,20 @@ def test_exchanged_matrices_would_show(family, tmp_path):
     assert (logits[0] - logits[1]).abs().max() > 1e-4 * logits[1].abs().max()
 
 
+@pytest.mark.parametrize("half", ["gate_up_proj", "down_proj"])
+def test_a_missing_half_of_fused_experts_is_named(family, half, tmp_path):
+    """Not read as experts that have tensors each, of which all would be missing."""
+    from safetensors.torch import load_file, save_file
+
+    path = Path(shutil.copytree(family("gemma4"), tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    name = f"model.layers.1.experts.{half}"
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"in 1 place:\n  - {name} is missing"):
+        open_model(open_checkpoint(path), "cpu")
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_is_not_supported_is_refused_with_the_reason(name, tmp_path):
     from safetensors.torch import save_file
