@@ -11,13 +11,15 @@ from mcmoe_vllm.checkpoint.format import INDEX_FILE
 from mcmoe_vllm.disk import explain_os_errors, replacing, write_json
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
+def write_shard(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all. metadata: of its header, more than usual."""
     with explain_os_errors(f"writing {path}"), replacing(path) as temporary:
         save_file(
             {name: t.contiguous() for name, t in tensors.items()},
             temporary,
-            metadata={"format": "pt"},
+            metadata={"format": "pt", **(metadata or {})},
         )
 
 

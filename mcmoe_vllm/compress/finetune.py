@@ -70,8 +70,7 @@ def finetune(
             report=lambda step, steps, loss: say(f"finetuning step {step}/{steps}: KL {loss:.4f}"),
         )
         dtypes = compressed.read(list(found.tensors)) if found.tensors else {}
-        kept = work.path / f"{KEPT}.safetensors"
-        write_shard(kept, {n: t.to(dtypes[n].dtype) for n, t in found.tensors.items()})
+        work.save_tensors(KEPT, {n: t.to(dtypes[n].dtype) for n, t in found.tensors.items()})
         seconds = round(time.perf_counter() - began, 3)
         work.save(KEPT, {"before": found.before, "after": found.after, "seconds": seconds})
     _rewrite_shards(compressed, work.load_tensors(KEPT))

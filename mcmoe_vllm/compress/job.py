@@ -38,8 +38,7 @@ from mcmoe_vllm.places import JOB_FILE, work_folder
 from mcmoe_vllm.plan import Plan
 
 MEASURE = "measure"  # a job of which nothing is kept
-# Options that say where a job works; and one that is dangerous enough to be given each time.
-NOT_RESTORED = ("work_dir", "resume", "trust_remote_code")
+NOT_RESTORED = ("work_dir", "resume")  # options that say where a job works
 
 
 def open_source(options: QuantizeOptions) -> MoeModel:
@@ -116,6 +115,7 @@ def open_work(
         "calibration_fingerprint": _fingerprint(windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
         "target_drop": options.target_drop,
+        "trust_remote_code": options.trust_remote_code,
         **{name: getattr(options, name) for name in RESULT_FIELDS},
         **named_traits(options.traits),
     }
@@ -128,7 +128,8 @@ def resumed_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a command line that resumes a job: those that the job was started with, and
     those that were given again. `open_work` refuses what differs.
 
-    Raises UserError if there is nothing to resume.
+    Raises UserError if there is nothing to resume, and if the job runs code that came with its
+    model while that is not asked for again: a work directory from elsewhere could start it.
     """
     path = work_folder(given["output"], given.get("work_dir"))
     require_startable(path, resume=True)
@@ -140,6 +141,11 @@ def resumed_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     kept = read_job(path).flags
     if unknown := sorted(set(kept) - set(QuantizeOptions.__dataclass_fields__)):
         raise UserError(f"{path / JOB_FILE} holds {count(unknown, 'unknown option')}")
+    if kept.get("trust_remote_code") and not given.get("trust_remote_code"):
+        raise UserError(
+            f"the job in {path} was begun with --trust-remote-code, which no file can stand for: "
+            "add it to --resume if you trust the model's code"
+        )
     return {**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()}, **given}
 
 

@@ -10,8 +10,9 @@
     checkpoint/                  the output, moved to its place at the end
 
 Every file is written beside and renamed, so a job that is killed at any moment finds only whole
-files. A step is done when the hidden states after it exist. The folder is its owner's alone: hidden
-states tell the calibration text.
+files. Results carry a hash of their own, which tells whether a disk gives back what it was given. A
+step is done when the hidden states after it exist. The folder is its owner's alone: hidden states
+tell the calibration text.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
+from mcmoe_vllm.checkpoint.manifest import tensor_sha256
 from mcmoe_vllm.checkpoint.writing import write_shard
 from mcmoe_vllm.disk import (
     explain_os_errors,
@@ -42,8 +44,9 @@ from mcmoe_vllm.places import JOB_FILE, require_work_folder
 
 LOCK_FILE = "lock"
 REMOVED_FILE = f".{JOB_FILE}.removed.partial"  # what job.json becomes before the rest is deleted
-WORK_VERSION = 3  # of the files in the folder; a job of another version starts again
+WORK_VERSION = 4  # of the files in the folder; a job of another version starts again
 SEPARATOR = "/"
+HASH = "sha256"  # a file of tensors holds it in its metadata
 PRIVATE_FOLDERS = ("significance", "layers", "hidden")
 FOLDERS = (*PRIVATE_FOLDERS, "checkpoint")
 # All that a job leaves here in the end, its output apart: what it may delete.
@@ -124,17 +127,17 @@ class WorkDirectory:
 
     def save_states(self, phase: str, layer: int, states: Mapping[str, list[torch.Tensor]]) -> None:
         """Keep what `layer` is given, blocks by name; the states before it are then of no use."""
-        file = self._hidden(phase, layer)
-        write_shard(
-            file,
+        stem = f"{phase}-{layer:05d}"
+        self.save_tensors(
+            f"hidden/{stem}",
             {
                 f"{name}{SEPARATOR}{position:06d}": block
                 for name, blocks in states.items()
                 for position, block in enumerate(blocks)
             },
         )
-        for other in file.parent.glob(f"{phase}-*.safetensors"):
-            if other != file:
+        for other in (self.path / "hidden").glob(f"{phase}-*.safetensors"):
+            if other.stem != stem:
                 other.unlink()
 
     def load_states(self, phase: str) -> tuple[int, dict[str, list[torch.Tensor]]] | None:
@@ -149,15 +152,24 @@ class WorkDirectory:
             states.setdefault(name.rpartition(SEPARATOR)[0], []).append(blocks[name].clone())
         return layer, states
 
+    def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors as NAME.safetensors with a hash of all that they are."""
+        hashed = {HASH: _tensors_sha256(tensors)}
+        write_shard(self.path / f"{name}.safetensors", tensors, hashed)
+
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """NAME.safetensors. Raises UserError for a damaged file."""
+        """NAME.safetensors. Raises UserError for a file that does not hold what was saved."""
         file = self.path / f"{name}.safetensors"
         require_regular(file)
         try:
-            with explain_os_errors("reading"):
-                return load_file(file)
+            with explain_os_errors("reading"), safe_open(file, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+                hashed = (f.metadata() or {}).get(HASH)
         except UserError as e:
             raise UserError(f"{file} is damaged ({e}); {_again(self.path)}") from None
+        if hashed != _tensors_sha256(tensors):
+            raise UserError(f"{file} is damaged, its hash is another; {_again(self.path)}")
+        return tensors
 
     def note_moving(self, output: Path, files: Sequence[str]) -> None:
         """From now on the output is what `files` in it and in the checkpoint are together."""
@@ -167,9 +179,6 @@ class WorkDirectory:
     def _write_job(self, job: Job, **changes: Any) -> None:
         with explain_os_errors(f"writing to {self.path}"):
             write_json(self.path / JOB_FILE, {**vars(job), **changes})
-
-    def _hidden(self, phase: str, layer: int) -> Path:
-        return self.path / "hidden" / f"{phase}-{layer:05d}.safetensors"
 
     def remove(self) -> list[str]:
         """Delete what the job made, and the folder if it made that; what it did not make stays,
@@ -384,3 +393,11 @@ def _again(path: Path) -> str:
 
 def _sha256(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of their names, dtypes, shapes and bytes, in the order of the names."""
+    described = [
+        [name, str(t.dtype), list(t.shape), tensor_sha256(t)] for name, t in sorted(tensors.items())
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

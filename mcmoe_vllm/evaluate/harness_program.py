@@ -9,11 +9,11 @@ import json
 from typing import Any
 
 from mcmoe_vllm.evaluate.program import run_program
+from mcmoe_vllm.evaluate.task_index import open_task_index
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
         model="vllm",
@@ -21,7 +21,7 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         tasks=job["tasks"],
         num_fewshot=job["num_fewshot"],
         limit=job["limit"],
-        task_manager=TaskManager(include_path=job["include_path"]),
+        task_manager=open_task_index(job["tasks"], job["include_path"]),
         batch_size="auto",
         log_samples=False,
     )

@@ -19,6 +19,7 @@ from mcmoe_vllm.checkpoint.files import open_checkpoint, own_config, resolve_mod
 from mcmoe_vllm.disk import is_number
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate.engine import run_engine_program
+from mcmoe_vllm.evaluate.task_index import open_task_index
 from mcmoe_vllm.flags import out_of_range
 from mcmoe_vllm.pruning.table import parse_switch, read_table
 
@@ -152,11 +153,9 @@ def _number(value: Any) -> float | None:
 
 
 def _require_tasks(tasks: Sequence[str], include_path: str | None) -> None:
-    from lm_eval.tasks import TaskManager
-
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"include path {include_path} is not a folder")
-    manager = TaskManager(include_path=include_path)
+    manager = open_task_index(tasks, include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         near = {t: difflib.get_close_matches(t, manager.all_tasks, 3) for t in unknown}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
@@ -172,7 +173,6 @@ def test_an_interruption_says_what_is_left(tmp_path, monkeypatch, capsys, argume
 ASKED = {
     "bits": 3.0, "recipe": "paper", "method": "rtn", "group_size": 32, "finetune_passes": 0,
     "samples": 2, "sequence_length": 64, "candidate_bits": (2, 3), "pins": ("layers.0.*=3",),
-    "trust_remote_code": True,
 }  # fmt: skip
 
 
@@ -181,14 +181,25 @@ def interrupt(*_):
 
 
 @pytest.fixture
-def begun(tiny_models, tmp_path, calibration_text, monkeypatch):
-    """A job that was interrupted: its options, and the command line that resumes it."""
-    model, output = str(tiny_models("mixtral")), str(tmp_path / "out")
-    given = QuantizeOptions(model, output, calibration=str(calibration_text), **ASKED)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "measure_and_choose", interrupt)
-        pipeline.quantize(given)
-    return given, ["quantize", model, "-o", output, "--resume"]
+def begin(tiny_models, tmp_path, calibration_text, monkeypatch):
+    """begin(**options): a job that was interrupted: its options, and the command line that resumes
+    it."""
+
+    def run(**options):
+        model, output = str(tiny_models("mixtral")), str(tmp_path / "out")
+        asked = {**ASKED, "calibration": str(calibration_text), **options}
+        given = QuantizeOptions(model, output, **asked)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipeline, "measure_and_choose", interrupt)
+            pipeline.quantize(given)
+        return given, ["quantize", model, "-o", output, "--resume"]
+
+    return run
+
+
+@pytest.fixture
+def begun(begin):
+    return begin()
 
 
 def test_resume_restores_what_was_asked_for(begun, monkeypatch, tmp_path):
@@ -198,7 +209,7 @@ def test_resume_restores_what_was_asked_for(begun, monkeypatch, tmp_path):
     again = [*line, "--bits", "2.5", "--target-drop", "0.1", "--work-dir", f"{tmp_path}/out.work/"]
     assert cli.main(line) == cli.main(again) == 0
     for found, bits in zip(asked, (3.0, 2.5), strict=True):
-        expected = {**vars(given), "bits": bits, "resume": True, "trust_remote_code": False}
+        expected = {**vars(given), "bits": bits, "resume": True}
         if bits == 2.5:
             expected |= {"target_drop": 0.1, "work_dir": f"{tmp_path}/out.work/"}
         assert vars(found) == expected
@@ -211,6 +222,23 @@ def test_what_is_given_again_must_agree(begun, capsys, monkeypatch):
     assert "seed was 0, is now 7" in err and "group_size" not in err
     monkeypatch.setattr(pipeline, "measure_and_choose", interrupt)
     assert cli.main(line) == 130  # at its work
+
+
+def test_a_work_directory_alone_runs_no_code(begin, monkeypatch, capsys):
+    """It may have come from others. Without the flag the output would lack the model's code."""
+    given, line = begin(trust_remote_code=True)
+    assert cli.main(line) == 2
+    assert "begun with --trust-remote-code" in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "measure_and_choose", interrupt)
+    assert cli.main([*line, "--trust-remote-code"]) == 130  # at its work
+    with pytest.raises(UserError, match="trust_remote_code was True, is now False"):
+        pipeline.quantize(replace(given, resume=True, trust_remote_code=False))
+
+
+def test_code_is_not_added_to_a_job_that_was_begun_without(begun, capsys):
+    _, line = begun
+    assert cli.main([*line, "--trust-remote-code"]) == 2
+    assert "trust_remote_code was False, is now True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan"])

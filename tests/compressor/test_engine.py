@@ -63,7 +63,8 @@ def here(tmp_path, monkeypatch):
     (libraries / "torch.py").write_text("class VERSION: pass")
     (libraries / "lm_eval" / "__init__.py").write_text(HARNESS)
     (libraries / "lm_eval" / "tasks.py").write_text(
-        "class TaskManager:\n    def __init__(self, include_path):\n"
+        "class TaskManager:\n    all_subtasks = ['mine']\n"
+        "    def __init__(self, include_path, include_defaults=True):\n"
         "        self.include_path = include_path\n"
     )
     (folder / "mcmoe_vllm").mkdir(parents=True)

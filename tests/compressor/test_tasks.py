@@ -4,6 +4,7 @@ import pytest
 
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.evaluate import tasks
+from mcmoe_vllm.evaluate.task_index import open_task_index
 from mcmoe_vllm.evaluate.tasks import evaluate_tasks, join_scores
 
 FOUND = {
@@ -71,6 +72,36 @@ def test_unknown_tasks_are_all_named_with_near_ones(monkeypatch):
         evaluate_tasks("model", ["arc_easi", "arc_easy", "no_such_thing_at_all"])
     assert "arc_easi (near: arc_easy" in str(error.value)
     assert "no_such_thing_at_all" in str(error.value)
+
+
+OWN = """
+task: mine
+dataset_path: json
+test_split: test
+output_type: multiple_choice
+doc_to_text: x
+doc_to_choice: [a, b]
+doc_to_target: 0
+"""
+
+
+def test_tasks_of_ones_own_do_without_the_harness_s(tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval.tasks")
+    (tmp_path / "mine.yaml").write_text(OWN)
+    (tmp_path / "group.yaml").write_text("group: ours\ntask: [mine, arc_easy]\n")
+    made, real = [], lm_eval.TaskManager
+
+    def manager(include_path, include_defaults=True):
+        made.append(include_defaults)
+        return real(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval, "TaskManager", manager)
+    assert open_task_index(["mine"], str(tmp_path)).match_tasks(["mine"]) == ["mine"]
+    assert made == [False]
+    for names, folder in ((["ours"], tmp_path), (["mine", "arc_easy"], tmp_path), (["mine"], None)):
+        made.clear()
+        open_task_index(names, None if folder is None else str(folder))
+        assert made[-1] is True, names
 
 
 def test_include_path_must_be_a_folder(monkeypatch, tmp_path):

@@ -353,6 +353,28 @@ def test_damaged_states_are_one_sentence(folder, kept):
         work.load_states("measure")
 
 
+def test_states_whose_bits_rot_are_refused(folder):
+    """Wherever it happens in the file: what comes back is what was saved, or nothing is."""
+    work = begin(folder)
+    states = {"a": [torch.arange(6, dtype=torch.bfloat16).view(2, 3)], "b": [torch.ones(1)]}
+    work.save_states("measure", 1, states)
+    file = folder / "hidden" / "measure-00001.safetensors"
+    sound, refused = file.read_bytes(), []
+    for place, byte in enumerate(sound):
+        file.write_bytes(sound[:place] + bytes([byte ^ 4]) + sound[place + 1 :])
+        try:
+            _, found = work.load_states("measure")
+        except UserError as e:
+            assert "is damaged" in str(e) and "start again" in str(e)
+            refused.append(place)
+        else:
+            assert found.keys() == states.keys()
+            for name, blocks in found.items():
+                assert blocks[0].dtype == states[name][0].dtype
+                assert torch.equal(blocks[0], states[name][0])
+    assert set(range(len(sound) - 16, len(sound))) <= set(refused)  # the numbers themselves
+
+
 def test_what_was_moved_is_known(folder, tmp_path):
     work = begin(folder)
     output = tmp_path / "out"

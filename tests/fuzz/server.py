@@ -40,6 +40,7 @@ MOST_GROWTH = 0.03  # of all memory, in the second half
 MOST_FAULTS = 200  # that are kept
 ROUTED, PRUNED = "mcmoe_routed_pairs_total", "mcmoe_pruned_pairs_total"
 WAITING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+PRUNES = re.compile(r"pruning in \d+ layers")
 COMPLAINT = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback \(most recent call last\)")
 
 
@@ -97,6 +98,9 @@ def total(values: Mapping[str, float], name: str) -> float:
 
 def wrong_pairs(before: Mapping[str, float], now: Mapping[str, float]) -> Iterator[str]:
     """Counters of the plugin that contradict each other, or what they were."""
+    for key in before.keys() - now.keys():
+        if key.partition("{")[0] in (ROUTED, PRUNED):
+            yield f"counters: {key} is gone, it was {before[key]:.0f}"
     for key, value in now.items():
         name, _, labels = key.partition("{")
         if name in (ROUTED, PRUNED) and value < before.get(key, 0):
@@ -205,6 +209,12 @@ def complaints(log: str) -> list[str]:
     return [line[:300] for line in log.splitlines() if COMPLAINT.search(line)]
 
 
+def uncounted(log: str, pairs: Mapping[str, float]) -> Iterator[str]:
+    """Pruning that /metrics does not show."""
+    if (found := PRUNES.search(log)) and not pairs["routed"]:
+        yield f"counters: the log says {found[0]!r}, and no pair is counted"
+
+
 def target_of(url: str) -> Target:
     """The server at an address, and its first model."""
     parts = urlsplit(url)
@@ -228,8 +238,10 @@ def serve_and_run(asked: argparse.Namespace) -> dict[str, Any]:
         result = run_campaign(target_of(url), asked, process.pid)
     finally:
         server.stop(process)
-    found = complaints(log.read_text(errors="replace"))
-    faults = [*result["faults"], *(f"log: {line}" for line in found[:20])]
+    said = log.read_text(errors="replace")
+    found = complaints(said)
+    wrong = [*(f"log: {line}" for line in found[:20]), *uncounted(said, result["pairs"])]
+    faults = [*result["faults"], *wrong]
     return {**result, "complaints": len(found), "log": str(log), "faults": faults}
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from tests.fuzz import clients, server
 from tests.fuzz.clients import BEHAVIOURS, Target
-from tests.fuzz.server import complaints, growth, run_campaign, target_of, wrong_pairs
+from tests.fuzz.server import (
+    complaints,
+    growth,
+    run_campaign,
+    target_of,
+    uncounted,
+    wrong_pairs,
+)
 
 SOUND_METRICS = """# HELP mcmoe_routed_pairs_total pairs
 mcmoe_routed_pairs_total{layer="0"} 40.0
@@ -144,6 +151,13 @@ def test_counters_may_not_fall():
         {'mcmoe_routed_pairs_total{layer="1"}': 4.0},
     )
     assert len(list(wrong_pairs(before, now))) == 1 and not list(wrong_pairs(now, before))
+    assert len(list(wrong_pairs(before, {}))) == 1 and not list(wrong_pairs({}, before))
+
+
+def test_pruning_that_is_not_counted_is_seen():
+    log = "INFO mcmoe 0.1.0: 4 MoE layers, compute path = CPU, pruning in 4 layers\n"
+    assert len(list(uncounted(log, {"routed": 0.0}))) == 1
+    assert not list(uncounted(log, {"routed": 8.0})) and not list(uncounted("", {"routed": 0.0}))
 
 
 @pytest.mark.parametrize(
