@@ -29,8 +29,9 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.packing import pack_scale
-from mcmoe_kernels.layer import ACTIVATIONS, ExpertLayer, ExpertMatrices, packed_offsets, split_flat
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, packed_offsets, split_flat
 from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig, stored_scale
 from mcmoe_vllm.checkpoint.verification import wrong_values
 from mcmoe_vllm.errors import UserError
@@ -51,6 +52,8 @@ except ImportError:  # vLLM 0.26: its modular path has no router for a CPU
 PROJECTIONS = ("w1", "w3", "w2")
 KINDS = ("weight_packed", "weight_scale")
 SCALE_DTYPES = {"F16": torch.float16, "I16": torch.int16}
+# What vLLM calls an activation -> what is computed.
+ACTIVATIONS = {name: Activation(name) for name in ("gelu", "gelu_tanh", "silu")}
 SHOWN_GAPS = 8
 DUMMY_SCALE = int(pack_scale(torch.tensor(2.0**-7), torch.tensor(1.0), bits=3))
 
@@ -110,7 +113,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size_per_partition
         self.dtype = params_dtype
-        self.activation = _activation_name(layer, self.prefix)
+        self.activation = _activation_of(layer, self.prefix)
         self._check_groups()
         self.local = {
             e: local
@@ -377,14 +380,14 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
 
 
-def _activation_name(layer: Any, prefix: str) -> str:
-    activation = str(getattr(layer.activation, "value", layer.activation))
-    if activation not in ACTIVATIONS:
+def _activation_of(layer: Any, prefix: str) -> Activation:
+    name = str(getattr(layer.activation, "value", layer.activation))
+    if name not in ACTIVATIONS:
         raise UserError(
-            f"{prefix} has activation {activation!r}; mcmoe serves "
+            f"{prefix} has activation {name!r}; mcmoe serves "
             f"{', '.join(sorted(ACTIVATIONS))}. Serve the model without compression."
         )
-    return activation
+    return ACTIVATIONS[name]
 
 
 def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
