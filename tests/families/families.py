@@ -47,13 +47,15 @@ def count(name: str, top_k: str = "num_experts_per_tok") -> dict[str, int]:
 @dataclass(frozen=True)
 class Family:
     """model_type, cls: of transformers; settings: of its config; engine: what config.json needs
-    besides; serves: whether vLLM 0.32 runs the plain model on a CPU."""
+    besides; serves: whether vLLM 0.32 runs the plain model on a CPU; spread: how wide the experts'
+    random gates and ups are, or a limit to them would not show."""
 
     model_type: str
     cls: str
     settings: dict[str, Any]
     engine: dict[str, Any] = field(default_factory=dict)
     serves: bool = False
+    spread: float = 0.05
 
 
 ROUTED, LOCAL, PLAIN = count("n_routed_experts"), count("num_local_experts"), count("num_experts")
@@ -216,6 +218,20 @@ FAMILIES = {
     "flex_olmo": Family(
         "flex_olmo", "FlexOlmoForCausalLM", {**PLAIN, "intermediate_size": WIDTH}, serves=True
     ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {**HEADS, **LOCAL, **SLIDING, "hidden_size": 192, "intermediate_size": 192},
+        serves=True,
+        spread=0.3,
+    ),
+    "minimax_m3": Family(
+        "minimax_m3_vl_text",
+        "MiniMaxM3VLForCausalLM",
+        {**HEADS, **LOCAL, **SPARSE, "intermediate_size": WIDTH, "dense_intermediate_size": 512,
+         "shared_intermediate_size": WIDTH, "layer_types": ["full_attention"] * 3},
+        spread=0.3,
+    ),
     "jamba": Family(
         "jamba",
         "JambaForCausalLM",
@@ -237,8 +253,11 @@ def save_family(name: str, folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     with torch.no_grad():
         model = getattr(transformers, family.cls)(config).eval()
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
+                is_wide = parameter_name.endswith("experts.gate_up_proj")
+                parameter.normal_(0, family.spread if is_wide else 0.05)
+            elif parameter_name.endswith(("proj.bias", "router.bias", "sinks")):
                 parameter.normal_(0, 0.05)
         for buffer_name, buffer in model.named_buffers():
             if "bias" in buffer_name:  # what a router chooses with
