@@ -39,15 +39,9 @@ from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
 from mcmoe_vllm.plugin.prepared import PreparedExperts, renew
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from mcmoe_vllm.plugin.unsupported import refuse_state_dict
+from mcmoe_vllm.plugin.routing import refuse_routing, route
+from mcmoe_vllm.plugin.unsupported import refuse_experts, refuse_state_dict
 from mcmoe_vllm.widths import code_bits
-
-try:
-    from vllm.model_executor.layers.fused_moe.router import cpu_router  # noqa: F401
-
-    HAS_CPU_ROUTER = True
-except ImportError:  # vLLM 0.26: its modular path has no router for a CPU
-    HAS_CPU_ROUTER = False
 
 PROJECTIONS = ("w1", "w3", "w2")
 KINDS = ("weight_packed", "weight_scale")
@@ -90,7 +84,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
 
     @property
     def is_monolithic(self) -> bool:
-        return current_platform.is_cpu() and not HAS_CPU_ROUTER
+        """Whether it routes as well, which vLLM asks it."""
+        return current_platform.is_cpu()
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return FUSED_MOE_UNQUANTIZED_CONFIG
@@ -111,6 +106,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
                 f"{self.prefix} has {given} experts, but expert_bits in config.json has "
                 f"{configured}. If --eplb or redundant experts are on, switch them off."
             )
+        refuse_experts(layer, self.moe, self.prefix)
+        if self.is_monolithic:
+            refuse_routing(layer, self.moe, self.prefix)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size_per_partition
         self.dtype = params_dtype
         self.activation = _activation_of(layer, self.prefix)
@@ -240,23 +238,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         router_logits: torch.Tensor,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Routing included: vLLM 0.26 on a CPU."""
-        from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
-
-        topk_weights, topk_ids = select_experts(
-            hidden_states=x,
-            router_logits=router_logits,
-            top_k=layer.top_k,
-            use_grouped_topk=layer.use_grouped_topk,
-            renormalize=layer.renormalize,
-            topk_group=layer.topk_group,
-            num_expert_group=layer.num_expert_group,
-            custom_routing_function=layer.custom_routing_function,
-            scoring_func=layer.scoring_func,
-            routed_scaling_factor=layer.routed_scaling_factor,
-            e_score_correction_bias=layer.e_score_correction_bias,
-        )
-        return self.apply(layer, x, topk_weights, topk_ids)
+        """The same from what the router computes [T, E], on a CPU."""
+        return self.apply(layer, x, *route(layer, x, router_logits))
 
     def _shape(self, group: str) -> tuple[int, int]:
         """Rows and columns of this rank's matrix."""

@@ -19,6 +19,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 HEADS = {"head_dim": 64}
+TIED = {"tie_word_embeddings": True}
 DENSE = {"intermediate_size": 512, "moe_intermediate_size": WIDTH}
 # vLLM's latent attention on a CPU was only tried with these.
 LATENT = {
@@ -65,6 +66,18 @@ FIRST_DENSE = {"first_k_dense_replace": 1}
 SHARED = {"n_shared_experts": 1}
 
 FAMILIES = {
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**PLAIN, **DENSE, "shared_expert_intermediate_size": WIDTH},
+        serves=True,
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe", "Qwen3MoeForCausalLM", {**HEADS, **PLAIN, **DENSE}, serves=True
+    ),
+    "olmoe": Family(
+        "olmoe", "OlmoeForCausalLM", {**PLAIN, "intermediate_size": WIDTH}, serves=True
+    ),
     "mixtral": Family(
         "mixtral", "MixtralForCausalLM", {**HEADS, **LOCAL, "intermediate_size": WIDTH}, serves=True
     ),
@@ -125,22 +138,26 @@ FAMILIES = {
         "ernie4_5_moe",
         "Ernie4_5_MoeForCausalLM",
         {**count("moe_num_experts", "moe_k"), **DENSE, "moe_num_shared_experts": 1,
-         "moe_layer_start_index": 1, "moe_layer_end_index": 2, "tie_word_embeddings": True},
+         "moe_layer_start_index": 1, "moe_layer_end_index": 2, **TIED},
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
         "Lfm2MoeForCausalLM",
-        {**PLAIN, **DENSE, "num_dense_layers": 1,
+        {**PLAIN, **DENSE, **TIED, "num_dense_layers": 1,
          "layer_types": ["conv", "full_attention", "conv"]},
     ),
     "hy_v3": Family(
-        "hy_v3", "HYV3ForCausalLM", {**HEADS, **PLAIN, **DENSE, **SPARSE}, FIRST_DENSE, serves=True
+        "hy_v3",
+        "HYV3ForCausalLM",
+        {**HEADS, **PLAIN, **DENSE, **SPARSE},
+        {**FIRST_DENSE, "expert_hidden_dim": WIDTH, "qk_norm": True, "route_norm": True},
+        serves=True,
     ),
     "minimax_m2": Family(
         "minimax_m2",
         "MiniMaxM2ForCausalLM",
         {**HEADS, **LOCAL, "intermediate_size": WIDTH, "rotary_dim": 32},
-        {"scoring_func": "sigmoid"},
+        {"scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "gemma4": Family(
         "gemma4_text",
@@ -188,6 +205,11 @@ FAMILIES = {
         "mimo_v2_flash",
         "MiMoV2FlashForCausalLM",
         {**HEADS, **ROUTED, **DENSE, **SPARSE, **SLIDING, **GROUPS, "v_head_dim": 64},
+        {"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "layernorm_epsilon": 1e-5,
+         "sliding_window_size": 128, "swa_head_dim": 64, "swa_v_head_dim": 64,
+         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "rope_theta": 5e6,
+         "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334,
+         "add_swa_attention_sink_bias": True},
     ),
     "exaone_moe": Family(
         "exaone_moe",
@@ -200,6 +222,7 @@ FAMILIES = {
         "AfmoeForCausalLM",
         {**HEADS, **PLAIN, **DENSE, "num_dense_layers": 1, "num_shared_experts": 1,
          "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {**GROUPS, "score_func": "sigmoid", "route_norm": True},
     ),
     "solar_open": Family(
         "solar_open",
@@ -210,7 +233,7 @@ FAMILIES = {
     "cohere2_moe": Family(
         "cohere2_moe",
         "Cohere2MoeForCausalLM",
-        {**HEADS, **PLAIN, "intermediate_size": WIDTH, "num_shared_experts": 1,
+        {**HEADS, **PLAIN, **TIED, "intermediate_size": WIDTH, "num_shared_experts": 1,
          "mlp_layer_types": ["sparse"] * 3,
          "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
         serves=True,
@@ -242,14 +265,22 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def make_config(name: str, **settings: Any) -> Any:
+    """Transformers' config of a family, with other settings than the table's if given."""
+    import transformers
+
+    family = FAMILIES[name]
+    values = {**BASE, **family.settings, **settings}
+    return transformers.CONFIG_MAPPING[family.model_type](**values, architectures=[family.cls])
+
+
 def save_family(name: str, folder: Path, tokenizer: Path) -> Path:
     """A random model of a family with another model's tokenizer; the same each time."""
     import torch
     import transformers
 
     family = FAMILIES[name]
-    config = transformers.CONFIG_MAPPING[family.model_type](**{**BASE, **family.settings})
-    config.architectures = [family.cls]
+    config = make_config(name)
     torch.manual_seed(0)
     with torch.no_grad():
         model = getattr(transformers, family.cls)(config).eval()
