@@ -75,6 +75,14 @@ class Layout:
         return tuple(f"{prefix}.{name}" for name in self.matrices)
 
     @property
+    def projections(self) -> tuple[str, str, str] | None:
+        """What an expert's gate, up and down are called; None where gate and up are one."""
+        if len(self.matrices) != 3:
+            return None
+        gate, up, down = (name.removesuffix(".weight") for name in self.matrices)
+        return gate, up, down
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Of `expert_weights`, whose width each has: "w13" or "w2"."""
         return ("w13",) * (len(self.matrices) - 1) + ("w2",)

@@ -17,8 +17,7 @@ from mcmoe_kernels.cpu.experts import (
     prepare_dense,
 )
 from mcmoe_kernels.layer import ExpertLayer
-from mcmoe_vllm.plugin.cache import CacheBudget
-from mcmoe_vllm.plugin.prepared import Compute, PreparedExperts
+from mcmoe_vllm.plugin.prepared import CacheBudget, Compute, PreparedExperts
 
 logger = init_logger("vllm.mcmoe")
 

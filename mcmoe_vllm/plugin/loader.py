@@ -37,7 +37,7 @@ from mcmoe_vllm.plugin.completeness import WholeFolder, open_whole, refuse_unfil
 logger = init_logger("vllm.mcmoe")
 
 MIB = 1 << 20
-_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.")
+_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)")
 # Gate, up and down as a class of vLLM wants them of every folder, where it wants one name in one
 # version and another in the next.
 OWN_NAMES = {"GraniteMoeForCausalLM": ("w1", "w3", "w2")}
@@ -158,6 +158,8 @@ def forget_packed_copies(model: torch.nn.Module) -> None:
 def agree_on_names(weights: Weights, layout: Layout, model: torch.nn.Module) -> Weights:
     """Let vLLM's layers take gate, up and down of an expert as the folder calls them, and call them
     otherwise where the model's class asks for names of its own."""
+    if layout.projections is None:  # the class's own code loads these
+        return weights
     wanted = OWN_NAMES.get(type(model).__name__, layout.projections)
     for layer in model.modules():
         if hasattr(getattr(layer, "quant_method", None), "local"):

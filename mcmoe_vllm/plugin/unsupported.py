@@ -96,9 +96,6 @@ def _given(name: str) -> Callable[[Any, Any], bool]:
 # What vLLM's classes ask of experts and mcmoe's kernels do not compute, and which layers ask.
 EXPERTS: dict[str, Callable[[Any, Any], bool]] = {
     "experts without a gate": lambda layer, moe: not getattr(moe, "is_act_and_mul", True),
-    "a limit to what experts multiply (swiglu_limit)": _given("swiglu_limit"),
-    "a factor within the activation (swiglu_alpha)": _given("swiglu_alpha"),
-    "a term within the activation (swiglu_beta)": _given("swiglu_beta"),
     "a bounded activation (activation_situ_beta)": _given("activation_situ_beta"),
     "a bounded activation (activation_situ_linear_beta)": _given("activation_situ_linear_beta"),
     "routing weights that multiply what experts are given (apply_router_weight_on_input)": (

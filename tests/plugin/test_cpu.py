@@ -7,9 +7,9 @@ pytest.importorskip("vllm")
 
 from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.cpu.experts import dense_bytes, prepare_dense
-from mcmoe_vllm.plugin.cache import GIB, CacheBudget
 from mcmoe_vllm.plugin.cpu import _rounds_down, choose_mode, vllm_kernel
 from mcmoe_vllm.plugin.operator import prepare_experts
+from mcmoe_vllm.plugin.prepared import GIB, CacheBudget
 from tests.helpers.expert_layers import (
     experts_float64,
     experts_rounded,

@@ -48,13 +48,11 @@ def load_format(name):
 @pytest.mark.parametrize(
     ("layer", "moe", "what"),
     [
-        ({"swiglu_limit": 10.0}, {}, "swiglu_limit"),  # DeepSeek-V4, HYV4
-        ({"swiglu_alpha": 1.7, "swiglu_beta": 1.0}, {}, "swiglu_alpha.*; nor .*swiglu_beta"),
         ({"apply_router_weight_on_input": True}, {}, "apply_router_weight_on_input"),  # Llama 4
         ({}, {"activation_situ_beta": 2.0}, "activation_situ_beta"),  # Kimi-K3
         ({}, {"is_act_and_mul": False}, "without a gate"),  # Nemotron-H
         ({"e_score_correction_bias": torch.zeros(9)}, {}, "zero experts"),  # LongCat
-        ({"e_score_correction_bias": torch.zeros(8), "swiglu_limit": None}, {}, None),
+        ({"e_score_correction_bias": torch.zeros(8), "swiglu_limit": 10.0}, {}, None),
     ],
 )
 def test_what_experts_are_asked_for(fake_layer, moe_config, layer, moe, what):
