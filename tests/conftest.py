@@ -69,6 +69,12 @@ TINY_MODELS = {
         "norm_topk_prob": True,
     },
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 128},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 128,
+        "head_dim": 32,
+    },
 }
 
 

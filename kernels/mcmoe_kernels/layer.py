@@ -1,65 +1,76 @@
 """The routed experts of one layer on packed weights: data, definition, and a static-shape twin.
 
-    out[t] = sum over slots j of  topk_weights[t, j] * W2[e] @ act(W1[e] @ x[t], W3[e] @ x[t])
-    with e = topk_ids[t, j]
+    out[t] = sum over slots j of  topk_weights[t, j] * (W2[e] @ act(W13[e] @ x[t] + b13[e]) + b2[e])
+    with e = topk_ids[t, j], and biases where the model has them
 
 `fused_experts_torch` is the definition that every other path is tested against. Its rounding
-points: weights are dequantized exactly (float32), both products accumulate in float32, the
-activation is computed in float32 and rounded to x.dtype (the input of the second product), the
-slots are weighted and summed in float32, and the sum is rounded to x.dtype once.
+points: weights are dequantized exactly (float32), both products accumulate in float32, where their
+biases are added too, the activation is computed in float32 and rounded to x.dtype (the input of the
+second product), the slots are weighted and summed in float32, and the sum is rounded to x.dtype
+once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from mcmoe_kernels.activations import Activation, activate
 from mcmoe_kernels.formats.format import find
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix [N, K] per local expert, each with a width of its own.
+    """One matrix [N, K] per local expert, each with a width of its own, and perhaps a bias.
 
     bits: numbers of formats, 1 to 4 for codes of as many bits, 0 for an expert that was dropped.
     packed: uint8 [N, K*width/8] each, views of one flat buffer (no columns where bits is 0).
     scale: int16 [N, K/G] each, scale and zero as `scales` stores them (no columns where bits is 0).
     model_bits: what other layers of the model have: layers that share them share compiled kernels.
+    bias: None, or floating point [experts, N] in the order of rows, contiguous, dropped experts
+        included, whose rows are not read.
     """
 
     bits: tuple[int, ...]
     packed: tuple[torch.Tensor, ...]
     scale: tuple[torch.Tensor, ...]
     model_bits: tuple[int, ...] = ()
+    bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         assert len(self.bits) == len(self.packed) == len(self.scale), (
             f"{len(self.bits)} widths, {len(self.packed)} matrices, {len(self.scale)} scales"
         )
+        assert self.bias is None or len(self.bias) == len(self.bits), (
+            f"{len(self.bits)} widths, biases {list(self.bias.shape)}"
+        )
 
     def __len__(self) -> int:
         return len(self.bits)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that there are."""
+        return (*self.packed, *self.scale, *(() if self.bias is None else (self.bias,)))
+
     def dequantize(self, expert: int) -> torch.Tensor:
         """The float32 [N, K] matrix of a local expert that was not dropped: exact."""
         return find(self.bits[expert]).dequantize(self.packed[expert], self.scale[expert])
+
+    def add_bias(self, y: torch.Tensor, expert: int) -> torch.Tensor:
+        """y [..., N] plus the expert's bias, if there are any, in float32."""
+        return y.float() if self.bias is None else y.float() + self.bias[expert].float()
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
     """The local experts of one layer.
 
-    w13: gate rows above up rows, N = 2 * intermediate_size, K = hidden_size.
-    w2: N = hidden_size, K = intermediate_size. Its widths may differ from those of w13.
-    activation: a key of ACTIVATIONS, applied to the gate half.
+    w13: gate rows above up rows, N = 2 * intermediate_size, or up rows alone if the activation is
+        not gated, N = intermediate_size; K = hidden_size.
+    w2: N = hidden_size, K = intermediate_size. Its widths may differ from those of w13. Of ranks
+        that share an expert's columns, one alone is given its bias.
     expert_map: None, or int32 [global experts] -> local index, -1 for experts held elsewhere.
     """
 
@@ -67,21 +78,21 @@ class ExpertLayer:
     intermediate_size: int
     w13: ExpertMatrices
     w2: ExpertMatrices
-    activation: str = "silu"
+    activation: Activation = Activation()
     expert_map: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation {self.activation!r} is not supported, use one of "
-                f"{', '.join(sorted(ACTIVATIONS))}"
-            )
         assert len(self.w13) == len(self.w2), f"{len(self.w13)} w13, {len(self.w2)} w2"
 
     @property
     def num_experts(self) -> int:
         """How many experts are held here."""
         return len(self.w13)
+
+    @property
+    def rows13(self) -> int:
+        """Rows of w13."""
+        return self.activation.rows * self.intermediate_size
 
     def present(self, expert: int) -> bool:
         """Whether a local expert has weights; a dropped one contributes zero."""
@@ -129,12 +140,6 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
     return torch.where(topk_ids < 0, topk_ids, mapped)
 
 
-def gated_activation(h: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up of h [..., 2*I] (gate columns first) -> [..., I], in h's dtype."""
-    gate, up = h.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
-
-
 def fused_experts_torch(
     x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
@@ -149,9 +154,9 @@ def fused_experts_torch(
         if not layer.present(expert):
             continue
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        h = x[token].float() @ layer.w13.dequantize(expert).t()
-        a = gated_activation(h, layer.activation).to(x.dtype)
-        y = a.float() @ layer.w2.dequantize(expert).t()
+        h = layer.w13.add_bias(x[token].float() @ layer.w13.dequantize(expert).t(), expert)
+        a = activate(h, layer.activation).to(x.dtype)
+        y = layer.w2.add_bias(a.float() @ layer.w2.dequantize(expert).t(), expert)
         out.index_add_(0, token, y * topk_weights[token, slot].float().unsqueeze(-1))
     return out.to(x.dtype)
 
@@ -173,7 +178,7 @@ def fused_experts_static(
             continue
         weight = topk_weights.float().masked_fill(ids != expert, 0.0).sum(-1, keepdim=True)
         h = F.linear(x, layer.w13.dequantize(expert).to(x.dtype))
-        a = gated_activation(h.float(), layer.activation).to(x.dtype)
-        y = F.linear(a, layer.w2.dequantize(expert).to(x.dtype))
-        out += torch.where(weight != 0, y.float() * weight, torch.zeros_like(out))
+        a = activate(layer.w13.add_bias(h, expert), layer.activation).to(x.dtype)
+        y = layer.w2.add_bias(F.linear(a, layer.w2.dequantize(expert).to(x.dtype)), expert)
+        out += torch.where(weight != 0, y * weight, torch.zeros_like(out))
     return out.to(x.dtype)

@@ -17,9 +17,10 @@ from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
 from mcmoe_vllm.widths import candidate_bits
 
 QUANT_METHOD = "mcmoe"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # of a checkpoint that needs no other
+NEWEST_VERSION = 3  # that is read; written where experts have biases or clamp what they multiply
 # format_version -> dtype of an expert's weight_scale, and its numbers for each group of columns
-EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1)}
+EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1), 3: ("I16", 1)}
 PROJECTION_GROUPS = ("w13", "w2", "dense")
 
 
@@ -120,7 +121,7 @@ class QuantizationConfig:
         method = value.pop("quant_method", None)
         if method != QUANT_METHOD:
             raise UserError(f"quant_method is {method!r}, an mcmoe checkpoint has {QUANT_METHOD!r}")
-        check_version(value.get("format_version"), "this checkpoint", FORMAT_VERSION)
+        check_version(value.get("format_version"), "this checkpoint", NEWEST_VERSION)
         known = set(cls.__dataclass_fields__)
         missing = sorted({"group_size", "expert_bits"} - set(value))
         unknown = sorted(set(value) - known)

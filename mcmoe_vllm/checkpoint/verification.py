@@ -19,7 +19,7 @@ from mcmoe_vllm.disk import explain_os_errors, read_json
 from mcmoe_vllm.widths import in_words
 
 HALVES = {"float16": "F16", "bfloat16": "BF16"}  # 16-bit dtypes as config.json and headers say
-QUANTIZED = (".weight_packed", ".weight_scale", ".qweight", ".scales")  # docs/FORMAT.md has theirs
+QUANTIZED = ("weight_packed", "weight_scale", ".qweight", ".scales")  # docs/FORMAT.md has theirs
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def wrong_values(name: str, tensor: torch.Tensor, bits: int) -> Iterator[str]:
     """Scales and zeros that docs/FORMAT.md does not allow for codes of so many bits. tensor:
     `weight_scale` of an expert (float16 in version 1) or `scales` of a linear."""
     scale, zero = tensor.float(), None
-    if name.endswith(".weight_scale"):
+    if name.endswith("weight_scale"):
         if tensor.dtype == torch.float16:
             scale, zero = scale[:, ::2], scale[:, 1::2]
         else:

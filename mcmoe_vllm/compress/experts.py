@@ -13,7 +13,13 @@ import torch
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.expert_reader import LayerExperts
-from mcmoe_vllm.model.experts import Expert, Routing, count_tokens, experts_output
+from mcmoe_vllm.model.experts import (
+    Expert,
+    Routing,
+    count_tokens,
+    experts_output,
+    interleave,
+)
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.codes import Quantized
 from mcmoe_vllm.quantize.hessians import (
@@ -29,10 +35,13 @@ from mcmoe_vllm.recipes import Recipe
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """w13 [2I, H] and w2 [H, I], each as a batch of one."""
+    """w13 [2I, H] and w2 [H, I], each as a batch of one; biases as in `Expert`, which stay as they
+    are."""
 
     w13: Quantized
     w2: Quantized
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -89,6 +98,7 @@ def quantize_experts(
         experts = [kept[i] for i in chunk]
         batch = [layer.experts.present(e).to(layer.device, torch.float32) for e in experts]
         w13, w2 = torch.stack([e.w13 for e in batch]), torch.stack([e.w2 for e in batch])
+        biases = [(e.w13_bias, e.w2_bias) for e in batch]
         del batch
         hessian13 = input_hessians(routing, experts, weighting, shared)
         width13, width2 = torch.tensor([widths[e] for e in experts], device=w13.device).unbind(1)
@@ -100,7 +110,7 @@ def quantize_experts(
         q13 = quantize(w13, hessian13, width13, splits=2)
         given = q13.dequantize() if recipe.answers else wanted13
         hessian2, cross = inner_hessians(
-            routing, experts, given, wanted13, activation, weighting, exact
+            routing, experts, given, wanted13, activation, weighting, exact, [b for b, _ in biases]
         )
         if recipe.answers:
             w2 = answer_inputs(w2, hessian2, cross)
@@ -109,7 +119,8 @@ def quantize_experts(
         losses.add(w2, hessian2, q2)
         del hessian13, hessian2, cross, given, wanted13, w13, w2
         for position, expert in enumerate(experts):
-            found[expert] = QuantizedExpert(q13.matrix(position), q2.matrix(position))
+            matrices = q13.matrix(position), q2.matrix(position)
+            found[expert] = QuantizedExpert(*matrices, *biases[position])
     tokens = count_tokens(routing, layer.num_experts)
     return {
         "bits": [list(pair) for pair in widths],
@@ -127,8 +138,9 @@ def routed_output(
     def dequantize(expert: int) -> Expert | None:
         if expert not in experts:
             return None
-        pair = (experts[expert].w13, experts[expert].w2)
-        return Expert(*(q.dequantize()[0].to(layer.dtype) for q in pair))
+        found = experts[expert]
+        w13, w2 = (q.dequantize()[0] for q in (found.w13, found.w2))
+        return Expert(w13, w2, found.w13_bias, found.w2_bias).to(w13.device, layer.dtype)
 
     return experts_output(routing, dequantize, layer.num_experts, layer.activation)
 
@@ -137,16 +149,15 @@ def pack_expert(
     names: Sequence[str], expert: QuantizedExpert, widths: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
     """An expert's packed codes, scales and zeros by checkpoint name. names: of the gate, up and
-    down weight; widths: of w13 and w2."""
-    half = expert.w13.codes.shape[1] // 2
-    parts = (expert.w13.select(slice(0, half)), expert.w13.select(slice(half, None)), expert.w2)
+    down weight, or of both in pairs of rows and of down; widths: of w13 and w2."""
+    rows = torch.arange(expert.w13.codes.shape[1])
+    halves = rows.chunk(2) if len(names) == 3 else (interleave(rows),)
+    parts = (*(expert.w13.select(half) for half in halves), expert.w2)
+    each = (*[widths[0]] * len(halves), widths[1])
     tensors = {}
-    for name, part, width in zip(names, parts, (widths[0], *widths), strict=True):
-        prefix = name.removesuffix("weight")
-        tensors[prefix + "weight_packed"] = packing.pack(part.codes[0], width).cpu()
-        tensors[prefix + "weight_scale"] = packing.pack_scale(
-            part.scale[0], part.zero[0], width
-        ).cpu()
+    for name, part, width in zip(names, parts, each, strict=True):
+        tensors[f"{name}_packed"] = packing.pack(part.codes[0], width).cpu()
+        tensors[f"{name}_scale"] = packing.pack_scale(part.scale[0], part.zero[0], width).cpu()
     return tensors
 
 

@@ -131,10 +131,10 @@ def _like(states: States, blocks: Sequence[torch.Tensor]) -> States:
 
 def _softmax_scores(layer: DecoderLayer, routing: Routing) -> torch.Tensor:
     """The routed experts' shares of the softmax over all experts, float32 [T, k]."""
-    weight = layer.router.weight.float()
+    weight, bias = layer.router.weight.float(), getattr(layer.router, "bias", None)
+    bias = None if bias is None else bias.float()
     parts = [
-        hidden.to(weight)
-        .matmul(weight.t())
+        torch.nn.functional.linear(hidden.to(weight), weight, bias)
         .softmax(-1)
         .gather(1, ids.to(weight.device))
         .to(ids.device)

@@ -109,6 +109,7 @@ def _quantization_config(summary: Summary) -> QuantizationConfig:
         dense_modules=dense,
         average_bits={name: round(value, 4) for name, value in summary.average_bits.items()},
         recipe=summary.recipe,
+        format_version=summary.model.layout.format_version,
     )
 
 

@@ -108,7 +108,8 @@ def measure_layer(
         w13, w2 = torch.stack([e.w13 for e in batch]), torch.stack([e.w2 for e in batch])
         weighting = recipe.hessian_weighting
         hessian13 = input_hessians(routing, chunk, weighting, shared)
-        hessian2, _ = inner_hessians(routing, chunk, w13, w13, activation, weighting)
+        biases = [e.w13_bias for e in batch]
+        hessian2, _ = inner_hessians(routing, chunk, w13, w13, activation, weighting, biases=biases)
         traces = [h.diagonal(dim1=1, dim2=2).mean(1) for h in (hessian13, hessian2)]
         candidates, kept = _quantize_candidates(
             (w13, w2), (hessian13, hessian2), candidate_bits, group_size, recipe
@@ -117,7 +118,7 @@ def measure_layer(
         rounding_kept += sum(int((~k).sum()) for k in kept)
         matrices += sum(k.numel() for k in kept)
         for position, expert in enumerate(chunk):
-            exact = (w13[position], w2[position])
+            exact = batch[position]
             quantized = [p and (p[0][position], p[1][position]) for p in candidates]
             trace_errors.append(_trace_errors([t[position] for t in traces], exact, quantized))
             weight_sums.append(float(scored.tokens_of(expert)[1].float().sum()))
@@ -171,13 +172,13 @@ def _quantize_candidates(
 
 
 def _trace_errors(
-    traces: Sequence[torch.Tensor], exact: Pair, candidates: Sequence[Pair | None]
+    traces: Sequence[torch.Tensor], exact: Expert, candidates: Sequence[Pair | None]
 ) -> list[float]:
     """`LayerSignificance.trace_error` of one expert. traces: the mean diagonals, of w13 and w2."""
     return [
         sum(
             float(trace * (w if d is None else w - d).square().sum())
-            for trace, w, d in zip(traces, exact, pair or (None, None), strict=True)
+            for trace, w, d in zip(traces, (exact.w13, exact.w2), pair or (None, None), strict=True)
         )
         for pair in candidates
     ]
@@ -209,14 +210,14 @@ class _OutputSums:
         return cls(routing, output, changes, candidates, parts, window, limit, probe.candidate)
 
     def add(
-        self, expert: int, exact: Pair, quantized: Sequence[Pair | None], activation: Activation
+        self, expert: int, exact: Expert, quantized: Sequence[Pair | None], activation: Activation
     ) -> torch.Tensor:
         """An expert's part of all sums; the norm of what each candidate changes, float64
         [candidates, parts]."""
         rows, weights = self.routing.tokens_of(expert)
         windows = -(-self.routing.hidden.shape[0] // self.window)
         squares = torch.zeros(self.candidates, self.parts, windows, dtype=torch.float64)
-        device = exact[0].device
+        device = exact.w13.device
         for part in torch.arange(rows.numel(), device=rows.device).split(ROWS):
             x = self.routing.hidden[rows[part]].to(device)
             scale = weights[part].float().to(device).unsqueeze(1)
@@ -236,17 +237,18 @@ class _OutputSums:
         return squares.sqrt().sum(2)
 
 
-def _changed(exact: Pair, quantized: Pair | None, parts: int) -> list[Pair | None]:
+def _changed(exact: Expert, quantized: Pair | None, parts: int) -> list[Expert | None]:
     """The expert's weights as a candidate leaves them: both changed, or each alone. None: dropped,
     which counts as the first's error."""
     if quantized is None:
         return [None, exact][:parts]
     w13, w2 = quantized
-    return [(w13, w2)] if parts == 1 else [(w13, exact[1]), (exact[0], w2)]
+    if parts == 1:
+        return [replace(exact, w13=w13, w2=w2)]
+    return [replace(exact, w13=w13), replace(exact, w2=w2)]
 
 
 def _weighted_output(
-    x: torch.Tensor, scale: torch.Tensor, pair: Pair, activation: Activation
+    x: torch.Tensor, scale: torch.Tensor, expert: Expert, activation: Activation
 ) -> torch.Tensor:
-    expert = Expert(*(w.to(x.dtype) for w in pair))
-    return run_expert(x, expert, activation).float() * scale
+    return run_expert(x, expert.to(x.device, x.dtype), activation).float() * scale

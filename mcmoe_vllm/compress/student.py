@@ -17,7 +17,8 @@ from mcmoe_kernels.quantize.columns import round_scale
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint
 from mcmoe_vllm.model.decoder_layer import DecoderLayer
 from mcmoe_vllm.model.divergence import divergence
-from mcmoe_vllm.model.experts import Expert
+from mcmoe_vllm.model.expert_reader import read_biases
+from mcmoe_vllm.model.experts import Expert, stack_parts
 from mcmoe_vllm.model.moe_model import MoeModel
 from mcmoe_vllm.model.runner import run_layer
 
@@ -96,18 +97,20 @@ class _Linear:
 @dataclass(frozen=True)
 class _Layer:
     """What moves in a decoder layer: parameters by their names in it, and of each expert that is
-    present gate, up and down."""
+    present its matrices as they lie on disk; and what does not, biases as in `Expert`."""
 
     layer: DecoderLayer
     parameters: dict[str, _Parameter | _Linear]
-    experts: dict[int, tuple[_Matrix, _Matrix, _Matrix]]
+    experts: dict[int, tuple[_Matrix, ...]]
+    biases: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]]
 
     def expert(self, number: int) -> Expert | None:
         """An expert as it is now; gradients flow to its scales."""
         if number not in self.experts:
             return None
-        gate, up, down = (m.dequantize().to(self.layer.dtype) for m in self.experts[number])
-        return Expert(torch.cat([gate, up]), down)
+        dtype = self.layer.dtype
+        w13, w2 = stack_parts([m.dequantize().to(dtype) for m in self.experts[number]])
+        return Expert(w13, w2, *self.biases[number]).to(w13.device, dtype)
 
     def run(self, block: torch.Tensor) -> torch.Tensor:
         """A block [B, L, H] through the layer as it is now."""
@@ -206,18 +209,18 @@ def _load_layer(model: MoeModel, checkpoint: Checkpoint, index: int) -> _Layer:
             scale = checkpoint.read([scales])[scales]
             still = torch.zeros(scale.t().shape, device=model.device)
             parameters[name] = _Linear(scales, value.detach().float(), scale, still)
-    experts = {}
+    experts: dict[int, tuple[_Matrix, ...]] = {}
+    biases = {}
     if index in config.expert_bits:
-        widths = zip(config.bits(index, "w13"), config.bits(index, "w2"), strict=True)
-        for expert, (w13, w2) in enumerate(widths):
-            if w13:
-                names = layout.expert_weights(index, expert)
-                gate, up, down = (
+        widths = zip(*(config.bits(index, group) for group in layout.groups), strict=True)
+        for expert, parts in enumerate(widths):
+            if parts[0]:
+                experts[expert] = tuple(
                     _load_matrix(checkpoint, name, width, model.device)
-                    for name, width in zip(names, (w13, w13, w2), strict=True)
+                    for name, width in zip(layout.expert_weights(index, expert), parts, strict=True)
                 )
-                experts[expert] = (gate, up, down)
-    return _Layer(layer, parameters, experts)
+                biases[expert] = read_biases(checkpoint.read_slice, layout, index, expert)
+    return _Layer(layer, parameters, experts, biases)
 
 
 def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
@@ -235,19 +238,15 @@ def _keep_levels(layers: Sequence[_Layer]) -> list[_Layer]:
     return [
         replace(
             layer,
-            experts={
-                e: (keep(gate), keep(up), keep(down))
-                for e, (gate, up, down) in layer.experts.items()
-            },
+            experts={e: tuple(map(keep, matrices)) for e, matrices in layer.experts.items()},
         )
         for layer in layers
     ]
 
 
 def _load_matrix(checkpoint: Checkpoint, name: str, bits: int, device: torch.device) -> _Matrix:
-    prefix = name.removesuffix("weight")
-    packed, scale = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"]).values()
+    packed, scale = checkpoint.read([f"{name}_packed", f"{name}_scale"]).values()
     if device.type == "cuda":
         packed = packed.pin_memory()  # it goes to the GPU in every pass through its layer
     stretch = torch.zeros(scale.shape, device=device)
-    return _Matrix(prefix + "weight_scale", bits, packed, scale, stretch)
+    return _Matrix(f"{name}_scale", bits, packed, scale, stretch)

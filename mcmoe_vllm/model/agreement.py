@@ -16,7 +16,12 @@ import torch
 
 from mcmoe_kernels.formats import FORMATS
 from mcmoe_vllm.checkpoint.files import Checkpoint, TensorInfo
-from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, EXPERT_SCALES, QuantizationConfig
+from mcmoe_vllm.checkpoint.format import (
+    DENSE_WIDTH,
+    EXPERT_SCALES,
+    NEWEST_VERSION,
+    QuantizationConfig,
+)
 from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.model.architectures import find_architecture
 from mcmoe_vllm.model.layout import Layout, find_layout
@@ -26,7 +31,7 @@ from mcmoe_vllm.widths import code_bits, in_words
 
 FLOATS = ("BF16", "F16", "F32")
 # Of the quantized tensors: what a name ends with.
-PACKED, SCALE, QWEIGHT, SCALES = ".weight_packed", ".weight_scale", ".qweight", ".scales"
+PACKED, SCALE, QWEIGHT, SCALES = "weight_packed", "weight_scale", ".qweight", ".scales"
 # Tables that older libraries stored and every reader makes itself; draft models, which are copied.
 LEFT_UNREAD = (r"rotary_emb\.inv_freq$", r"^mtp\.")
 
@@ -183,20 +188,20 @@ def _promise_plain(
 def _promise_experts(
     layout: Layout, layer: int, quantization: QuantizationConfig | None
 ) -> dict[str, Promise]:
-    """The matrices of a layer's routed experts; nothing for a dropped one."""
+    """The matrices of a layer's routed experts, nothing for a dropped one; and biases of all."""
     skeleton = layout.skeleton
+    fused = skeleton.expert_biases(layer)
     if quantization is None and layout.has_fused_experts(layer):
-        return {
-            layout.expected_name(p): Promise(FLOATS, skeleton.shapes[p])
-            for p in skeleton.expert_parameters(layer)
-        }
-    hidden, width = skeleton.hidden_size, skeleton.expert_width
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
-    groups = ("w13", "w13", "w2")
-    promised: dict[str, Promise] = {}
+        fused = (*fused, *skeleton.expert_parameters(layer))
+    promised = {layout.expected_name(p): Promise(FLOATS, skeleton.shapes[p]) for p in fused}
+    if len(fused) > len(skeleton.expert_biases(layer)):
+        return promised
+    hidden, width, groups = skeleton.hidden_size, skeleton.expert_width, layout.groups
+    rows = 2 * width // groups.count("w13")
+    shapes = [(rows, hidden) if group == "w13" else (hidden, width) for group in groups]
     for expert in range(skeleton.num_experts):
-        names3 = layout.expert_weights(layer, expert)
-        for name, shape, group in zip(names3, shapes, groups, strict=True):
+        names = layout.expert_weights(layer, expert)
+        for name, shape, group in zip(names, shapes, groups, strict=True):
             if quantization is None:
                 promised[name] = Promise(FLOATS, shape)
             elif bits := quantization.bits(layer, group)[expert]:
@@ -208,7 +213,7 @@ def _promise_matrix(
     name: str, shape: tuple[int, int], bits: int, group: str, quantization: QuantizationConfig
 ) -> dict[str, Promise]:
     (rows, columns), size = shape, quantization.group_size[group]
-    prefix, matrix = name.removesuffix(".weight"), Matrix(rows, columns, bits, size)
+    prefix, matrix = name.removesuffix("weight"), Matrix(rows, columns, bits, size)
     dtype, per_group = EXPERT_SCALES[quantization.format_version]
     return {
         prefix + PACKED: Promise(
@@ -231,8 +236,17 @@ def _wrong_settings(layout: Layout, quantization: QuantizationConfig | None) -> 
             f"{skeleton.setting(TOP_K)} is {skeleton.top_k}, the model has "
             f"{skeleton.num_experts} experts"
         )
+    computed = skeleton.architecture.gating
+    other = next((g for g in skeleton.gatings.values() if computed and g != computed), None)
+    if other is not None:
+        yield f"its experts combine gate and up with {other}, vLLM's {layout.name} with {computed}"
     if quantization is None:
         return
+    if quantization.format_version < layout.format_version == NEWEST_VERSION:
+        yield (
+            f"format_version is {quantization.format_version}, which has no words for biases of "
+            f"experts and for limits; version {NEWEST_VERSION} has"
+        )
     if quantization.num_experts != skeleton.num_experts:
         yield (
             f"the model has {skeleton.num_experts} experts, quantization_config has widths of "

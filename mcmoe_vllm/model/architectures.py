@@ -7,7 +7,9 @@ transformers' modules. A row corrects what cannot be found there.
 from dataclasses import dataclass
 from typing import Any
 
+from mcmoe_kernels.activations import Activation as Formula
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.gating import Gating
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Architecture:
     config.json says; alias: the class in transformers, where config.json names another;
     projections: what checkpoints call gate, up and down of an expert, where that is none of the
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
-    where its own mapping does not say.
+    where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
+    not read from config.json; paired: whether that class takes gate and up of an expert as one
+    tensor; dense: whether it asks for the linears of attention by the names on disk.
     """
 
     name: str
@@ -26,6 +30,9 @@ class Architecture:
     projections: tuple[str, str, str] | None = None
     renames: tuple[tuple[str, str], ...] = ()
     alias: str | None = None
+    gating: Gating | None = None
+    paired: bool = False
+    dense: bool = True
 
 
 ARCHITECTURES = {
@@ -38,15 +45,22 @@ ARCHITECTURES = {
         Architecture("PhiMoEForCausalLM", alias="PhimoeForCausalLM"),
         Architecture("Gemma4ForCausalLM", ("gelu_pytorch_tanh",)),
         Architecture("Gemma4ForConditionalGeneration", ("gelu_pytorch_tanh",)),
+        Architecture(
+            "GptOssForCausalLM",
+            gating=Gating(True, Formula(limit=7.0, alpha=1.702, up_offset=1.0)),
+            paired=True,
+            dense=False,
+        ),
     )
 }
 
 
 # Mixture-of-Experts models that are recognised and refused, with what stands in the way.
 REFUSED = {
-    "DeepseekV4ForCausalLM": "its experts clamp what they multiply",
+    "DeepseekV4ForCausalLM": "its layers hand on several streams of states",
+    "Glm5NextForConditionalGeneration": "its layers hand on several streams of states",
     "GlmMoeDsaForCausalLM": "its layers hand on which tokens they attend to",
-    "GptOssForCausalLM": "its experts have biases and clamp what they multiply",
+    "HYV4ForCausalLM": "its layers hand on several streams of states",
     "Llama4ForCausalLM": "routing weights multiply what its experts are given",
     "Llama4ForConditionalGeneration": "routing weights multiply what its experts are given",
     "NemotronHForCausalLM": "its experts have no gate",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from mcmoe_vllm.checkpoint.files import Checkpoint
-from mcmoe_vllm.model.experts import Expert, ExpertWeights
+from mcmoe_vllm.model.experts import Expert, ExpertWeights, deinterleave, stack_parts
 from mcmoe_vllm.model.layout import Layout
 
+ReadSlice = Callable[[str, int], torch.Tensor]  # name, i -> tensor[i]
 KEPT_BYTES = 16 << 30  # of a layer's experts that wait for their next use
 
 
@@ -32,17 +34,33 @@ class StoredExperts:
         self._checkpoint, self._layout = checkpoint, layout
 
     def read(self, layer: int, expert: int) -> Expert:
-        if not self._layout.has_fused_experts(layer):
-            names = self._layout.expert_weights(layer, expert)
+        layout = self._layout
+        biases = read_biases(self._checkpoint.read_slice, layout, layer, expert)
+        if not layout.has_fused_experts(layer):
+            names = layout.expert_weights(layer, expert)
             weights = self._checkpoint.read_weights(names)
-            gate, up, down = (weights[name] for name in names)
-            return Expert(torch.cat([gate, up]), down)
+            return Expert(*stack_parts([weights[name] for name in names]), *biases)
         gate_up, down = (
-            self._checkpoint.read_slice(name, expert) for name in self._layout.fused_experts(layer)
+            self._checkpoint.read_slice(name, expert) for name in layout.fused_experts(layer)
         )
-        if self._layout.skeleton.are_transposed(layer):
+        if layout.skeleton.are_transposed(layer):
             gate_up, down = gate_up.t().contiguous(), down.t().contiguous()
-        return Expert(gate_up, down)
+        if layout.skeleton.gatings[layer].interleaved:
+            gate_up = deinterleave(gate_up)
+        return Expert(gate_up, down, *biases)
+
+
+def read_biases(
+    read_slice: ReadSlice, layout: Layout, layer: int, expert: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those of an expert's gate and up [2I], gates above ups, and of its down [H]; None where it
+    has none. Compressed checkpoints have them as they were. read_slice: of the checkpoint."""
+    names = layout.expert_biases(layer)
+    if not names:
+        return None, None
+    gate_up, down = (read_slice(name, expert) for name in names)
+    is_paired = layout.skeleton.gatings[layer].interleaved
+    return deinterleave(gate_up) if is_paired else gate_up, down
 
 
 class ExpertsOnDevice:

@@ -13,7 +13,37 @@ from torch import nn
 
 TOKENS_AT_ONCE = 8192  # that go through an expert
 
+# gates above ups [T, 2I] -> what the down projection is given, [T, I]
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def gated(function: Callable[[torch.Tensor], torch.Tensor]) -> Activation:
+    """function(gate) * up, of most families."""
+
+    def activation(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return activation
+
+
+def interleave(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Gates above ups to pairs, gate 0, up 0, gate 1 and so on, as some checkpoints have them."""
+    dim %= rows.dim()
+    return torch.stack(rows.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
+
+
+def deinterleave(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The inverse of `interleave`."""
+    dim %= rows.dim()
+    return torch.cat(rows.unflatten(dim, (-1, 2)).unbind(dim + 1), dim)
+
+
+def stack_parts(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 and w2 of an expert's weights as they lie on disk: gate, up and down, or gate and up in
+    pairs of rows, and down."""
+    *halves, down = parts
+    return torch.cat(halves) if len(halves) == 2 else deinterleave(halves[0]), down
 
 
 @dataclass(frozen=True)
@@ -100,6 +130,5 @@ def run_expert(x: torch.Tensor, expert: Expert, activation: Activation) -> torch
 def expert_hidden(
     x: torch.Tensor, w13: torch.Tensor, activation: Activation, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What the down projection is given: act(gate) * up of x [T, H] -> [T, I]."""
-    gate, up = nn.functional.linear(x, w13, bias).chunk(2, dim=-1)
-    return activation(gate) * up
+    """What the down projection is given: of x [T, H] -> [T, I]."""
+    return activation(nn.functional.linear(x, w13, bias))

@@ -3,7 +3,8 @@
 Transformers says how each of its families is stored (its conversion mapping); routed experts are
 found by their names, of which there are two fashions, and by the tensors that hold all of a layer.
 The names of a compressed checkpoint's experts are those of the 16-bit one where each expert has
-tensors of its own, else gate_proj, up_proj and down_proj where transformers has the experts.
+tensors of its own, else gate_proj, up_proj and down_proj where transformers has the experts, or
+those that vLLM's class asks for. Biases stay in the tensors that hold all of a layer.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from typing import Any
 
 from torch import nn
 
+from mcmoe_vllm.checkpoint.format import FORMAT_VERSION, NEWEST_VERSION
 from mcmoe_vllm.model.skeleton import Skeleton
 
 # Gate, up and down of an expert as checkpoints call them.
-FASHIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+FASHIONS = (
+    ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+    ("w1.weight", "w3.weight", "w2.weight"),
+)
+# Gate and up in one, in pairs of rows, and down.
+PAIRED = ("w13_weight", "w2_weight")
 EXPERT = (
     r"^(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\.)(?P<place>(?:.*\.)?experts)\.(?P<expert>\d+)\."
-    r"(?P<matrix>{})\.weight$"
+    r"(?P<matrix>{})$"
 )
 # Parents of linears that may be int4, and the linears, grouped by the input that they share.
 DENSE: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -39,8 +46,8 @@ class Layout:
     """Names on disk.
 
     layers: what the names of decoder layers begin with, "model.layers"; stored: parameter of
-    transformers -> tensor, for all but routed experts; place, projections: of an expert's own
-    tensors within a layer, "mlp.experts" and the names of its gate, up and down.
+    transformers -> tensor, for all but routed experts; place, matrices: of an expert's own tensors
+    within a layer, "mlp.experts" and the names of its gate, up and down, or of two as `PAIRED`.
     dense_linears: those that may be int4, by their names in transformers' layer, grouped by the
     input that they share; dense: the names of their parents, by which vLLM tells them.
     """
@@ -49,7 +56,7 @@ class Layout:
     layers: str
     stored: Mapping[str, str]
     place: str
-    projections: tuple[str, str, str]
+    matrices: tuple[str, ...]
     dense_linears: tuple[tuple[str, ...], ...]
     dense: tuple[str, ...]
     skeleton: Skeleton = field(repr=False)
@@ -62,11 +69,31 @@ class Layout:
         """`model.layers.3.mlp.experts.5`, without a final dot."""
         return f"{self.layer_prefix(layer)}{self.place}.{expert}"
 
-    def expert_weights(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """Names of the gate, up and down weight of an expert."""
+    def expert_weights(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Names of an expert's weights: gate, up and down, or both in pairs of rows and down."""
         prefix = self.expert_prefix(layer, expert)
-        gate, up, down = (f"{prefix}.{name}.weight" for name in self.projections)
+        return tuple(f"{prefix}.{name}" for name in self.matrices)
+
+    @property
+    def projections(self) -> tuple[str, str, str] | None:
+        """What an expert's gate, up and down are called; None where gate and up are one."""
+        if len(self.matrices) != 3:
+            return None
+        gate, up, down = (name.removesuffix(".weight") for name in self.matrices)
         return gate, up, down
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Of `expert_weights`, whose width each has: "w13" or "w2"."""
+        return ("w13",) * (len(self.matrices) - 1) + ("w2",)
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version of docs/FORMAT.md that has words for a compressed checkpoint."""
+        skeleton = self.skeleton
+        is_plain = all(gating.formula is None for gating in skeleton.gatings.values())
+        as_ever = is_plain and not skeleton.has_biases and self.matrices != PAIRED
+        return FORMAT_VERSION if as_ever else NEWEST_VERSION
 
     def fused_experts(self, layer: int) -> tuple[str, str]:
         """Names of the tensors with gate and up, and with down, of all experts of a layer, where
@@ -74,11 +101,16 @@ class Layout:
         gate_up, down = self.skeleton.expert_parameters(layer)
         return self.stored[gate_up], self.stored[down]
 
+    def expert_biases(self, layer: int) -> tuple[str, ...]:
+        """Names of the tensors with the biases of gate and up, and of down, of all experts of a
+        layer; none where there are none."""
+        return tuple(self.stored[p] for p in self.skeleton.expert_biases(layer))
+
     def has_fused_experts(self, layer: int) -> bool:
         return any(p in self.stored for p in self.skeleton.expert_parameters(layer))
 
     def is_routed_expert(self, name: str) -> bool:
-        """Whether a tensor belongs to a routed expert (and so is never copied as it is)."""
+        """Whether a tensor holds weights of routed experts (and so is never copied as it is)."""
         if not self.is_of_layers(name):
             return False
         inside = name.removeprefix(f"{self.layers}.").partition(".")[2]
@@ -147,26 +179,30 @@ class Layout:
 
     @cached_property
     def _fused(self) -> Collection[str]:
-        names = self.skeleton
-        return {tensor for parameter, tensor in self.stored.items() if names.is_experts(parameter)}
+        layers = self.skeleton.moe_layers
+        weights = (p for layer in layers for p in self.skeleton.expert_parameters(layer))
+        return {self.stored[p] for p in weights if p in self.stored}
 
 
 def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
     """Where tensors of these names stand in the model. Names that have no place in it are left
     out: `model.agreement` lists them."""
     names, row = list(names), skeleton.architecture
-    fashions = (*FASHIONS, *([row.projections] if row.projections else []))
-    pattern = re.compile(EXPERT.format("|".join(name for fashion in fashions for name in fashion)))
+    own = tuple(f"{name}.weight" for name in row.projections or ())
+    fashions = (*FASHIONS, PAIRED, own)
+    matrices = "|".join(re.escape(name) for fashion in fashions for name in fashion)
+    pattern = re.compile(EXPERT.format(matrices))
     experts = [m for m in map(pattern.match, names) if m]
     separate = {m.string for m in experts}
     stored = _stored_names((n for n in names if n not in separate), skeleton)
     layers = _layers_on_disk(stored, skeleton)
     ours = [m for m in experts if m["layer"] == f"{layers}.{m['index']}."]
-    place, projections = next(iter(skeleton.experts.values())), FASHIONS[0]
+    place = next(iter(skeleton.experts.values()))
+    fashion: tuple[str, ...] = PAIRED if row.paired else FASHIONS[0]
     if ours:
         place = ours[0]["place"]
-        projections = next(f for f in fashions if ours[0]["matrix"] in f)
-    linears = tuple(_dense_groups(skeleton))
+        fashion = next(f for f in fashions if ours[0]["matrix"] in f)
+    linears = tuple(_dense_groups(skeleton)) if row.dense else ()
     # Engines tell linears by the names on disk.
     names16 = [
         stored.get(f"{skeleton.layers}.{layer}.{group[0]}.weight")
@@ -175,7 +211,7 @@ def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
     ]
     parents = {name.split(".")[-3]: None for name in names16 if name}
     name = skeleton.architecture.name
-    return Layout(name, layers, stored, place, projections, linears, tuple(parents), skeleton)
+    return Layout(name, layers, stored, place, fashion, linears, tuple(parents), skeleton)
 
 
 def _stored_names(names: Iterable[str], skeleton: Skeleton) -> dict[str, str]:

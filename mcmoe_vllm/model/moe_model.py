@@ -36,7 +36,6 @@ from mcmoe_vllm.model.expert_reader import (
     LayerExperts,
     StoredExperts,
 )
-from mcmoe_vllm.model.experts import Activation
 from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.model.memory import return_freed_memory
 from mcmoe_vllm.model.packed import PackedExperts, with_original_names
@@ -123,11 +122,6 @@ class MoeModel:
             self.expert_width,
         )
 
-    @property
-    def activation(self) -> Activation:
-        """The experts' activation function."""
-        return self.skeleton.activation
-
     def with_experts(self, experts: ExpertReader) -> MoeModel:
         """The same model with experts from elsewhere."""
         other = copy.copy(self)
@@ -173,7 +167,7 @@ class MoeModel:
             routers.get(index),
             LayerExperts(self.experts, index),
             self.num_experts,
-            self.activation,
+            self.skeleton.activation(self.moe_layers[0] if tap is None else index),
             self.device,
             self.dtype,
             lambda given: self._arguments_of(index, given),

@@ -9,7 +9,8 @@ from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
 from mcmoe_vllm.checkpoint.view import Computed, View
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.model.experts import Expert
+from mcmoe_vllm.model.expert_reader import read_biases
+from mcmoe_vllm.model.experts import Expert, stack_parts
 from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.widths import code_bits
 
@@ -24,15 +25,16 @@ class PackedExperts:
         self._quantization = quantization
 
     def read(self, layer: int, expert: int) -> Expert | None:
-        w13, w2 = (self._quantization.bits(layer, group)[expert] for group in ("w13", "w2"))
-        if w13 == 0:
+        names, groups = self._layout.expert_weights(layer, expert), self._layout.groups
+        widths = [self._quantization.bits(layer, group)[expert] for group in groups]
+        if widths[0] == 0:
             return None
-        names = self._layout.expert_weights(layer, expert)
-        gate, up, down = (
+        parts = [
             read_expert_matrix(self._checkpoint, name, width)
-            for name, width in zip(names, (w13, w13, w2), strict=True)
-        )
-        return Expert(torch.cat([gate, up]), down)
+            for name, width in zip(names, widths, strict=True)
+        ]
+        biases = read_biases(self._checkpoint.read_slice, self._layout, layer, expert)
+        return Expert(*stack_parts(parts), *biases)
 
 
 def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Tensor:
@@ -40,14 +42,12 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
 
     Raises UserError if the tensors' shapes contradict the width in config.json.
     """
-    prefix = name.removesuffix("weight")
-    found = checkpoint.read([prefix + "weight_packed", prefix + "weight_scale"])
-    packed, scale = found[prefix + "weight_packed"], found[prefix + "weight_scale"]
-    scale = stored_scale(scale, bits, prefix + "weight_scale")
+    packed, scale = checkpoint.read([f"{name}_packed", f"{name}_scale"]).values()
+    scale = stored_scale(scale, bits, f"{name}_scale")
     width = code_bits(bits)
     if packed.shape[1] % width or (packed.shape[1] * 8 // width) % scale.shape[1]:
         raise UserError(
-            f"{prefix}weight_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
+            f"{name}_packed is {list(packed.shape)} with scales {list(scale.shape)}: "
             f"config.json says {bits} bits, which does not fit"
         )
     return packing.dequantize(packed, scale, bits)
@@ -59,12 +59,15 @@ def with_original_names(checkpoint: Checkpoint) -> View:
     whose widths only config.json tells, are not read here."""
     tensors, computed = dict(checkpoint.tensors), {}
     for name in checkpoint.tensors:
-        for codes, scales in ((".qweight", ".scales"), (".weight_packed", ".weight_scale")):
+        for codes, scales, weight in (
+            (".qweight", ".scales", ".weight"),
+            ("weight_packed", "weight_scale", "weight"),
+        ):
             if name.endswith(codes):
                 prefix = name.removesuffix(codes)
-                weight, pair = f"{prefix}.weight", (name, prefix + scales)
-                tensors[weight] = tensors.pop(name)
+                tensors[prefix + weight] = tensors.pop(name)
                 tensors.pop(prefix + scales, None)
                 if codes == ".qweight":
-                    computed[weight] = Computed(pair, packing.dequantize_int4_linear)
+                    pair = (name, prefix + scales)
+                    computed[prefix + weight] = Computed(pair, packing.dequantize_int4_linear)
     return View(checkpoint.path, checkpoint.config, tensors, checkpoint, computed)

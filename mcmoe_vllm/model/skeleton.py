@@ -20,6 +20,8 @@ from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.disk import is_integer
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.architectures import Architecture
+from mcmoe_vllm.model.experts import Activation
+from mcmoe_vllm.model.gating import Gating, activation_of, measure_gating
 
 # What families call the same setting; of a config the first that it has.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
@@ -39,7 +41,8 @@ class ExpertSizes:
 class Skeleton:
     """config: transformers' config object; model: its causal language model, all on meta; layers:
     the path to the decoder layers in it; experts: decoder layer -> path of its experts within;
-    modules: those experts, which taps may have replaced in the model since."""
+    modules: those experts, which taps may have replaced in the model since; gatings: how those
+    combine gate and up."""
 
     architecture: Architecture
     config: Any
@@ -47,6 +50,7 @@ class Skeleton:
     layers: str
     experts: dict[int, str]
     modules: dict[int, Any]
+    gatings: dict[int, Gating]
 
     @property
     def text_config(self) -> Any:
@@ -119,7 +123,7 @@ class Skeleton:
         return int(layer), inside
 
     def is_experts(self, parameter: str) -> bool:
-        """Whether a parameter holds routed experts."""
+        """Whether a parameter holds routed experts, or biases of theirs."""
         layer, inside = self.split(parameter)
         return layer in self.experts and inside.startswith(f"{self.experts[layer]}.")
 
@@ -149,16 +153,26 @@ class Skeleton:
         path = f"{self.layers}.{layer}.{self.experts[layer]}"
         return f"{path}.gate_up_proj", f"{path}.down_proj"
 
+    def expert_biases(self, layer: int) -> tuple[str, ...]:
+        """Those of gate and up, and of down, of all experts of a layer; none where there are
+        none."""
+        names = tuple(f"{weight}_bias" for weight in self.expert_parameters(layer))
+        return names if names[0] in self.shapes else ()
+
+    @cached_property
+    def has_biases(self) -> bool:
+        """Whether experts have biases."""
+        return any(self.expert_biases(layer) for layer in self.moe_layers)
+
     @property
     def activation_setting(self) -> tuple[str, Any]:
         """What the config calls the experts' activation, and its value."""
         name = self.setting(ACTIVATION)
         return name, getattr(self.text_config, name, "silu")  # a class without a choice
 
-    @property
-    def activation(self) -> Any:
-        """The experts' activation function."""
-        return self.modules[self.moe_layers[0]].act_fn
+    def activation(self, layer: int) -> Activation:
+        """What lies between the projections of a layer's experts."""
+        return activation_of(self.modules[layer], self.gatings[layer])
 
     @cached_property
     def routers(self) -> dict[int, str | None]:
@@ -239,9 +253,8 @@ def make_skeleton(
         raise UserError(f"{file} describes a model without routed experts that mcmoe knows")
     stack = model.get_submodule(layers)
     modules = {layer: stack[layer].get_submodule(path) for layer, path in experts.items()}
-    for module in modules.values():
-        _require_known_experts(module, architecture.name)
-    return Skeleton(architecture, config, model, layers, experts, modules)
+    gatings = {i: _known_gating(module, architecture.name) for i, module in modules.items()}
+    return Skeleton(architecture, config, model, layers, experts, modules, gatings)
 
 
 def _build(name: str, config: Any, dtype: torch.dtype) -> Any:
@@ -282,25 +295,22 @@ def _expert_sizes(experts: Any) -> ExpertSizes:
     return ExpertSizes(count, rows, columns)
 
 
-def _require_known_experts(experts: Any, name: str) -> None:
-    """Raises UserError for experts that are more than a gate, an up and a down projection."""
-    own = dict(experts.named_parameters(recurse=False))
-    gate = getattr(type(experts), "_apply_gate", None)
-    wrong = [
-        what
-        for what, found in (
-            ("have no gate", "gate_up_proj" not in own),
-            ("have biases", any(n.endswith("bias") for n in own)),
-            (
-                "combine gate and up in a way of their own",
-                gate is not None and gate.__name__ != "_default_apply_gate",
-            ),
-            ("have further parameters", bool(set(own) - {"gate_up_proj", "down_proj"})),
-        )
-        if found
-    ]
-    if wrong:
-        raise UserError(f"{name} is not supported yet: its experts {' and '.join(wrong)}")
+def _known_gating(experts: Any, name: str) -> Gating:
+    """How experts combine gate and up. Raises UserError for experts that are more than a gate, an
+    up and a down projection, with or without biases."""
+    own = {name for name, _ in experts.named_parameters()}
+    weights = {"gate_up_proj", "down_proj"}
+    biases = {f"{weight}_bias" for weight in weights}
+    wrong = []
+    if "gate_up_proj" not in own:
+        wrong.append("have no gate")
+    elif gating := measure_gating(experts):
+        if own in (weights, weights | biases):
+            return gating
+        wrong.append("have further parameters, or half of the biases")
+    else:
+        wrong.append("combine gate and up in a way of their own")
+    raise UserError(f"{name} is not supported yet: its experts {' and '.join(wrong)}")
 
 
 def describe_exception(error: Exception) -> str:

@@ -21,6 +21,7 @@ from mcmoe_vllm.checkpoint.manifest import Manifest, read_manifest
 from mcmoe_vllm.checkpoint.verification import wrong_headers
 from mcmoe_vllm.errors import UserError, count, some
 from mcmoe_vllm.model.agreement import open_layout
+from mcmoe_vllm.model.layout import Layout
 
 logger = init_logger("vllm.mcmoe")
 
@@ -35,6 +36,7 @@ class WholeFolder:
     """A folder that is whole as far as headers tell. manifest: None if it has none."""
 
     checkpoint: Checkpoint
+    layout: Layout
     manifest: Manifest | None
 
 
@@ -47,7 +49,7 @@ def open_whole(folder: Path, model: torch.nn.Module) -> WholeFolder:
     """
     checkpoint = open_checkpoint(folder)
     quantization = read_config(checkpoint)
-    open_layout(checkpoint, quantization)
+    layout = open_layout(checkpoint, quantization)
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
     refuse_wrong(checkpoint, wrong_headers(checkpoint, manifest))
     differing = {
@@ -62,7 +64,7 @@ def open_whole(folder: Path, model: torch.nn.Module) -> WholeFolder:
             f"{', '.join(sorted(differing))} differ in quantization_config. Start vLLM with this "
             "folder instead"
         )
-    return WholeFolder(checkpoint, manifest)
+    return WholeFolder(checkpoint, layout, manifest)
 
 
 def refuse_unfilled(model: torch.nn.Module, loaded: set[str] | None) -> None:

@@ -29,14 +29,18 @@ NO_ROCM = (
     "tuned for NVIDIA's. Serve the folder on an NVIDIA GPU or with vLLM's build for CPUs, or the "
     "uncompressed model here."
 )
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# What may stand before the decoder layers of a language model. Drafts, and towers for pictures and
+# sound, have layers of the same names behind others.
+_HOLDERS = ("model", "language_model", "text_model", "backbone", "transformer", "thinker", "llm")
+_LAYER = re.compile(rf"^(?:(?:{'|'.join(_HOLDERS)})\.)*layers\.(\d+)\.")
 
 
 class McmoeConfig(VllmQuantizationConfig):
     """vLLM's view of our QuantizationConfig. Travels to the workers by pickle, without the launch.
 
     num_layers: decoder layers of the main model, once vLLM has told; a layer beyond them belongs
-    to a draft model and is not quantized.
+    to a draft model and is not quantized. dense_parents: what vLLM calls the modules whose linears
+    are int4.
     """
 
     def __init__(self, config: QuantizationConfig | None = None) -> None:
@@ -47,6 +51,7 @@ class McmoeConfig(VllmQuantizationConfig):
             raise UserError(NO_ROCM)
         self.config = config
         self.num_layers: int | None = None
+        self.dense_parents = frozenset(config.dense_modules if config.dense_bits == 4 else ())
         self._launch: Launch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +95,14 @@ class McmoeConfig(VllmQuantizationConfig):
         text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
         self.num_layers = getattr(text_config, "num_hidden_layers", None)
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Learn what vLLM's class calls modules that checkpoints call otherwise."""
+        self.dense_parents |= {
+            mapped.split(".")[-2]
+            for parent in self.dense_parents
+            if (mapped := hf_to_vllm_mapper._map_name(f"model.layers.0.{parent}.weight"))
+        }
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -107,10 +120,9 @@ class McmoeConfig(VllmQuantizationConfig):
         return None
 
     def is_dense_int4(self, prefix: str) -> bool:
-        """Whether the linear of this name, such as `model.layers.0.self_attn.qkv_proj`, is int4:
-        its parent is one of `dense_modules`."""
-        parent = prefix.split(".")[-2:-1]
-        return self.config.dense_bits == 4 and bool(set(parent) & set(self.config.dense_modules))
+        """Whether the linear of this name, such as `model.layers.0.self_attn.qkv_proj`, is int4 if
+        it belongs to a decoder layer: by its parent."""
+        return not self.dense_parents.isdisjoint(prefix.split(".")[-2:-1])
 
     def _layer_index(self, prefix: str) -> int | None:
         """Index of the main model's decoder layer that a name belongs to."""

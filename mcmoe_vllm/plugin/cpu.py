@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from vllm.logger import init_logger
 
+from mcmoe_kernels.activations import Activation, activate
 from mcmoe_kernels.cpu.experts import (
     CpuExperts,
     dense_bytes,
@@ -15,11 +16,13 @@ from mcmoe_kernels.cpu.experts import (
     prepare,
     prepare_dense,
 )
-from mcmoe_kernels.layer import ExpertLayer, gated_activation
-from mcmoe_vllm.plugin.cache import CacheBudget
-from mcmoe_vllm.plugin.prepared import Compute, PreparedExperts
+from mcmoe_kernels.layer import ExpertLayer
+from mcmoe_vllm.plugin.prepared import CacheBudget, Compute, PreparedExperts
 
 logger = init_logger("vllm.mcmoe")
+
+# What vLLM's fused kernel calls the activations that it computes as they are meant here.
+NAMES = {Activation(name): name for name in ("gelu", "gelu_tanh", "silu")}
 
 
 def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -> PreparedExperts:
@@ -27,17 +30,19 @@ def prepare_on_cpu(layer: ExpertLayer, dtype: torch.dtype, cache: CacheBudget) -
     mode = choose_mode(layer, dtype, cache)
     if mode == "dense":
         dense = prepare_dense(layer, dtype)
-        kernel = vllm_kernel(*dense, layer.activation)
+        biases = tuple(m.bias for m in (layer.w13, layer.w2) if m.bias is not None)
+        kernel = None if biases else vllm_kernel(*dense, layer.activation)
         experts = prepare(layer, mode, None if kernel else dense, kernel)
         path = f"CPU, weights dequantized to {_short(dtype)} at load"
         path += " (vLLM's fused kernel)" if kernel else ""
-        held = dense if kernel is None else (kernel.packed13, kernel.packed2)
+        held = (*dense, *biases) if kernel is None else (kernel.packed13, kernel.packed2)
         return PreparedExperts(path, _bind(experts), False, held, dense_bytes(layer, dtype))
     experts = prepare(layer, mode)
     path = "CPU, int4" if mode == "int4" else f"CPU, dequantized to {_short(dtype)} per call"
     codes = [m for side in (experts.w13, experts.w2) for m in (() if side is None else side)]
     tensors = (
-        *(t for m in (layer.w13, layer.w2) for t in (*m.packed, *m.scale)),
+        *layer.w13.tensors,
+        *layer.w2.tensors,
         *(t for matrix in codes for t in (matrix.code, matrix.scale)),
     )
     return PreparedExperts(path, _bind(experts), True, tensors)
@@ -78,8 +83,9 @@ class VllmKernel:
         return out
 
 
-def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> VllmKernel | None:
-    """vLLM's fused kernel over dequantized experts, or None where this vLLM or CPU has none.
+def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: Activation) -> VllmKernel | None:
+    """vLLM's fused kernel over dequantized experts, or None where this vLLM or CPU has none, or
+    none for the activation.
 
     The kernel holds a repacked copy of w13 [S, 2I, H] and w2 [S, H, I]. vLLM's interface differs
     between versions, so the kernel is tried on one token before it is trusted.
@@ -87,7 +93,9 @@ def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> VllmKer
     from vllm import _custom_ops as ops
 
     isa = "amx" if w13.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
-    if any(size % 32 for size in (*w13.shape[1:], *w2.shape[1:])) or not w13.shape[0]:
+    if activation not in NAMES or not w13.shape[0]:
+        return None
+    if any(size % 32 for size in (*w13.shape[1:], *w2.shape[1:])):
         return None
     if not all(hasattr(ops, f) for f in ("cpu_fused_moe", "cpu_prepack_moe_weight")):
         return None
@@ -95,7 +103,7 @@ def vllm_kernel(w13: torch.Tensor, w2: torch.Tensor, activation: str) -> VllmKer
     expected = _one_expert(probe, w13[0], w2[0], activation)
     try:
         packed13, packed2 = (ops.cpu_prepack_moe_weight(w, isa) for w in (w13, w2))
-        kernel = VllmKernel(packed13, packed2, activation, isa)
+        kernel = VllmKernel(packed13, packed2, NAMES[activation], isa)
         got = kernel(probe, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
     except (AttributeError, RuntimeError, TypeError) as e:
         logger.warning_once("mcmoe: vLLM's fused CPU kernel is not used: %s", str(e))
@@ -125,9 +133,9 @@ def _rounds_down(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _one_expert(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, activation: str
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, activation: Activation
 ) -> torch.Tensor:
-    return gated_activation(x.float() @ w13.float().t(), activation) @ w2.float().t()
+    return activate(x.float() @ w13.float().t(), activation) @ w2.float().t()
 
 
 def _bind(experts: CpuExperts) -> Compute:

@@ -4,6 +4,8 @@ Parameters of the layer, for its E' present local experts (w2 likewise):
 
     w13_weight_packed  uint8    flat: expert e at byte packed_offsets(...)[e], [2I, H*bits/8]
     w13_weight_scale   int16    [E', 2I, H/G]
+    w13_bias           float    [E, 2I], with biases alone: of all local experts, as vLLM's class
+                                copies them, in pairs of rows if that is what its activation takes
 
 Gate rows lie above up rows. Tensor parallelism takes rows of w1 and w3 and whole groups of w2's
 columns; expert parallelism takes whole experts. Loading fills views of these buffers and counts
@@ -20,6 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import vllm
+from packaging.version import Version
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     FusedMoEConfig,
@@ -30,27 +34,31 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from mcmoe_kernels.formats.packing import pack_scale
-from mcmoe_kernels.layer import ACTIVATIONS, ExpertLayer, ExpertMatrices, packed_offsets, split_flat
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, packed_offsets, split_flat
 from mcmoe_vllm.checkpoint.format import EXPERT_SCALES, QuantizationConfig, stored_scale
 from mcmoe_vllm.checkpoint.verification import wrong_values
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.experts import deinterleave
+from mcmoe_vllm.plugin.activation import find_activation, takes_pairs
 from mcmoe_vllm.plugin.launch import Launch
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
 from mcmoe_vllm.plugin.prepared import PreparedExperts, renew
 from mcmoe_vllm.plugin.pruning import LayerPruning
-from mcmoe_vllm.plugin.unsupported import refuse_state_dict
+from mcmoe_vllm.plugin.routing import refuse_routing, route
+from mcmoe_vllm.plugin.unsupported import refuse_experts, refuse_state_dict
 from mcmoe_vllm.widths import code_bits
-
-try:
-    from vllm.model_executor.layers.fused_moe.router import cpu_router  # noqa: F401
-
-    HAS_CPU_ROUTER = True
-except ImportError:  # vLLM 0.26: its modular path has no router for a CPU
-    HAS_CPU_ROUTER = False
 
 PROJECTIONS = ("w1", "w3", "w2")
 KINDS = ("weight_packed", "weight_scale")
 SCALE_DTYPES = {"F16": torch.float16, "I16": torch.int16}
+# vLLM's name of a shard -> the group whose parameter it goes to, and the projections that it holds.
+SHARDS = {
+    "w1": ("w13", ("w1",)),
+    "w3": ("w13", ("w3",)),
+    "w2": ("w2", ("w2",)),
+    "gpt_oss_w13": ("w13", ("w1", "w3")),  # in pairs of rows
+    "gpt_oss_w2": ("w2", ("w2",)),
+}
 SHOWN_GAPS = 8
 DUMMY_SCALE = int(pack_scale(torch.tensor(2.0**-7), torch.tensor(1.0), bits=3))
 
@@ -87,7 +95,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
 
     @property
     def is_monolithic(self) -> bool:
-        return current_platform.is_cpu() and not HAS_CPU_ROUTER
+        """Whether it routes as well, which vLLM asks it."""
+        return current_platform.is_cpu()
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return FUSED_MOE_UNQUANTIZED_CONFIG
@@ -108,9 +117,12 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
                 f"{self.prefix} has {given} experts, but expert_bits in config.json has "
                 f"{configured}. If --eplb or redundant experts are on, switch them off."
             )
+        refuse_experts(layer, self.moe, self.prefix)
+        if self.is_monolithic:
+            refuse_routing(layer, self.moe, self.prefix)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size_per_partition
         self.dtype = params_dtype
-        self.activation = _activation_name(layer, self.prefix)
+        self.activation = find_activation(layer, self.moe, self.prefix)
         self._check_groups()
         self.local = {
             e: local
@@ -130,6 +142,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             self._register(layer, f"{group}_weight_packed", torch.zeros(size, dtype=torch.uint8))
             self._register(layer, f"{group}_weight_scale", torch.zeros(scale, dtype=torch.int16))
             self._matrices(layer, group)
+            if self.moe.has_bias:
+                bias = torch.zeros(num_experts, rows, dtype=params_dtype)
+                layer.register_parameter(f"{group}_bias", torch.nn.Parameter(bias, False))
 
     def load_weight(
         self,
@@ -149,23 +164,26 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         if local is None:  # another rank's expert
             return False if return_success else None
         kind = f"weight_{weight_name.rpartition('_')[2]}"
-        group = "w2" if shard_id == "w2" else "w13"
+        group, projections = SHARDS[shard_id]
         name = f"{self.prefix}: expert {expert_id} {shard_id}.{kind}"
-        self._check_tensor(name, loaded_weight, group, expert_id, kind)
+        self._check_tensor(name, loaded_weight, projections, expert_id, kind)
         if kind == "weight_scale":
             loaded_weight = stored_scale(loaded_weight, self.widths[group][expert_id], name)
         parallel = self.moe.moe_parallel_config
-        dim = 1 if group == "w2" else 0  # w2 is split over its columns, w1 and w3 over their rows
+        # w2 is split over its columns, w1 and w3 over their rows, together over pairs of rows.
+        dim = 1 if group == "w2" else 0
         size = loaded_weight.shape[dim] // parallel.tp_size
         part = loaded_weight.narrow(dim, parallel.tp_rank * size, size)
         target = getattr(self._matrices(layer, group), kind.removeprefix("weight_"))[local]
-        if shard_id == "w1":
+        if projections == ("w1", "w3"):
+            part = deinterleave(part)
+        elif projections == ("w1",):
             target = target[: self.intermediate_size]
-        elif shard_id == "w3":
+        elif projections == ("w3",):
             target = target[self.intermediate_size :]
         assert target.shape == part.shape, f"{tuple(target.shape)}, {tuple(part.shape)}"
         target.copy_(part)
-        self.filled.add((expert_id, shard_id, kind))
+        self.filled.update((expert_id, projection, kind) for projection in projections)
         return True if return_success else None
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -178,8 +196,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         experts = ExpertLayer(
             self.hidden_size,
             self.intermediate_size,
-            replace(self._matrices(layer, "w13"), model_bits=self.config.widths("w13")),
-            replace(self._matrices(layer, "w2"), model_bits=self.config.widths("w2")),
+            self._with_bias(layer, "w13"),
+            self._with_bias(layer, "w2"),
             self.activation,
             None if expert_map is None else expert_map.to(torch.int32),
         )
@@ -237,23 +255,8 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
         router_logits: torch.Tensor,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Routing included: vLLM 0.26 on a CPU."""
-        from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
-
-        topk_weights, topk_ids = select_experts(
-            hidden_states=x,
-            router_logits=router_logits,
-            top_k=layer.top_k,
-            use_grouped_topk=layer.use_grouped_topk,
-            renormalize=layer.renormalize,
-            topk_group=layer.topk_group,
-            num_expert_group=layer.num_expert_group,
-            custom_routing_function=layer.custom_routing_function,
-            scoring_func=layer.scoring_func,
-            routed_scaling_factor=layer.routed_scaling_factor,
-            e_score_correction_bias=layer.e_score_correction_bias,
-        )
-        return self.apply(layer, x, topk_weights, topk_ids)
+        """The same from what the router computes [T, E], on a CPU."""
+        return self.apply(layer, x, *route(layer, x, router_logits))
 
     def _shape(self, group: str) -> tuple[int, int]:
         """Rows and columns of this rank's matrix."""
@@ -270,6 +273,14 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             matrices = split_flat(packed, scale, self.bits[group], *self._shape(group))
             self._views[group] = place, matrices
         return self._views[group][1]
+
+    def _with_bias(self, layer: Any, group: str) -> ExpertMatrices:
+        """What the kernels are given: gates above ups in biases too."""
+        bias = getattr(layer, f"{group}_bias").data if self.moe.has_bias else None
+        if bias is not None and group == "w13" and takes_pairs(layer):
+            bias = deinterleave(bias, 1)
+        widths = self.config.widths(group)
+        return replace(self._matrices(layer, group), model_bits=widths, bias=bias)
 
     def _register(self, layer: Any, name: str, value: torch.Tensor) -> None:
         param = torch.nn.Parameter(value, requires_grad=False)
@@ -311,8 +322,14 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
 
     def _check_tensor(
-        self, name: str, tensor: torch.Tensor, group: str, expert: int, kind: str
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        projections: tuple[str, ...],
+        expert: int,
+        kind: str,
     ) -> None:
+        group = "w2" if projections == ("w2",) else "w13"
         bits = self.widths[group][expert]
         if bits == 0:
             raise UserError(
@@ -321,7 +338,9 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
                 f"config.json."
             )
         full = self.intermediate_size * self.moe.moe_parallel_config.tp_size
-        rows, columns = (self.hidden_size, full) if group == "w2" else (full, self.hidden_size)
+        rows, columns = self.hidden_size, full
+        if group == "w13":
+            rows, columns = len(projections) * full, self.hidden_size
         expected, dtype = (rows, columns * code_bits(bits) // 8), torch.uint8
         if kind == "weight_scale":
             stored, per_group = EXPERT_SCALES[self.config.format_version]
@@ -377,22 +396,13 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             )
 
 
-def _activation_name(layer: Any, prefix: str) -> str:
-    activation = str(getattr(layer.activation, "value", layer.activation))
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"{prefix} has activation {activation!r}; mcmoe serves "
-            f"{', '.join(sorted(ACTIVATIONS))}. Serve the model without compression."
-        )
-    return activation
-
-
 def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
     """Raise UserError listing every setting that the experts cannot be served with."""
     parallel = moe.moe_parallel_config
     backend = getattr(parallel, "all2all_backend", None)
     refused = {
-        "experts with biases": getattr(moe, "has_bias", False),
+        f"experts with biases on vLLM {vllm.__version__}, which leaves compressed ones unread: "
+        "use vLLM 0.32 or newer": moe.has_bias and Version(vllm.__version__).release < (0, 32),
         "expert load balancing: drop --enable-eplb": getattr(parallel, "enable_eplb", False),
         f"--all2all-backend {backend}: use allgather_reducescatter": (
             getattr(parallel, "use_all2all_kernels", False) and backend != "allgather_reducescatter"

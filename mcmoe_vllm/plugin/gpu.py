@@ -27,7 +27,7 @@ def prepare_on_gpu(
             "plain torch (every expert on every token)",
             lambda x, weights, ids: fused_experts_static(x, layer, weights, ids),
             keeps_packed=True,
-            tensors=tuple(t for m in (layer.w13, layer.w2) for t in (*m.packed, *m.scale)),
+            tensors=(*layer.w13.tensors, *layer.w2.tensors),
         )
         return add_pruning(plain, pruning)
     from mcmoe_kernels.gpu.experts import fused_experts, warm_up

@@ -13,8 +13,8 @@ from vllm.logger import init_logger
 import mcmoe_vllm
 from mcmoe_vllm import widths
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
-from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.metrics import PruningCounts
+from mcmoe_vllm.plugin.prepared import CacheBudget
 from mcmoe_vllm.plugin.pruning import LayerPruning, refuse_decode_only
 from mcmoe_vllm.plugin.unsupported import refuse_flags
 from mcmoe_vllm.pruning.table import DECODE_ONLY, Pruning, parse_switch, read_table, switch_of

@@ -30,13 +30,17 @@ from mcmoe_vllm.checkpoint.side_files import HUB_IGNORED
 from mcmoe_vllm.checkpoint.verification import names_by_shard
 from mcmoe_vllm.disk import explain_os_errors
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.model.memory import peak_rss_bytes
 from mcmoe_vllm.plugin.completeness import WholeFolder, open_whole, refuse_unfilled, refuse_wrong
 
 logger = init_logger("vllm.mcmoe")
 
 MIB = 1 << 20
-_EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
+_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)")
+# Gate, up and down as a class of vLLM wants them of every folder, where it wants one name in one
+# version and another in the next.
+OWN_NAMES = {"GraniteMoeForCausalLM": ("w1", "w3", "w2")}
 # (name, tensor) of a checkpoint, one after another
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -69,12 +73,12 @@ class CheckedModelLoader(DefaultModelLoader):
 
     def get_checked_weights(self, model_config: ModelConfig, model: Any) -> Weights:
         """The tensors of an mcmoe model's folder, which is whole as far as headers tell."""
-        open_whole(find_folder(model_config, self.load_config), model)
+        folder = open_whole(find_folder(model_config, self.load_config), model)
         if self.load_config.load_format == "auto":
             # In a folder that holds a consolidated*.safetensors as well, "auto" would read that.
             self.load_config = copy.copy(self.load_config)
             self.load_config.load_format = "hf"
-        return super().get_all_weights(model_config, model)
+        return agree_on_names(super().get_all_weights(model_config, model), folder.layout, model)
 
     def track_weights_loading(
         self, model: Any, loaded_weights: set[str] | None, *args: Any, **kwargs: Any
@@ -134,7 +138,8 @@ class McmoeModelLoader(CheckedModelLoader):
             )
         self._count, self._uncovered = ReadCount(), folder.manifest.uncovered
         self.counter_before_loading_weights = time.perf_counter()
-        return read_verified(folder, remote_experts(model), self._count)
+        weights = read_verified(folder, remote_experts(folder.layout, model), self._count)
+        return agree_on_names(weights, folder.layout, model)
 
 
 def forget_packed_copies(model: torch.nn.Module) -> None:
@@ -148,6 +153,29 @@ def forget_packed_copies(model: torch.nn.Module) -> None:
         for module in modules if len(modules) > 1 else ():
             if hasattr(module, "cpu_linear"):
                 module.cpu_linear = torch.nn.functional.linear
+
+
+def agree_on_names(weights: Weights, layout: Layout, model: torch.nn.Module) -> Weights:
+    """Let vLLM's layers take gate, up and down of an expert as the folder calls them, and call them
+    otherwise where the model's class asks for names of its own."""
+    if layout.projections is None:  # the class's own code loads these
+        return weights
+    wanted = OWN_NAMES.get(type(model).__name__, layout.projections)
+    for layer in model.modules():
+        if hasattr(getattr(layer, "quant_method", None), "local"):
+            names: Any = layer
+            names.ckpt_gate_proj_name, names.ckpt_up_proj_name, names.ckpt_down_proj_name = wanted
+    if wanted == layout.projections:
+        return weights
+    return _renamed(weights, layout, dict(zip(layout.projections, wanted, strict=True)))
+
+
+def _renamed(weights: Weights, layout: Layout, names: Mapping[str, str]) -> Weights:
+    for name, tensor in weights:
+        match = _EXPERT.search(name) if layout.is_routed_expert(name) else None
+        if match is not None:
+            name = name[: match.start(3)] + names[match[3]] + name[match.end(3) :]
+        yield name, tensor
 
 
 def is_mcmoe(model_config: ModelConfig) -> bool:
@@ -206,7 +234,7 @@ def read_verified(
     count.finished = True
 
 
-def remote_experts(model: torch.nn.Module) -> Callable[[str], bool]:
+def remote_experts(layout: Layout, model: torch.nn.Module) -> Callable[[str], bool]:
     """Whether a checkpoint name belongs to an expert that another rank holds."""
     held: dict[int, Mapping[int, int]] = {}
     for module in model.modules():
@@ -215,7 +243,7 @@ def remote_experts(model: torch.nn.Module) -> Callable[[str], bool]:
             held[method.layer_index] = method.local
 
     def is_remote(name: str) -> bool:
-        match = _EXPERT.search(name)
+        match = _EXPERT.search(name) if layout.is_routed_expert(name) else None
         if match is None:
             return False
         layer, expert = int(match.group(1)), int(match.group(2))

@@ -15,10 +15,9 @@ from vllm.logger import init_logger
 
 from mcmoe_kernels.layer import ExpertLayer
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.cpu import prepare_on_cpu
 from mcmoe_vllm.plugin.gpu import prepare_on_gpu
-from mcmoe_vllm.plugin.prepared import PreparedExperts, add_pruning
+from mcmoe_vllm.plugin.prepared import CacheBudget, PreparedExperts, add_pruning
 from mcmoe_vllm.plugin.pruning import LayerPruning
 
 logger = init_logger("vllm.mcmoe")

@@ -1,4 +1,5 @@
-"""What vLLM does with other models and not with an mcmoe one: a sentence for each flag and call."""
+"""What vLLM does with other models and not with an mcmoe one: a sentence for each flag, for each
+setting of experts and for each call."""
 
 from __future__ import annotations
 
@@ -78,6 +79,43 @@ def _weight_transfer(config: Any) -> str | None:
 
 
 FLAGS: tuple[Callable[[Any], str | None], ...] = (_load_format, _lora, _offload, _weight_transfer)
+
+
+def _has_zero_experts(layer: Any, moe: Any) -> bool:
+    """Whether tokens may be sent to experts that are not there, which hand on what they are given:
+    the bias of the choice counts them in."""
+    bias = layer.e_score_correction_bias
+    return bias is not None and bias.numel() > moe.num_experts
+
+
+def _given(name: str) -> Callable[[Any, Any], bool]:
+    """Whether a layer, or its config where it is there alone, has a setting of this name."""
+    return lambda layer, moe: getattr(layer, name, getattr(moe, name, None)) is not None
+
+
+# What vLLM's classes ask of experts and mcmoe's kernels do not compute, and which layers ask.
+EXPERTS: dict[str, Callable[[Any, Any], bool]] = {
+    "experts without a gate": lambda layer, moe: not getattr(moe, "is_act_and_mul", True),
+    "a bounded activation (activation_situ_beta)": _given("activation_situ_beta"),
+    "a bounded activation (activation_situ_linear_beta)": _given("activation_situ_linear_beta"),
+    "routing weights that multiply what experts are given (apply_router_weight_on_input)": (
+        lambda layer, moe: bool(layer.apply_router_weight_on_input)
+    ),
+    "experts that hand on what they are given (zero experts)": _has_zero_experts,
+}
+
+
+def refuse_experts(layer: Any, moe: Any, prefix: str) -> None:
+    """Raise UserError, with everything that a layer asks of its experts in vain.
+
+    layer: vLLM's RoutedExperts. moe: its FusedMoEConfig.
+    """
+    wrong = [what for what, asked in EXPERTS.items() if asked(layer, moe)]
+    if wrong:
+        raise UserError(
+            f"{prefix}: mcmoe does not serve {'; nor '.join(wrong)}. Serve the model without "
+            "compression."
+        )
 
 
 def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> None:

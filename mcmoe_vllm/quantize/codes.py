@@ -30,8 +30,8 @@ class Quantized:
         one = slice(position, position + 1)
         return Quantized(*(getattr(self, f.name)[one].clone() for f in fields(self)))
 
-    def select(self, rows: slice) -> "Quantized":
-        """Some rows N of every matrix (w1 or w3 out of w13); error fields are the whole's."""
+    def select(self, rows: torch.Tensor) -> "Quantized":
+        """Some rows N of every matrix, by their numbers; error fields are the whole's."""
         return Quantized(
             self.codes[:, rows],
             self.scale[:, rows],

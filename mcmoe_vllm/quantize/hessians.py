@@ -99,23 +99,26 @@ def inner_hessians(
     activation: Activation,
     weighting: str,
     exact: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Z^T Z and Y^T Z [C, I, I] of what w2 is given by one w13 (Z) and by another (Y), weights
     [C, 2I, H]; one sum serves as both where the two are one tensor. exact: as in `input_hessians`,
-    what the other w13 is given."""
+    what the other w13 is given; biases: of each expert's w13, [2I], if there are any."""
     found = []
+    biases = biases or [None] * len(experts)
     for position, expert in enumerate(experts):
         rows, scale = calibration_weights(routing, expert, weighting)
-        width = given.shape[1] // 2
+        width, bias = given.shape[1] // 2, biases[position]
         own = torch.zeros(width, width, device=given.device)
         cross = own if wanted is given and exact is None else torch.zeros_like(own)
         for part, share in zip(rows.split(ROWS), scale.split(ROWS), strict=True):
             x, share = routing.hidden[part].to(given.device), share.to(given.device)
-            z = expert_hidden(x, given[position].to(x.dtype), activation) * share
+            bias = None if bias is None else bias.to(x)
+            z = expert_hidden(x, given[position].to(x.dtype), activation, bias) * share
             own.addmm_(z.t().float(), z.float())
             if cross is not own:
                 x = x if exact is None else exact[part.to(exact.device)].to(x)
-                y = expert_hidden(x, wanted[position].to(x.dtype), activation) * share
+                y = expert_hidden(x, wanted[position].to(x.dtype), activation, bias) * share
                 cross.addmm_(y.t().float(), z.float())
         found.append((own, cross))
     hessians, crosses = zip(*found, strict=True)

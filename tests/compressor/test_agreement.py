@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcmoe_vllm.checkpoint.files import open_checkpoint
-from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.format import INDEX_FILE, QuantizationConfig
 from mcmoe_vllm.compress.job import open_source
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.inspection import inspect_checkpoint
 from mcmoe_vllm.model.agreement import open_layout, promised_tensors
 from mcmoe_vllm.model.moe_model import open_model
+from tests.helpers.checkpoints import make_checkpoint
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
@@ -43,7 +44,7 @@ def refusal(folder) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_what_transformers_saves_is_what_is_promised(tiny_models, model_type):
     checkpoint = open_checkpoint(tiny_models(model_type))
     promised = promised_tensors(open_layout(checkpoint, None), None)
@@ -116,6 +117,48 @@ def test_tables_that_older_libraries_stored_are_no_contradiction(folder):
 def test_settings_are_held_against_tensors_and_engines(folder, change, message):
     edit_config(folder, **change)
     assert message in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"swiglu_limit": 5.0}, "with limit 5, alpha 1.702 and 1 added to up, vLLM's GptOss"),
+        ({"swiglu_limit": 1e9}, "no limit, alpha"),
+        ({"swiglu_alpha": 2.0}, "alpha 2 and 1 added"),
+    ],
+)
+def test_what_engines_hold_constant_is_constant(tiny_models, tmp_path, change, message):
+    folder = Path(shutil.copytree(tiny_models("gpt_oss"), tmp_path / "model"))
+    edit_config(folder, **change)
+    assert message in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_biases_of_experts_are_asked_for(tiny_models, tmp_path, name, is_compressed):
+    """By whoever reads the 16-bit model, and whoever reads the compressed one."""
+    if is_compressed:
+        folder = make_checkpoint(tmp_path / "model", "gpt_oss", dense_bits=16)
+    else:
+        folder = Path(shutil.copytree(tiny_models("gpt_oss"), tmp_path / "model"))
+    (shard,) = folder.glob("*.safetensors")
+    tensors, whole = load_file(shard), f"model.layers.1.mlp.experts.{name}"
+    for damage in (None, tensors[whole][:, :-1].clone()):
+        save_file({n: t for n, t in tensors.items() if n != whole or damage is not None}
+                  | ({} if damage is None else {whole: damage}), shard)  # fmt: skip
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"in 1 place:\n  - {whole} is") as error:
+            open_model(open_checkpoint(folder))
+        assert ("missing" in str(error.value)) == (damage is None)
+
+
+def test_an_older_version_has_no_words_for_biases(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", "gpt_oss", dense_bits=16)
+    assert inspect_checkpoint(folder, check=True).config.format_version == 3
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, quantization_config={**config["quantization_config"], "format_version": 2})
+    with pytest.raises(UserError, match="format_version is 2, which has no words for biases"):
+        inspect_checkpoint(folder)
 
 
 def test_a_null_quantization_config_means_16_bits(folder):

@@ -62,7 +62,7 @@ DAMAGES = {
         [], "not a Mixture-of-Experts",
     ),
     "unsupported": (
-        lambda m: edit_config(m, architectures=["GptOssForCausalLM"]), [], "not supported yet",
+        lambda m: edit_config(m, architectures=["Llama4ForCausalLM"]), [], "not supported yet",
     ),
     "quantized in another way": (
         lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), [],

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mcmoe_vllm.checkpoint.format import FORMAT_VERSION, QuantizationConfig
+from mcmoe_vllm.checkpoint.format import FORMAT_VERSION, NEWEST_VERSION, QuantizationConfig
 from mcmoe_vllm.compress.options import recipe_of
 from mcmoe_vllm.disk import read_json, write_json
 from mcmoe_vllm.errors import UserError
@@ -102,7 +102,7 @@ def test_config_lists_all_offenders():
         (None, "needs an object"),
         (raw(quant_method="gptq"), "quant_method is 'gptq'"),
         ({}, "quant_method is None"),
-        (raw(format_version=FORMAT_VERSION + 1), "format_version 3, .* up to 2: upgrade"),
+        (raw(format_version=NEWEST_VERSION + 1), "format_version 4, .* up to 3: upgrade"),
         (raw(format_version=0), "format_version is 0"),
         (raw(format_version="1"), "format_version is '1'"),
         (raw(format_version=True), "format_version is True"),

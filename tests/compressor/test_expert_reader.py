@@ -1,18 +1,22 @@
 """Experts come from their checkpoint once a phase, whoever asks how often."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint import manifest
-from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.files import open_checkpoint, read_config
 from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.model import expert_reader
 from mcmoe_vllm.model.agreement import open_layout
 from mcmoe_vllm.model.expert_reader import ExpertsOnDevice, LayerExperts, StoredExperts
-from mcmoe_vllm.model.experts import Expert, run_expert
+from mcmoe_vllm.model.experts import Expert, gated, run_expert
+from mcmoe_vllm.model.packed import PackedExperts
+from tests.helpers.checkpoints import make_checkpoint
 
 
 class Counting:
@@ -57,12 +61,54 @@ def test_gate_lies_above_up_as_the_checkpoint_has_them(tiny_models):
     assert there.w13.dtype == torch.float32 and torch.equal(there.w2, down.float())
 
 
+def test_rows_in_pairs_and_biases_give_what_transformers_computes(tiny_models):
+    """Of a family that keeps both, all experts in one tensor, transposed."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(tiny_models("gpt_oss"))
+    layout = open_layout(checkpoint, None)
+    found = StoredExperts(checkpoint, layout).read(1, 2)
+    assert found.w13.dtype == found.w13_bias.dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    experts = model.model.layers[1].mlp.experts
+    x = 4 * torch.randn(7, 128, generator=torch.Generator().manual_seed(0))  # beyond the limit
+    ids = torch.full((7, 1), 2)
+    with torch.no_grad():
+        expected = experts(x, ids, torch.ones(7, 1))
+    got = run_expert(x, found.to(x.device, x.dtype), layout.skeleton.activation(1))
+    torch.testing.assert_close(got, expected)
+    wrong = replace(found, w13_bias=-found.w13_bias).to(x.device, x.dtype)
+    other = run_expert(x, wrong, layout.skeleton.activation(1))
+    assert (other - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_a_compressed_expert_has_gates_above_ups_too(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", "gpt_oss", widths="0321", dense_bits=16)
+    checkpoint = open_checkpoint(folder)
+    quantization = read_config(checkpoint)
+    layout = open_layout(checkpoint, quantization)
+    reader, place = PackedExperts(checkpoint, layout, quantization), "model.layers.1.mlp.experts"
+    assert reader.read(1, 0) is None
+    found = reader.read(1, 2)
+    stored = checkpoint.read(checkpoint.names(place))
+    w13, w2 = (
+        packing.dequantize(
+            stored[f"{place}.2.{m}_weight_packed"], stored[f"{place}.2.{m}_weight_scale"], 2
+        )
+        for m in ("w13", "w2")
+    )
+    bias = stored[f"{place}.gate_up_proj_bias"][2]
+    assert torch.equal(found.w13, torch.cat([w13[::2], w13[1::2]])) and torch.equal(found.w2, w2)
+    assert torch.equal(found.w13_bias, torch.cat([bias[::2], bias[1::2]]))
+    assert torch.equal(found.w2_bias, stored[f"{place}.down_proj_bias"][2])
+
+
 def test_biases_are_added():
     generator = torch.Generator().manual_seed(0)
     w13, w2, b13, b2, x = (
         torch.randn(*shape, generator=generator) for shape in ((6, 4), (4, 3), (6,), (4,), (5, 4))
     )
-    got = run_expert(x, Expert(w13, w2, b13, b2), torch.nn.functional.silu)
+    got = run_expert(x, Expert(w13, w2, b13, b2), gated(torch.nn.functional.silu))
     gate, up = (x @ w13.t() + b13).chunk(2, dim=1)
     torch.testing.assert_close(got, (torch.nn.functional.silu(gate) * up) @ w2.t() + b2)
 

@@ -1,7 +1,7 @@
 """tests/golden holds the bytes of every format version for good: these tests may only grow.
 
 The first reader below is written from docs/FORMAT.md in plain Python, so that a mistake in
-packing.py cannot hide itself. Both versions hold the same weights.
+packing.py cannot hide itself. Versions 1 and 2 hold the same weights, version 3 others.
 """
 
 import hashlib
@@ -16,19 +16,24 @@ import pytest
 import torch
 
 from mcmoe_kernels.formats import WIDTHS, packing
-from mcmoe_vllm.checkpoint.files import open_checkpoint
+from mcmoe_vllm.checkpoint.files import open_checkpoint, read_config
 from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
 from mcmoe_vllm.checkpoint.manifest import tensor_sha256
 from mcmoe_vllm.inspection import inspect_checkpoint
+from mcmoe_vllm.model.agreement import open_layout
+from mcmoe_vllm.model.packed import PackedExperts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = {version: GOLDEN / f"format_v{version}" for version in (1, 2)}
+FOLDERS = {version: GOLDEN / f"format_v{version}" for version in (1, 2, 3)}
+BEHIND = {1: ".", 2: ".", 3: "_"}  # the name of a matrix
 BLOCK = "model.layers.0.block_sparse_moe.experts"
 
 # Of the whole file, and of each matrix in float32, row-major, little-endian.
+BIASED = "model.layers.0.mlp.experts"  # of version 3
 SHARD_SHA256 = {
     1: "89aa9ea6c4439d836addca81f389f444da95d41ec5a4ae8705fe6f30199e285e",
     2: "b54e59244935f155eee0587eba63c9218c271b121a1e95d3df873b8044dfa0ee",
+    3: "8a3c8313749453d91f5cbc43adf0d2d057d4a580dbe5e5648e0b66b3f4a4724c",
 }
 WEIGHT_SHA256 = {
     f"{BLOCK}.1.w1": "96da934411c6b59604d9bd98af983098525b792e30fd982f5931539e480f60d6",
@@ -82,7 +87,7 @@ QWEIGHT_WORD = 725372254
 QWEIGHT_WEIGHTS = (798, -399, 665, -532, 532, -665, 399, -798)
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(scope="module", params=(1, 2))
 def version(request):
     return request.param
 
@@ -108,7 +113,7 @@ def read_raw(version: int, name: str) -> tuple[list[int], bytes]:
 
 def decode_scales(version: int, matrix: str, row: int, bits: int) -> list[tuple]:
     """Scale and zero of each group of a row, by the words of docs/FORMAT.md."""
-    (_, numbers), stored = read_raw(version, f"{matrix}.weight_scale")
+    (_, numbers), stored = read_raw(version, f"{matrix}{BEHIND[version]}weight_scale")
     stored = stored[row * numbers * 2 : (row + 1) * numbers * 2]
     if version == 1:
         pairs = struct.unpack(f"<{numbers}e", stored)
@@ -125,7 +130,7 @@ def decode_expert(
     version: int, matrix: str, bits: int, group_size: int = 32
 ) -> list[list[Fraction]]:
     """Every weight of an expert matrix, exactly, by the words of docs/FORMAT.md."""
-    (rows, row_bytes), packed = read_raw(version, f"{matrix}.weight_packed")
+    (rows, row_bytes), packed = read_raw(version, f"{matrix}{BEHIND[version]}weight_packed")
     columns = row_bytes * 8 // bits
     weights = []
     for n in range(rows):
@@ -145,6 +150,7 @@ def float32_sha256(rows: list[list[Fraction]]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(flat)}f", *flat)).hexdigest()
 
 
+@pytest.mark.parametrize("version", FOLDERS)
 def test_the_golden_file_has_not_changed(version):
     assert hashlib.sha256(shard(version).read_bytes()).hexdigest() == SHARD_SHA256[version]
 
@@ -212,18 +218,42 @@ def test_literal_numbers_of_an_int4_linear(tensors):
     assert tuple(found.tolist()) == QWEIGHT_WEIGHTS
 
 
+@pytest.mark.parametrize("version", FOLDERS)
 def test_the_golden_checkpoint_passes_every_check(version):
     found = inspect_checkpoint(FOLDERS[version], check=True)
     assert found.bits == {0: ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4))}
-    assert not any(f"{BLOCK}.0." in name for name in open_checkpoint(FOLDERS[version]).tensors)
+    assert found.config.format_version == version
+    assert not any("experts.0." in name for name in open_checkpoint(FOLDERS[version]).tensors)
 
 
-def test_the_script_still_makes_the_same_tensors(tmp_path):
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_pairs_of_rows_and_biases_by_the_written_format(bits):
+    """Expert `bits` of version 3: row 2i is gate's row i, row 2i + 1 is up's."""
+    checkpoint = open_checkpoint(FOLDERS[3])
+    config = read_config(checkpoint)
+    found = PackedExperts(checkpoint, open_layout(checkpoint, config), config).read(0, bits)
+    rows = decode_expert(3, f"{BIASED}.{bits}.w13", bits)
+    by_hand = [[float(w) for w in row] for row in (*rows[::2], *rows[1::2])]
+    assert found.w13.tolist() == by_hand
+    down = decode_expert(3, f"{BIASED}.{bits}.w2", bits)
+    assert found.w2.tolist() == [[float(w) for w in row] for row in down]
+    for name, bias, pairs in (
+        ("gate_up_proj_bias", found.w13_bias, True),
+        ("down_proj_bias", found.w2_bias, False),
+    ):
+        (_, width), stored = read_raw(3, f"{BIASED}.{name}")
+        halves = struct.unpack(f"<{5 * width}H", stored)[bits * width : (bits + 1) * width]
+        numbers = struct.unpack(f"<{width}f", struct.pack(f"<{width}I", *(h << 16 for h in halves)))
+        assert bias.tolist() == list((*numbers[::2], *numbers[1::2]) if pairs else numbers)
+
+
+@pytest.mark.parametrize("version", (2, 3))
+def test_the_script_still_makes_the_same_tensors(tmp_path, version):
     spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.make_golden(tmp_path / "made")
-    made, kept = open_checkpoint(tmp_path / "made"), open_checkpoint(FOLDERS[2])
+    script.make_golden(tmp_path / "made", version)
+    made, kept = open_checkpoint(tmp_path / "made"), open_checkpoint(FOLDERS[version])
     hashes, again = (
         {name: tensor_sha256(t) for name, t in c.read(c.names()).items()} for c in (kept, made)
     )

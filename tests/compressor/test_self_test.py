@@ -108,7 +108,7 @@ DAMAGES = {  # what is done -> the row that says so, how, and what it says
     "no mcmoe": (lambda f: edit_config(f, quantization_config=None), "settings", "error", "mcmoe"),
     "newer": (lambda f: edit_quantization(f, format_version=99), "settings", "error", "upgrade"),
     "no architecture": (
-        lambda f: edit_config(f, architectures=["GptOssForCausalLM"]),
+        lambda f: edit_config(f, architectures=["Llama4ForCausalLM"]),
         "architecture", "error", "not supported yet",
     ),
     "activation": (

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from mcmoe_vllm.compress.significance import Probe, measure_layer
-from mcmoe_vllm.model.experts import Expert, Routing, experts_output
+from mcmoe_vllm.model.experts import Expert, Routing, experts_output, gated
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.hessians import (
     MIN_TOKENS,
@@ -24,6 +24,7 @@ from mcmoe_vllm.quantize.refine import answer_inputs
 from mcmoe_vllm.recipes import BEST, PAPER
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
+SWIGLU = gated(silu)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def reader(experts):
 def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
     experts, routing = layer
     return measure_layer(
-        7, routing, reader(experts), EXPERTS, candidates, 32, silu, recipe, Probe(**more)
+        7, routing, reader(experts), EXPERTS, candidates, 32, SWIGLU, recipe, Probe(**more)
     )[:2]
 
 
@@ -99,7 +100,7 @@ def test_output_and_counts_follow_the_definition(layer):
     assert measured.frequency == [1.0, 595 / 600, 5 / 600, 0.0]
     by_hand = [float(routing.weights[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
     assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
-    streamed = experts_output(routing, reader(experts), EXPERTS, silu)
+    streamed = experts_output(routing, reader(experts), EXPERTS, SWIGLU)
     torch.testing.assert_close(streamed, output, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +110,7 @@ def test_error_is_the_change_of_the_block_output(layer, method):
     experts, routing = layer
     for expert in (0, 2):
         h13, h2 = expert_hessians(
-            routing, [expert], experts[expert][0].unsqueeze(0), silu, "routing"
+            routing, [expert], experts[expert][0].unsqueeze(0), SWIGLU, "routing"
         )
         how = {"method": method, "recipe": MEASURED}
         w13, w2 = (w.unsqueeze(0) for w in experts[expert])
@@ -137,7 +138,7 @@ def test_starved_experts_are_reported_and_calibrated_on_other_tokens(layer):
     assert rows[:5].tolist() == [0, 1, 2, 3, 4] and len(rows) == MIN_TOKENS
     rows = calibration_rows(routing, 3)
     assert len(set(rows.tolist())) == MIN_TOKENS and rows.max() > 590
-    hessian, inner = expert_hessians(routing, [3], experts[3][0].unsqueeze(0), silu)
+    hessian, inner = expert_hessians(routing, [3], experts[3][0].unsqueeze(0), SWIGLU)
     assert (hessian.diagonal(dim1=1, dim2=2) > 0).all() and inner.isfinite().all()
     assert torch.equal(calibration_rows(routing, 0), torch.arange(TOKENS))
 
@@ -169,7 +170,7 @@ def test_the_papers_traits_of_significance(layer):
     measured, exact = measure(layer, (2,), PAPER, scores=scores, window=100)
     by_hand = [float(scores[routing.ids == e].sum()) / TOKENS for e in range(EXPERTS)]
     assert measured.routing_weight == pytest.approx(by_hand, rel=1e-5)
-    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu)
+    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), SWIGLU)
     changed = list(experts)
     changed[0] = tuple(
         quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="minmax", recipe=PAPER).dequantize()[0]
@@ -183,7 +184,7 @@ def test_the_papers_traits_of_significance(layer):
 def test_trace_error_by_hand(layer):
     measured, _ = measure(layer, (2,), replace(PMQ, error_method="rtn"))
     experts, routing = layer
-    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
+    hessians = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), SWIGLU, "routing")
     expected = 0.0
     for w, h in zip(experts[0], hessians, strict=True):
         q = quantizer.quantize(w.unsqueeze(0), h, 2, 32, method="rtn", splits=1)
@@ -195,9 +196,9 @@ def test_trace_error_by_hand(layer):
 def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     experts, routing = layer
     measured, exact, change = measure_layer(
-        7, routing, reader(experts), EXPERTS, (1, 2), 32, silu, ALONE, Probe(candidate=1)
+        7, routing, reader(experts), EXPERTS, (1, 2), 32, SWIGLU, ALONE, Probe(candidate=1)
     )
-    h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), silu, "routing")
+    h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), SWIGLU, "routing")
     q13 = quantizer.quantize(
         experts[0][0].unsqueeze(0), h13, 2, 32, splits=2, recipe=MEASURED
     ).dequantize()[0]
@@ -212,7 +213,7 @@ def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     assert set(others.flatten().tolist()) == {0, 2}
     third = measure_layer(
         7, Routing(routing.hidden[rows], others, routing.weights[rows]), reader(experts),
-        EXPERTS, (1, 2), 32, silu, BEST,
+        EXPERTS, (1, 2), 32, SWIGLU, BEST,
     )[2]  # fmt: skip
     assert not third.any() and change.any()
     total = sum(float(torch.tensor(e[1]).square().sum()) for e in measured.projection_errors)
@@ -224,7 +225,7 @@ def test_errors_can_be_of_the_first_tokens_alone(layer):
     experts, routing = layer
     first = Routing(routing.hidden[:200], routing.ids[:200], routing.weights[:200])
     recipe = replace(BEST, error_method="minmax")  # needs no Hessian, which all tokens make
-    arguments = (reader(experts), EXPERTS, (2,), 32, silu, recipe)
+    arguments = (reader(experts), EXPERTS, (2,), 32, SWIGLU, recipe)
     alone = measure_layer(7, first, *arguments, Probe(candidate=0))
     among = measure_layer(7, routing, *arguments, Probe(candidate=0, tokens=200))
     for a, b in zip(alone[0].projection_errors, among[0].projection_errors, strict=True):
@@ -237,7 +238,7 @@ def test_hessians_weighted_by_routing_are_those_of_the_weighted_inputs(layer):
     experts, routing = layer
     rows, weights = routing.tokens_of(1)
     x = routing.hidden[rows] * weights.unsqueeze(1)
-    h13, h2 = expert_hessians(routing, [1], experts[1][0].unsqueeze(0), silu, "routing")
+    h13, h2 = expert_hessians(routing, [1], experts[1][0].unsqueeze(0), SWIGLU, "routing")
     torch.testing.assert_close(h13[0], x.t() @ x, rtol=1e-4, atol=1e-3)
     gate, up = (routing.hidden[rows] @ experts[1][0].t()).chunk(2, dim=1)
     inner = silu(gate) * up * weights.unsqueeze(1)
@@ -249,7 +250,7 @@ def test_w2_answers_for_what_w13_lost(layer):
     w13 nothing changes."""
     experts, routing = layer
     w13, w2 = (w.unsqueeze(0) for w in experts[0])
-    how = (silu, "routing")
+    how = (SWIGLU, "routing")
     shared = shared_gram(routing, 0, w13.device)
     hessian13 = input_hessians(routing, [0], "routing", shared)
     q13 = quantizer.quantize(w13, hessian13, 2, 32, splits=2).dequantize()
@@ -278,7 +279,7 @@ def test_products_with_what_the_16_bit_model_is_given(layer):
     x, y = (h[rows] * weights.unsqueeze(1) for h in (routing.hidden, exact))
     mean = exact.t() @ routing.hidden * (50 / len(exact)) * weights.square().mean()
     torch.testing.assert_close(first[0], y.t() @ x + mean, rtol=1e-4, atol=1e-3)
-    _, cross = inner_hessians(routing, [0], w13, w13, silu, "routing", exact)
+    _, cross = inner_hessians(routing, [0], w13, w13, SWIGLU, "routing", exact)
     z, y = (
         silu(gate) * up * weights.unsqueeze(1)
         for gate, up in ((h[rows] @ w13[0].t()).chunk(2, dim=1) for h in (routing.hidden, exact))
@@ -288,11 +289,11 @@ def test_products_with_what_the_16_bit_model_is_given(layer):
     for tensor, others in zip(
         (
             input_hessians(routing, [0], "routing", shared[0], same),
-            *inner_hessians(routing, [0], w13, w13, silu, "routing", same),
+            *inner_hessians(routing, [0], w13, w13, SWIGLU, "routing", same),
         ),
         (
             input_hessians(routing, [0], "routing", shared[0]),
-            *inner_hessians(routing, [0], w13, w13, silu, "routing"),
+            *inner_hessians(routing, [0], w13, w13, SWIGLU, "routing"),
         ),
         strict=True,
     ):
@@ -304,8 +305,8 @@ def test_few_tokens_are_outvoted_by_what_all_experts_see(layer):
     squared weights; none of it without sharing."""
     experts, routing = layer
     w13 = experts[2][0].unsqueeze(0)
-    alone, _ = expert_hessians(routing, [2], w13, silu, "routing")
-    shared, _ = expert_hessians(routing, [2], w13, silu, "routing", shared_tokens=300)
+    alone, _ = expert_hessians(routing, [2], w13, SWIGLU, "routing")
+    shared, _ = expert_hessians(routing, [2], w13, SWIGLU, "routing", shared_tokens=300)
     _, scale = calibration_weights(routing, 2, "routing")
     mean = routing.hidden.t() @ routing.hidden / TOKENS
     expected = alone[0] + 300 * scale.square().mean() * mean

@@ -179,9 +179,14 @@ def test_an_expert_of_a_fused_source_is_read_alone(fused, monkeypatch):
     for name in names:
         wanted = meaning[name.removeprefix("x.")].transpose(1, 2)
         assert torch.equal(together[name], wanted.to(torch.bfloat16))
-    skeleton = SimpleNamespace(are_transposed=lambda layer: True)
+    skeleton = SimpleNamespace(
+        are_transposed=lambda layer: True, gatings={0: SimpleNamespace(interleaved=False)}
+    )
     layout = SimpleNamespace(
-        has_fused_experts=lambda layer: True, fused_experts=lambda layer: names, skeleton=skeleton
+        has_fused_experts=lambda layer: True,
+        fused_experts=lambda layer: names,
+        expert_biases=lambda layer: (),
+        skeleton=skeleton,
     )
     monkeypatch.setattr(files.Checkpoint, "read", None)  # whole tensors
     expert = StoredExperts(view, layout).read(0, 1)

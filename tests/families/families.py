@@ -19,6 +19,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 HEADS = {"head_dim": 64}
+TIED = {"tie_word_embeddings": True}
 DENSE = {"intermediate_size": 512, "moe_intermediate_size": WIDTH}
 # vLLM's latent attention on a CPU was only tried with these.
 LATENT = {
@@ -47,13 +48,15 @@ def count(name: str, top_k: str = "num_experts_per_tok") -> dict[str, int]:
 @dataclass(frozen=True)
 class Family:
     """model_type, cls: of transformers; settings: of its config; engine: what config.json needs
-    besides; serves: whether vLLM 0.32 runs the plain model on a CPU."""
+    besides; serves: whether vLLM 0.32 runs the plain model on a CPU; spread: how wide the experts'
+    random gates and ups are, or a limit to them would not show."""
 
     model_type: str
     cls: str
     settings: dict[str, Any]
     engine: dict[str, Any] = field(default_factory=dict)
     serves: bool = False
+    spread: float = 0.05
 
 
 ROUTED, LOCAL, PLAIN = count("n_routed_experts"), count("num_local_experts"), count("num_experts")
@@ -63,6 +66,18 @@ FIRST_DENSE = {"first_k_dense_replace": 1}
 SHARED = {"n_shared_experts": 1}
 
 FAMILIES = {
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**PLAIN, **DENSE, "shared_expert_intermediate_size": WIDTH},
+        serves=True,
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe", "Qwen3MoeForCausalLM", {**HEADS, **PLAIN, **DENSE}, serves=True
+    ),
+    "olmoe": Family(
+        "olmoe", "OlmoeForCausalLM", {**PLAIN, "intermediate_size": WIDTH}, serves=True
+    ),
     "mixtral": Family(
         "mixtral", "MixtralForCausalLM", {**HEADS, **LOCAL, "intermediate_size": WIDTH}, serves=True
     ),
@@ -123,22 +138,26 @@ FAMILIES = {
         "ernie4_5_moe",
         "Ernie4_5_MoeForCausalLM",
         {**count("moe_num_experts", "moe_k"), **DENSE, "moe_num_shared_experts": 1,
-         "moe_layer_start_index": 1, "moe_layer_end_index": 2, "tie_word_embeddings": True},
+         "moe_layer_start_index": 1, "moe_layer_end_index": 2, **TIED},
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
         "Lfm2MoeForCausalLM",
-        {**PLAIN, **DENSE, "num_dense_layers": 1,
+        {**PLAIN, **DENSE, **TIED, "num_dense_layers": 1,
          "layer_types": ["conv", "full_attention", "conv"]},
     ),
     "hy_v3": Family(
-        "hy_v3", "HYV3ForCausalLM", {**HEADS, **PLAIN, **DENSE, **SPARSE}, FIRST_DENSE, serves=True
+        "hy_v3",
+        "HYV3ForCausalLM",
+        {**HEADS, **PLAIN, **DENSE, **SPARSE},
+        {**FIRST_DENSE, "expert_hidden_dim": WIDTH, "qk_norm": True, "route_norm": True},
+        serves=True,
     ),
     "minimax_m2": Family(
         "minimax_m2",
         "MiniMaxM2ForCausalLM",
         {**HEADS, **LOCAL, "intermediate_size": WIDTH, "rotary_dim": 32},
-        {"scoring_func": "sigmoid"},
+        {"scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "gemma4": Family(
         "gemma4_text",
@@ -186,6 +205,11 @@ FAMILIES = {
         "mimo_v2_flash",
         "MiMoV2FlashForCausalLM",
         {**HEADS, **ROUTED, **DENSE, **SPARSE, **SLIDING, **GROUPS, "v_head_dim": 64},
+        {"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "layernorm_epsilon": 1e-5,
+         "sliding_window_size": 128, "swa_head_dim": 64, "swa_v_head_dim": 64,
+         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "rope_theta": 5e6,
+         "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334,
+         "add_swa_attention_sink_bias": True},
     ),
     "exaone_moe": Family(
         "exaone_moe",
@@ -198,6 +222,7 @@ FAMILIES = {
         "AfmoeForCausalLM",
         {**HEADS, **PLAIN, **DENSE, "num_dense_layers": 1, "num_shared_experts": 1,
          "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {**GROUPS, "score_func": "sigmoid", "route_norm": True},
     ),
     "solar_open": Family(
         "solar_open",
@@ -208,13 +233,27 @@ FAMILIES = {
     "cohere2_moe": Family(
         "cohere2_moe",
         "Cohere2MoeForCausalLM",
-        {**HEADS, **PLAIN, "intermediate_size": WIDTH, "num_shared_experts": 1,
+        {**HEADS, **PLAIN, **TIED, "intermediate_size": WIDTH, "num_shared_experts": 1,
          "mlp_layer_types": ["sparse"] * 3,
          "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
         serves=True,
     ),
     "flex_olmo": Family(
         "flex_olmo", "FlexOlmoForCausalLM", {**PLAIN, "intermediate_size": WIDTH}, serves=True
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {**HEADS, **LOCAL, **SLIDING, "hidden_size": 192, "intermediate_size": 192},
+        serves=True,
+        spread=0.3,
+    ),
+    "minimax_m3": Family(
+        "minimax_m3_vl_text",
+        "MiniMaxM3VLForCausalLM",
+        {**HEADS, **LOCAL, **SPARSE, "intermediate_size": WIDTH, "dense_intermediate_size": 512,
+         "shared_intermediate_size": WIDTH, "layer_types": ["full_attention"] * 3},
+        spread=0.3,
     ),
     "jamba": Family(
         "jamba",
@@ -226,19 +265,30 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def make_config(name: str, **settings: Any) -> Any:
+    """Transformers' config of a family, with other settings than the table's if given."""
+    import transformers
+
+    family = FAMILIES[name]
+    values = {**BASE, **family.settings, **settings}
+    return transformers.CONFIG_MAPPING[family.model_type](**values, architectures=[family.cls])
+
+
 def save_family(name: str, folder: Path, tokenizer: Path) -> Path:
     """A random model of a family with another model's tokenizer; the same each time."""
     import torch
     import transformers
 
     family = FAMILIES[name]
-    config = transformers.CONFIG_MAPPING[family.model_type](**{**BASE, **family.settings})
-    config.architectures = [family.cls]
+    config = make_config(name)
     torch.manual_seed(0)
     with torch.no_grad():
         model = getattr(transformers, family.cls)(config).eval()
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
+                is_wide = parameter_name.endswith("experts.gate_up_proj")
+                parameter.normal_(0, family.spread if is_wide else 0.05)
+            elif parameter_name.endswith(("proj.bias", "router.bias", "sinks")):
                 parameter.normal_(0, 0.05)
         for buffer_name, buffer in model.named_buffers():
             if "bias" in buffer_name:  # what a router chooses with

@@ -20,8 +20,9 @@ from mcmoe_vllm.model.runner import final_hidden
 from tests.conftest import EXAMPLE_MODEL
 from tests.families.families import FAMILIES, save_family
 
-# A layer of each kind: experts added, scaled, normalised behind; fused on disk; latent attention.
-FAST = ("deepseek_v3", "gemma4", "granitemoe", "lfm2_moe", "qwen3_next")
+# A layer of each kind: experts added, scaled, normalised behind; fused on disk, also in pairs of
+# rows; latent attention.
+FAST = ("deepseek_v3", "gemma4", "gpt_oss", "granitemoe", "lfm2_moe", "qwen3_next")
 EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.nightly) for name in FAMILIES]
 
 

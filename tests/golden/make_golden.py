@@ -1,11 +1,11 @@
-"""Makes tests/golden/format_v2, a whole checkpoint of format version 2 with every width.
+"""Makes tests/golden/format_v2 and format_v3, whole checkpoints with every width.
 
-    PYTHONPATH=.:kernels python tests/golden/make_golden.py FOLDER
+    PYTHONPATH=.:kernels python tests/golden/make_golden.py FOLDER VERSION
 
 Every number follows from the formulas below, none from a quantizer or a random generator. The
 folders in the repository are never made anew: a format that changes gets a new version and a new
-folder beside them. format_v1 has the same weights, scales and zeros, made by this script when it
-wrote version 1.
+folder beside them. format_v1 has the same weights, scales and zeros as format_v2, made by this
+script when it wrote version 1; format_v3 is of a model whose experts have biases.
 """
 
 import sys
@@ -49,11 +49,22 @@ def zeros(rows: int, groups: int, bits: int, salt: int) -> torch.Tensor:
     return torch.full((rows, groups), 0.5) if bits == 1 else ((n + g + salt) % (1 << bits)).float()
 
 
-def make_tensors() -> dict[str, torch.Tensor]:
-    def plain(*shape: int) -> torch.Tensor:
-        numbers = torch.arange(torch.Size(shape).numel()) % 17 - 8
-        return (numbers.float() / 16).to(torch.bfloat16).view(shape)
+def plain(*shape: int) -> torch.Tensor:
+    numbers = torch.arange(torch.Size(shape).numel()) % 17 - 8
+    return (numbers.float() / 16).to(torch.bfloat16).view(shape)
 
+
+def packed(name: str, shape: tuple[int, int], bits: int, salt: int) -> dict[str, torch.Tensor]:
+    """An expert's matrix [rows, columns]."""
+    (rows, columns), groups = shape, shape[1] // GROUP
+    words = packing.pack_scale(scales(rows, groups, salt), zeros(rows, groups, bits, salt), bits)
+    return {
+        f"{name}_packed": packing.pack(codes(rows, columns, bits, salt), bits),
+        f"{name}_scale": words,
+    }
+
+
+def make_tensors() -> dict[str, torch.Tensor]:
     tensors = {
         "model.embed_tokens.weight": plain(VOCABULARY, HIDDEN),
         "model.norm.weight": plain(HIDDEN),
@@ -65,18 +76,34 @@ def make_tensors() -> dict[str, torch.Tensor]:
         prefix = f"model.layers.0.self_attn.{name}"
         tensors[f"{prefix}.qweight"] = packing.pack_int4_linear(codes(rows, columns, 4, salt))
         tensors[f"{prefix}.scales"] = scales(rows, columns // GROUP, salt).t().half()
-    for bits in map(int, WIDTHS):
-        if not bits:
-            continue
-        for salt, (name, (rows, columns)) in enumerate(MATRICES.items(), 10 * bits):
+    for bits in map(int, WIDTHS.replace("0", "")):
+        for salt, (name, shape) in enumerate(MATRICES.items(), 10 * bits):
             prefix = f"model.layers.0.block_sparse_moe.experts.{bits}.{name}"
-            groups = columns // GROUP
-            tensors[f"{prefix}.weight_packed"] = packing.pack(
-                codes(rows, columns, bits, salt), bits
-            )
-            tensors[f"{prefix}.weight_scale"] = packing.pack_scale(
-                scales(rows, groups, salt), zeros(rows, groups, bits, salt), bits
-            )
+            tensors |= packed(f"{prefix}.weight", shape, bits, salt)
+    return tensors
+
+
+def make_biased_tensors() -> dict[str, torch.Tensor]:
+    """Rows of w13 in pairs; biases of all experts, dropped ones too."""
+    experts, count = "model.layers.0.mlp.experts", len(WIDTHS)
+    tensors = {
+        "model.embed_tokens.weight": plain(VOCABULARY, HIDDEN),
+        "model.norm.weight": plain(HIDDEN),
+        "model.layers.0.input_layernorm.weight": plain(HIDDEN),
+        "model.layers.0.post_attention_layernorm.weight": plain(HIDDEN),
+        "model.layers.0.mlp.router.weight": plain(count, HIDDEN),
+        "model.layers.0.mlp.router.bias": plain(count),
+        "model.layers.0.self_attn.sinks": plain(HEADS),
+        f"{experts}.gate_up_proj_bias": plain(count, 2 * WIDTH),
+        f"{experts}.down_proj_bias": plain(count, HIDDEN),
+    }
+    for name, shape in LINEARS.items():
+        tensors[f"model.layers.0.self_attn.{name}.weight"] = plain(*shape)
+        tensors[f"model.layers.0.self_attn.{name}.bias"] = plain(shape[0])
+    for bits in map(int, WIDTHS.replace("0", "")):
+        prefix = f"{experts}.{bits}"
+        tensors |= packed(f"{prefix}.w13_weight", (2 * WIDTH, HIDDEN), bits, 10 * bits)
+        tensors |= packed(f"{prefix}.w2_weight", (HIDDEN, WIDTH), bits, 10 * bits + 1)
     return tensors
 
 
@@ -106,13 +133,29 @@ def make_config() -> dict[str, object]:
     }
 
 
-def make_golden(folder: Path) -> None:
+def make_biased_config() -> dict[str, object]:
+    config = make_config()
+    quantization = QuantizationConfig(
+        group_size=dict.fromkeys(("w13", "w2", "dense"), GROUP),
+        expert_bits={0: (WIDTHS, WIDTHS)},
+        average_bits={"nominal": 2.0},
+        format_version=3,
+    )
+    own = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    return {**config, **own, "quantization_config": quantization.to_dict()}
+
+
+MAKERS = {2: (make_config, make_tensors), 3: (make_biased_config, make_biased_tensors)}
+
+
+def make_golden(folder: Path, version: int) -> None:
+    make_settings, make = MAKERS[version]
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", make_config())
-    write_shard(folder / shard_name(1, 1), make_tensors())
+    write_json(folder / "config.json", make_settings())
+    write_shard(folder / shard_name(1, 1), make())
     write_index(folder, [shard_name(1, 1)])
     write_manifest(folder, [shard_name(1, 1)])
 
 
 if __name__ == "__main__":
-    make_golden(Path(sys.argv[1]))
+    make_golden(Path(sys.argv[1]), int(sys.argv[2]))

@@ -33,6 +33,7 @@ def make_checkpoint(
         expert_bits=dict.fromkeys(skeleton.moe_layers, (digits, digits)),
         dense_bits=dense_bits,
         dense_modules=layout.dense if dense_bits == 4 else (),
+        format_version=layout.format_version,
     )
     promised = promised_tensors(layout, quantization)
     generator = torch.Generator().manual_seed(0)

@@ -5,8 +5,15 @@ from dataclasses import replace
 
 import torch
 
+from mcmoe_kernels.activations import Activation, activate
 from mcmoe_kernels.formats.packing import pack, pack_scale
 from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
+
+SILU = Activation("silu")
+GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, up_offset=1.0)
+DEEPSEEK_V4 = Activation("silu", limit=10.0)
+STEP = Activation("silu", limit=7.0, limit_after=True)
+RELU2 = Activation("relu2", gated=False)
 
 
 def random_matrices(
@@ -40,18 +47,33 @@ def random_layer(
     intermediate: int = 128,
     group_size: int = 128,
     seed: int = 0,
-    activation: str = "silu",
+    activation: Activation = SILU,
+    biases: bool = False,
 ) -> ExpertLayer:
     bits2 = bits13 if bits2 is None else bits2
-    w13 = random_matrices(bits13, 2 * intermediate, hidden, group_size, 2 * seed)
+    w13 = random_matrices(bits13, activation.rows * intermediate, hidden, group_size, 2 * seed)
     w2 = random_matrices(bits2, hidden, intermediate, group_size, 2 * seed + 1)
+    if biases:
+        w13, w2 = (replace(m, bias=random_bias(m, seed)) for m in (w13, w2))
     return ExpertLayer(hidden, intermediate, w13, w2, activation)
+
+
+def random_bias(matrices: ExpertMatrices, seed: int) -> torch.Tensor:
+    """bfloat16 [experts, N], about as large as what is added to; NaN for dropped experts."""
+    rows = matrices.packed[0].shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.randn(len(matrices), rows, generator=generator).mul(4).bfloat16()
+    bias[[e for e, b in enumerate(matrices.bits) if not b]] = float("nan")
+    return bias
 
 
 def to_device(layer: ExpertLayer, device: str) -> ExpertLayer:
     def move(matrices: ExpertMatrices) -> ExpertMatrices:
-        packed, scale = ([t.to(device) for t in ts] for ts in (matrices.packed, matrices.scale))
-        return ExpertMatrices(matrices.bits, tuple(packed), tuple(scale))
+        packed, scale = (
+            tuple(t.to(device) for t in ts) for ts in (matrices.packed, matrices.scale)
+        )
+        bias = None if matrices.bias is None else matrices.bias.to(device)
+        return replace(matrices, packed=packed, scale=scale, bias=bias)
 
     expert_map = None if layer.expert_map is None else layer.expert_map.to(device)
     return replace(layer, w13=move(layer.w13), w2=move(layer.w2), expert_map=expert_map)
@@ -77,11 +99,6 @@ def experts_float64(
     x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
     """Expert by expert in float64, with exact weights."""
-    activation = {
-        "silu": torch.nn.functional.silu,
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
-    }[layer.activation]
     ids = topk_ids.long()
     if layer.expert_map is not None:
         ids = torch.where(ids >= 0, layer.expert_map.long()[ids.clamp(min=0)], -1)
@@ -90,9 +107,11 @@ def experts_float64(
         token, slot = (ids == expert).nonzero(as_tuple=True)
         if not token.numel() or not layer.present(expert):
             continue
-        h = x[token].double() @ layer.w13.dequantize(expert).double().t()
-        gate, up = h.chunk(2, dim=-1)
-        y = (activation(gate) * up) @ layer.w2.dequantize(expert).double().t()
+        bias13, bias2 = (
+            0.0 if m.bias is None else m.bias[expert].double() for m in (layer.w13, layer.w2)
+        )
+        h = x[token].double() @ layer.w13.dequantize(expert).double().t() + bias13
+        y = activate(h, layer.activation) @ layer.w2.dequantize(expert).double().t() + bias2
         out.index_add_(0, token, y * topk_weights[token, slot].double().unsqueeze(-1))
     return out
 
@@ -107,9 +126,12 @@ def experts_rounded(
         if not token.numel() or not layer.present(expert):
             continue
         w13, w2 = (m.dequantize(expert).to(x.dtype) for m in (layer.w13, layer.w2))
-        gate, up = torch.nn.functional.linear(x[token], w13).float().chunk(2, dim=-1)
-        a = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        y = torch.nn.functional.linear(a, w2)
+        bias13, bias2 = (
+            None if m.bias is None else m.bias[expert].to(x.dtype) for m in (layer.w13, layer.w2)
+        )
+        h = torch.nn.functional.linear(x[token], w13, bias13)
+        a = activate(h.float(), layer.activation).to(x.dtype)
+        y = torch.nn.functional.linear(a, w2, bias2)
         out.index_add_(0, token, y.float() * topk_weights[token, slot].unsqueeze(-1))
     return out.to(x.dtype)
 

@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.format import find
 from mcmoe_kernels.gpu import block, prefill, routing, single, warp, warpgroup
 from mcmoe_kernels.gpu.choice import (
@@ -57,7 +58,7 @@ def variants(shape: LayerShape, config, capability: int):
     hidden, inter, pdl = shape.hidden_size, shape.intermediate_size, capability >= 90
     sizes = (hidden, inter, (128, 128))
     common = {"FORMATS": FORMATS, "PDL": pdl}
-    first = {**common, "ACTIVATION": "silu"}
+    first = {**common, "ACTIVATION": Activation("silu")}
     if isinstance(config, PrefillConfig | WarpgroupConfig):
         options = {"num_warps": config.warps}
         if config.registers:

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.packing import pack, pack_scale, unpack_scale
 from mcmoe_kernels.gpu import warpgroup
 from mcmoe_kernels.gpu.choice import (
@@ -268,7 +269,7 @@ def test_uneven_routing(config, routing, device):
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_other_activations(config, activation, device):
-    layer = random_layer(MIXED13, MIXED2, HIDDEN, activation=activation)
+    layer = random_layer(MIXED13, MIXED2, HIDDEN, activation=Activation(activation))
     x, (weights, ids) = random_input(5, HIDDEN, torch.float16), random_routing(5, 7, 2)
     out = run(x, tile_layer(to_device(layer, device)), weights, ids, config, device)
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "mcmoe_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What may import what: each its own folder and those to its left.
-FLOORS = ("formats", "layer", "pruning", "quantize", "cpu", "gpu")
+FLOORS = ("activations", "formats", "layer", "pruning", "quantize", "cpu", "gpu")
 APART = {("gpu", "cpu"), ("gpu", "quantize"), ("cpu", "quantize"), ("quantize", "layer")}
 
 

@@ -16,6 +16,11 @@ class FakeRoutedExperts(torch.nn.Module):
     def __init__(self, num_experts: int, held: list[int] | None, activation: str) -> None:
         super().__init__()
         self.activation = activation
+        self.top_k, self.scoring_func, self.renormalize = 2, "softmax", True
+        self.use_grouped_topk = self.apply_router_weight_on_input = False
+        self.num_expert_group = self.topk_group = self.e_score_correction_bias = None
+        self.custom_routing_function = None
+        self.routed_scaling_factor = 1.0
         self.held = held
         self.expert_map = None
         if held is not None:

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.cache import DEFAULT_CACHE_GIB, GIB, CacheBudget
+from mcmoe_vllm.plugin.prepared import DEFAULT_CACHE_GIB, GIB, CacheBudget
 
 pytestmark = pytest.mark.vllm
 

@@ -95,6 +95,55 @@ def test_activation_types_and_contract():
 
 
 @pytest.mark.parametrize(
+    ("prefix", "layer"),
+    [
+        ("model.layers.1.mlp.experts", 1),
+        ("language_model.model.layers.0.mlp.experts", 0),  # Qwen3.5, Kimi-K2.5
+        ("thinker.language_model.model.layers.0.mlp.experts", 0),  # Qwen3-Omni
+        ("model.language_model.layers.1.mlp.experts", 1),  # the Transformers backend's wrappers
+        ("model.layers.1.mixer.experts", 1),  # Nemotron-H
+        ("backbone.layers.1.mixer.experts", 1),  # the same as its files have it
+        ("layers.0.ffn.experts", 0),  # DeepSeek-V4's files
+        ("model.layers.1.experts", 1),  # Gemma 4
+        ("model.layers.2.mtp_block.mlp.experts", None),  # behind the last: DeepSeek-V3's draft
+        ("mtp.layers.0.mlp.experts", None),  # Qwen3-Next's, MiMo's and Nemotron-H's drafts
+        ("model.mtp.layers.0.mlp.experts", None),
+        ("model.mtp_layers.0.mlp.experts", None),
+        ("visual.blocks.0.attn.qkv", None),
+        ("vision_tower.vision_model.encoder.layers.1.self_attn.qkv_proj", None),
+        ("vision_tower.transformer.layers.1.attention.qkv_proj", None),  # Pixtral
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj", None),  # Gemma 4
+        ("audio_tower.layers.1.self_attn.qkv_proj", None),  # Qwen3-Omni
+        ("thinker.audio_tower.layers.0.self_attn.qkv_proj", None),
+        ("multi_modal_projector.layers.0.linear", None),
+        ("lm_head", None),
+    ],
+)
+def test_which_layers_are_decoder_layers(prefix, layer):
+    config = make()
+    config.maybe_update_config("a-model", SimpleNamespace(num_hidden_layers=2))
+    assert config._layer_index(prefix) == layer
+
+
+def test_modules_are_known_by_the_names_of_vllm():
+    """What vLLM calls otherwise than the files: GPT-OSS's attention, a wrapper's language model."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = make()
+    config.apply_vllm_mapper(
+        WeightsMapper(
+            orig_to_new_prefix={"model.": "language_model.model."},
+            orig_to_new_substr={".self_attn.": ".attn.", ".mlp.router.": None},
+        )
+    )
+    parents = {"self_attn", "attn", "shared_expert"}
+    assert pickle.loads(pickle.dumps(config)).dense_parents == parents
+    assert config.is_dense_int4("language_model.model.layers.0.attn.qkv_proj")
+    assert not config.is_dense_int4("language_model.model.layers.0.mlp.gate")
+    assert not make(16).dense_parents
+
+
+@pytest.mark.parametrize(
     ("prefix", "int4"),
     [
         ("model.layers.0.self_attn.qkv_proj", True),
@@ -104,6 +153,9 @@ def test_activation_types_and_contract():
         ("lm_head", False),
         ("self_attn.qkv_proj", False),  # no layer that we know
         ("model.layers.2.self_attn.qkv_proj", False),  # a draft model's layer
+        ("mtp.layers.0.self_attn.qkv_proj", False),
+        ("vision_tower.encoder.layers.0.self_attn.qkv_proj", False),
+        ("language_model.model.layers.0.self_attn.qkv_proj", True),
     ],
 )
 def test_which_linears_are_int4(vllm_config, prefix, int4):

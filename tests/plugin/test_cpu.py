@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("vllm")
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.cpu.experts import dense_bytes, prepare_dense
-from mcmoe_vllm.plugin.cache import GIB, CacheBudget
 from mcmoe_vllm.plugin.cpu import _rounds_down, choose_mode, vllm_kernel
 from mcmoe_vllm.plugin.operator import prepare_experts
+from mcmoe_vllm.plugin.prepared import GIB, CacheBudget
 from tests.helpers.expert_layers import (
     experts_float64,
     experts_rounded,
@@ -67,14 +68,16 @@ def test_the_fused_kernel_is_not_used_where_it_cannot_be(monkeypatch):
 
     layer = random_layer((2, 3))
     dense = prepare_dense(layer, torch.float32)
-    assert vllm_kernel(*dense, "silu") is not None
+    silu = Activation("silu")
+    assert vllm_kernel(*dense, silu) is not None
+    assert vllm_kernel(*dense, Activation("silu", limit=7.0)) is None
     odd = tuple(torch.zeros(2, n, k) for n, k in ((2 * 40, 48), (48, 40)))
-    assert vllm_kernel(*odd, "silu") is None  # no multiple of 32
+    assert vllm_kernel(*odd, silu) is None  # no multiple of 32
     # A vLLM whose kernel has other arguments, or another meaning.
     monkeypatch.setattr(_custom_ops, "cpu_fused_moe", lambda a, b: None)
-    assert vllm_kernel(*dense, "silu") is None
+    assert vllm_kernel(*dense, silu) is None
     monkeypatch.setattr(_custom_ops, "cpu_fused_moe", lambda out, *args: out.fill_(3))
-    assert vllm_kernel(*dense, "silu") is None
+    assert vllm_kernel(*dense, silu) is None
     prepared = prepare_experts(layer, torch.bfloat16, CacheBudget(1), 2)
     x, (weights, ids) = random_input(5, 256), random_routing(5, 2, 2)
     reference = experts_float64(x, layer, weights, ids)

@@ -9,12 +9,16 @@ import torch
 
 pytest.importorskip("vllm")
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.packing import unpack_scale
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.plugin import metrics
 from mcmoe_vllm.pruning.table import PruningTable
 from tests.helpers.expert_layers import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    STEP,
     experts_float64,
     random_input,
     random_layer,
@@ -42,13 +46,15 @@ def quantization_config(bits13=BITS13, bits2=BITS2, group=GROUP):
     )
 
 
-def make_method(moe_config, layer, config=None, width=WIDTH, tp=(1, 0), dtype=torch.bfloat16):
+def make_method(
+    moe_config, layer, config=None, width=WIDTH, tp=(1, 0), dtype=torch.bfloat16, **settings
+):
     from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
     from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
     from mcmoe_vllm.plugin.launch import Launch
 
-    moe = moe_config(8, tp_size=tp[0], tp_rank=tp[1])
+    moe = moe_config(8, tp_size=tp[0], tp_rank=tp[1], **settings)
     config = config or quantization_config()
     launch = Launch(config, get_current_vllm_config_or_none() or VllmConfig())
     launch.expect(PREFIX)
@@ -139,6 +145,75 @@ def test_the_flat_buffers_hold_no_more_than_the_widths(checkpoint, moe_config, f
         assert packed.dtype == torch.uint8 and packed.dim() == 1
         assert packed.numel() == sum(map(int, bits)) * size // 8
         assert getattr(layer, f"{name}_weight_scale").shape[0] == 7  # none for the dropped one
+
+
+def paired_tensors(checkpoint):
+    """The same in the names and the order of rows of vLLM's class for GPT-OSS."""
+    for expert in filter(checkpoint.present, range(8)):
+        for kind in ("packed", "scale"):
+            gate_up = getattr(checkpoint.w13, kind)[expert]
+            pairs = torch.stack(gate_up.chunk(2), 1).flatten(0, 1)
+            yield f"w13_weight_{kind}", pairs, "gpt_oss_w13", expert
+            yield f"w2_weight_{kind}", getattr(checkpoint.w2, kind)[expert], "gpt_oss_w2", expert
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pairs_of_rows_and_biases_are_loaded(vllm_config, moe_config, fake_layer, ranks):
+    """As vLLM's class for GPT-OSS does it: rows of pairs for each rank, down's bias for one."""
+    checkpoint = random_layer(
+        [int(b) for b in BITS13], [int(b) for b in BITS2], HIDDEN, WIDTH, GROUP,
+        activation=GPT_OSS, biases=True,
+    )  # fmt: skip
+    bias13 = torch.stack(checkpoint.w13.bias.chunk(2, 1), 2).flatten(1)
+    x, (weights, ids) = random_input(5, HIDDEN, torch.float32), random_routing(5, 8, 3)
+    total = torch.zeros(5, HIDDEN)
+    for rank in range(ranks):
+        layer = fake_layer(8, activation="swigluoai")
+        method = make_method(
+            moe_config, layer, tp=(ranks, rank), dtype=torch.float32, has_bias=True
+        )
+        load(layer, paired_tensors(checkpoint))
+        layer.w13_bias.copy_(bias13.chunk(ranks, 1)[rank])
+        layer.w2_bias.copy_(checkpoint.w2.bias if rank == 0 else 0 * checkpoint.w2.bias)
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, topk_weights=weights, topk_ids=ids)
+        del method, layer
+        gc.collect()
+    assert relative_error(total, experts_float64(x, checkpoint, weights, ids)) < 1e-6
+    exchanged = replace(
+        checkpoint, w13=replace(checkpoint.w13, bias=checkpoint.w13.bias.roll(WIDTH, 1))
+    )
+    assert relative_error(total, experts_float64(x, exchanged, weights, ids)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("gelu_tanh", {}, Activation("gelu_tanh")),
+        ("silu", {"swiglu_limit": 10.0}, DEEPSEEK_V4),
+        ("swigluoai", {"swiglu_limit": 7.0}, GPT_OSS),
+        (
+            "swigluoai_uninterleave",  # MiniMax-M3
+            {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+            GPT_OSS,
+        ),
+        ("swiglustep", {}, STEP),
+        ("silu", {"swiglu_limit": 10.0, "swiglu_alpha": 1.7}, "with swiglu_alpha 1.7, which vLLM"),
+        ("swigluoai", {"swiglu_limit": 5.0}, "with swiglu_limit 5, which vLLM"),
+    ],
+)
+def test_what_a_layer_says_of_its_activation(moe_config, fake_layer, name, settings, expected):
+    from mcmoe_vllm.plugin.activation import find_activation
+
+    layer = fake_layer(8, activation=name)
+    (first, value), *others = settings.items() or [("swiglu_limit", None)]
+    setattr(layer, first, value)
+    moe = moe_config(8, **dict(others))  # either may say it
+    if isinstance(expected, Activation):
+        assert find_activation(layer, moe, PREFIX) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        find_activation(layer, moe, PREFIX)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -289,22 +364,25 @@ def test_another_number_of_experts_is_refused(moe_config, fake_layer):
         make_method(moe_config, fake_layer(8), quantization_config("2222", "2222"))
 
 
-@pytest.mark.parametrize("activation", ["swigluoai", "relu2_no_mul"])
+@pytest.mark.parametrize("activation", ["situ", "relu2_no_mul"])
 def test_an_unknown_activation_is_refused(moe_config, fake_layer, activation):
     with pytest.raises(UserError, match=f"has activation '{activation}'; mcmoe serves gelu"):
         make_method(moe_config, fake_layer(8, activation=activation))
 
 
-def test_every_unsupported_setting_is_listed(moe_config):
+def test_every_unsupported_setting_is_listed(moe_config, monkeypatch):
+    import vllm
+
     from mcmoe_vllm.plugin.experts import McmoeExpertsMethod
 
+    monkeypatch.setattr(vllm, "__version__", "0.26.0")
     moe = moe_config(8, has_bias=True)
     moe.moe_parallel_config.enable_eplb = True
     moe.moe_parallel_config.use_all2all_kernels = True
     moe.moe_parallel_config.all2all_backend = "deepep_low_latency"
     with pytest.raises(UserError) as error:
         McmoeExpertsMethod(quantization_config(), None, moe, PREFIX, 0)
-    for part in ("biases", "--enable-eplb", "deepep_low_latency"):
+    for part in ("biases on vLLM 0.26.0", "0.32 or newer", "--enable-eplb", "deepep_low_latency"):
         assert part in str(error.value)
 
 

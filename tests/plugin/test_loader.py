@@ -24,6 +24,7 @@ from mcmoe_vllm.plugin.loader import (
     CheckedModelLoader,
     McmoeModelLoader,
     ReadCount,
+    agree_on_names,
     read_verified,
     remote_experts,
 )
@@ -296,10 +297,34 @@ def test_another_ranks_experts_stay_on_the_disk(source):
     model, experts = torch.nn.Module(), torch.nn.Module()
     experts.quant_method = SimpleNamespace(local={0: 0, 2: 1}, layer_index=0)
     model.experts = experts
-    tensors, count = read(source, remote_experts(model))
+    is_remote = remote_experts(open_whole(source, torch.nn.Module()).layout, model)
+    tensors, count = read(source, is_remote)
     assert not any(f"{EXPERTS}.1." in name for name in tensors)
     assert count.skipped == 6 and any(f"{EXPERTS}.2." in name for name in tensors)
-    assert not remote_experts(model)(f"{EXPERTS}.1.w1.weight_packed".replace("0", "1", 1))
+    assert not is_remote(f"{EXPERTS}.1.w1.weight_packed".replace("0", "1", 1))
+    assert not is_remote("mtp.layers.0.block_sparse_moe.experts.1.w1.weight")  # a draft's
+
+
+@pytest.mark.parametrize(
+    ("model_class", "wanted"),
+    [("MixtralForCausalLM", ("w1", "w3", "w2")), ("Another", ("left", "right", "out"))],
+)
+def test_layers_take_the_names_of_the_folder(source, monkeypatch, model_class, wanted):
+    """Or names that a class asks for whatever the folder has, as Granite's does in vLLM 0.26."""
+    monkeypatch.setattr(plugin_loader, "OWN_NAMES", {"Another": wanted})
+    model, experts = type(model_class, (torch.nn.Module,), {})(), torch.nn.Module()
+    experts.quant_method = SimpleNamespace(local={0: 0}, layer_index=0)
+    model.experts = experts
+    names = [f"{EXPERTS}.1.w1.weight_packed", f"{EXPERTS}.1.w2.weight_scale", NORM, "a.w1.weight"]
+    given = ((name, torch.zeros(1)) for name in names)
+    layout = open_whole(source, torch.nn.Module()).layout
+    got = [name for name, _ in agree_on_names(given, layout, model)]
+    gate, up, down = wanted
+    assert got == [
+        f"{EXPERTS}.1.{gate}.weight_packed", f"{EXPERTS}.1.{down}.weight_scale", *names[2:]
+    ]  # fmt: skip
+    assert (experts.ckpt_gate_proj_name, experts.ckpt_up_proj_name) == (gate, up)
+    assert experts.ckpt_down_proj_name == down
 
 
 def test_a_missing_manifest(load, folder):

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 
 from mcmoe_kernels.pruning import prune
 from mcmoe_vllm.plugin import operator
-from mcmoe_vllm.plugin.cache import CacheBudget
 from mcmoe_vllm.plugin.operator import add_layer, prepare_experts
+from mcmoe_vllm.plugin.prepared import CacheBudget
 from mcmoe_vllm.plugin.pruning import LayerPruning
 from tests.helpers.expert_layers import (
     experts_float64,

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm")
 
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plugin.unsupported import LOAD_FORMATS, refuse_flags, refuse_saving
+from mcmoe_vllm.plugin.unsupported import LOAD_FORMATS, refuse_experts, refuse_flags, refuse_saving
 
 pytestmark = pytest.mark.vllm
 
@@ -43,6 +43,27 @@ def load_format(name):
     from vllm.config.load import LoadConfig
 
     return {"load_config": LoadConfig(load_format=name)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "moe", "what"),
+    [
+        ({"apply_router_weight_on_input": True}, {}, "apply_router_weight_on_input"),  # Llama 4
+        ({}, {"activation_situ_beta": 2.0}, "activation_situ_beta"),  # Kimi-K3
+        ({}, {"is_act_and_mul": False}, "without a gate"),  # Nemotron-H
+        ({"e_score_correction_bias": torch.zeros(9)}, {}, "zero experts"),  # LongCat
+        ({"e_score_correction_bias": torch.zeros(8), "swiglu_limit": 10.0}, {}, None),
+    ],
+)
+def test_what_experts_are_asked_for(fake_layer, moe_config, layer, moe, what):
+    asked = fake_layer(8)
+    for name, value in layer.items():
+        setattr(asked, name, value)
+    if what is None:
+        refuse_experts(asked, moe_config(8, **moe), "model.layers.0.mlp.experts")
+        return
+    with pytest.raises(UserError, match=f"model.layers.0.mlp.experts: .*{what}.*without compress"):
+        refuse_experts(asked, moe_config(8, **moe), "model.layers.0.mlp.experts")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ are, 1 and 2 bits in steps of their zeros, with half the scale, and 4 bits, whos
 -15..15, become twice its half plus the remainder, laid side by side along K and multiplied by
 [x, x].
 
-Rounding against `fused_experts_torch`: both products are rounded to x.dtype; "dense" and
-"packed" round each weight to x.dtype, "int4" does not.
+Rounding against `fused_experts_torch`: both products are rounded to x.dtype, and the second one's
+bias with it; "dense" and "packed" round each weight to x.dtype, "int4" does not.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from mcmoe_kernels.activations import activate
 from mcmoe_kernels.formats.format import find
-from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, gated_activation
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
 
 MODES = ("dense", "int4", "packed")
 
@@ -79,7 +80,8 @@ def dense_bytes(layer: ExpertLayer, dtype: torch.dtype) -> int:
     """Bytes that the "dense" mode keeps of a layer."""
     present = sum(layer.present(e) for e in range(layer.num_experts))
     slots = present + (present < layer.num_experts)
-    return slots * 3 * layer.hidden_size * layer.intermediate_size * dtype.itemsize
+    weights = (layer.rows13 + layer.intermediate_size) * layer.hidden_size
+    return slots * weights * dtype.itemsize
 
 
 def int4_supported(layer: ExpertLayer, dtype: torch.dtype) -> bool:
@@ -94,11 +96,11 @@ def int4_supported(layer: ExpertLayer, dtype: torch.dtype) -> bool:
 
 
 def prepare_dense(layer: ExpertLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The present experts' w13 [slots, 2I, H] and w2 [slots, H, I] in dtype, with a last slot of
+    """The present experts' w13 [slots, N, H] and w2 [slots, H, I] in dtype, with a last slot of
     zeros if an expert was dropped."""
     experts = [e for e in range(layer.num_experts) if layer.present(e)]
     slots = len(experts) + (len(experts) < layer.num_experts)
-    rows, columns = 2 * layer.intermediate_size, layer.hidden_size
+    rows, columns = layer.rows13, layer.hidden_size
     w13 = torch.zeros(slots, rows, columns, dtype=dtype)
     w2 = torch.zeros(slots, columns, layer.intermediate_size, dtype=dtype)
     for slot, expert in enumerate(experts):
@@ -123,7 +125,7 @@ def prepare(
     experts = tuple(e for e in range(layer.num_experts) if layer.present(e))
     slots = _slots(layer, experts, len(experts) if mode == "dense" else -1)
     if mode == "dense":
-        layer = replace(layer, w13=_widths_alone(layer.w13), w2=_widths_alone(layer.w2))
+        layer = replace(layer, w13=_without_weights(layer.w13), w2=_without_weights(layer.w2))
         w13, w2 = dense if dense is not None else (None, None)
         return CpuExperts(layer, mode, experts, slots, w13, w2, kernel)
     if mode == "int4":
@@ -184,9 +186,9 @@ def encode_int4(matrices: ExpertMatrices, expert: int) -> Int4Matrix:
     return Int4Matrix(code, pairs.contiguous().to(torch.bfloat16), group_size, 1 if fits else 2)
 
 
-def _widths_alone(matrices: ExpertMatrices) -> ExpertMatrices:
+def _without_weights(matrices: ExpertMatrices) -> ExpertMatrices:
     nothing = (torch.empty(0),) * len(matrices)
-    return ExpertMatrices(matrices.bits, nothing, nothing)
+    return replace(matrices, packed=nothing, scale=nothing)
 
 
 def _slots(layer: ExpertLayer, experts: tuple[int, ...], dropped: int) -> torch.Tensor | None:
@@ -264,16 +266,20 @@ def _grouped(
 
 
 def _expert(x: torch.Tensor, experts: CpuExperts, slot: int) -> torch.Tensor:
-    """act(x @ w13) @ w2 of one expert: [T, H] -> [T, H]."""
-    layer = experts.layer
+    """act(x @ w13) @ w2 of one expert, with its biases: [T, H] -> [T, H]."""
+    if slot == len(experts.experts):  # of those that were dropped
+        return torch.zeros_like(x)
+    layer, expert = experts.layer, experts.experts[slot]
     if experts.mode == "int4":
         w13, w2 = experts.w13[slot], experts.w2[slot]
         if x.shape[0] * max(w13.halves, w2.halves) <= INT4_MAX_ROWS:
-            a = gated_activation(w13.matmul(x).float(), layer.activation).to(x.dtype)
-            return w2.matmul(a)
+            h = layer.w13.add_bias(w13.matmul(x), expert)
+            y = w2.matmul(activate(h, layer.activation).to(x.dtype))
+            return y if layer.w2.bias is None else layer.w2.add_bias(y, expert).to(x.dtype)
     w13, w2 = _dense_weights(experts, slot, x.dtype)
-    a = gated_activation(F.linear(x, w13).float(), layer.activation).to(x.dtype)
-    return F.linear(a, w2)
+    h = layer.w13.add_bias(F.linear(x, w13), expert)
+    bias = None if layer.w2.bias is None else layer.w2.bias[expert].to(x.dtype)
+    return F.linear(activate(h, layer.activation).to(x.dtype), w2, bias)
 
 
 def _dense_weights(

@@ -214,7 +214,7 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
     pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
+    h = activate(gate, up, ACTIVATION).to(DTYPE).to(tl.float32)
     H_BLOCKS: tl.constexpr = BLOCK_N // 2 // H_BLOCK
     h = h.reshape(H_BLOCKS, H_BLOCK, BLOCK_M)
     fixed, scale = to_fixed(h, tl.max(absolute_bits(h), 1)[:, None, :])

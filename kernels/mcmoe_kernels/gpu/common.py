@@ -36,15 +36,45 @@ def by_format(acc, entry, dot, tensors, CUT: tl.constexpr, FORMATS: tl.constexpr
 
 
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """As `mcmoe_kernels.activations.activate`."""
+    LIMIT: tl.constexpr = ACTIVATION.limit
+    if LIMIT is not None:
+        up = at_most(-at_most(-up, LIMIT), LIMIT)
+        if ACTIVATION.limit_after:
+            value = at_most(function_of(gate, ACTIVATION), LIMIT)
+        else:
+            value = function_of(at_most(gate, LIMIT), ACTIVATION)
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+        value = function_of(gate, ACTIVATION)
+    if ACTIVATION.up_offset != 0:
+        up = up + ACTIVATION.up_offset
+    return value * up
+
+
+@triton.jit
+def function_of(x, ACTIVATION: tl.constexpr):
+    FUNCTION: tl.constexpr = ACTIVATION.function
+    if FUNCTION == "silu":
+        if ACTIVATION.alpha == 1:
+            return x / (1.0 + tl.exp(-x))
+        else:
+            return x / (1.0 + tl.exp(x * -ACTIVATION.alpha))
+    elif FUNCTION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif FUNCTION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+    else:
+        tl.static_assert(FUNCTION == "relu2")
+        x = tl.where(x < 0, 0.0, x)
+        return x * x
+
+
+@triton.jit
+def at_most(x, LIMIT: tl.constexpr):
+    """x, cut off at LIMIT; NaN stays NaN, which a minimum would hide."""
+    return tl.where(x > LIMIT, LIMIT, x)
 
 
 @triton.constexpr_function

@@ -198,7 +198,7 @@ def gate_up_block(x, records, block_pair, entry, n_block, h, top_k, CUT: tl.cons
     acc = by_format(nothing, entry, dot_weights, tensors, CUT, FORMATS)
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    value = (activate(gate, ACTIVATION) * up).to(h.dtype.element_ty)
+    value = activate(gate, up, ACTIVATION).to(h.dtype.element_ty)
     store_rows(h, value, pairs, n_block * (BLOCK_N // 2), CUT.rows // 2)
 
 

@@ -187,7 +187,7 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
     at = h + pair * INTERMEDIATE + row // 2 + thread % 32 // 4
     for tile in tl.static_range(TILES):
         gate, up = acc[tile]
-        value = activate(add_parts(gate, CUT), ACTIVATION) * add_parts(up, CUT)
+        value = activate(add_parts(gate, CUT), add_parts(up, CUT), ACTIVATION)
         tl.store(at + tile * 8, value.to(h.dtype.element_ty), mask=gives)
 
 

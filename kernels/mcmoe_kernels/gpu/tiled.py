@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.format import NUMBERS, Format, find
 from mcmoe_kernels.formats.records import BLOCK_COLUMNS, TILE_ROWS, num_steps
 from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
@@ -101,7 +102,7 @@ class TiledLayer:
     w13: TiledMatrices
     w2: TiledMatrices
     lookup: torch.Tensor
-    activation: str = "silu"
+    activation: Activation = Activation()
 
     @property
     def slot_of(self) -> torch.Tensor:
@@ -172,6 +173,10 @@ def why_not_tiled(layer: ExpertLayer) -> list[str]:
             f"intermediate_size must be a multiple of {BLOCK_COLUMNS}, got "
             f"{layer.intermediate_size}"
         )
+    if not layer.activation.gated:
+        problems.append("activations without a gate are for the CPU and plain torch")
+    if layer.w13.bias is not None or layer.w2.bias is not None:
+        problems.append("biases are for the CPU and plain torch")
     if not any(layer.present(e) for e in range(layer.num_experts)):
         problems.append("no expert is held here")
     return problems

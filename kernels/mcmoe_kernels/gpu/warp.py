@@ -413,7 +413,7 @@ def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digit
     for rows in tl.static_range(TILES):
         gate, up = acc[rows]
         gate, up = add_parts(gate, CUT), add_parts(up, CUT)
-        h = (activate(gate, ACTIVATION) * up).to(DTYPE).to(tl.float32)
+        h = activate(gate, up, ACTIVATION).to(DTYPE).to(tl.float32)
         largest = tl.maximum(largest, absolute_bits(h))
         values += (h,)
     together = largest.reshape(SHAPE)

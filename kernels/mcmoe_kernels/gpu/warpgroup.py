@@ -310,7 +310,7 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
     acc = weights_by_format(x, rows, records, entry, n_block * BLOCK_N, CUT, FORMATS)
     alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
     gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    value = activate(gate, ACTIVATION) * up
+    value = activate(gate, up, ACTIVATION)
     store_rows(h, value, places, n_block * (BLOCK_N // 2), INTERMEDIATE, OUT)
 
 
