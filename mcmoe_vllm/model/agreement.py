@@ -79,9 +79,10 @@ def promised_tensors(layout: Layout, quantization: QuantizationConfig | None) ->
     """Name on disk -> what must be there, of a 16-bit checkpoint or an mcmoe one."""
     skeleton = layout.skeleton
     tied = skeleton.head_parameters if skeleton.ties_head else []
+    made = {parameter for parameters in layout.converted.values() for parameter in parameters}
     promised: dict[str, Promise] = {}
     for parameter, shape in skeleton.shapes.items():
-        if parameter in tied or skeleton.is_experts(parameter):
+        if parameter in tied or parameter in made or skeleton.is_experts(parameter):
             continue
         name, (layer, _) = layout.expected_name(parameter), skeleton.split(parameter)
         if layer is None:
@@ -116,6 +117,16 @@ def require_agreement(
     checkpoint: Checkpoint, layout: Layout, quantization: QuantizationConfig | None
 ) -> None:
     """Raises UserError listing what contradicts config.json."""
+    unread = [
+        f"{tensor}, of which transformers makes {' and '.join(parameters)}"
+        for tensor, parameters in layout.converted.items()
+        if any(map(layout.skeleton.is_text, parameters))
+    ]
+    if unread:
+        raise UserError(
+            f"{layout.name} is not supported yet: mcmoe reads each parameter from a tensor of its "
+            f"own, and some are stored in parts or together:{some(unread)}"
+        )
     layers = layout.skeleton.moe_layers
     experts = (layout.is_routed_expert(name) for name in checkpoint.tensors)
     if quantization is None and not any(experts):
@@ -306,7 +317,8 @@ def _unexpected(
     unread = [re.compile(p) for p in (*LEFT_UNREAD, *layout.skeleton.ignored(), *layout.drafts())]
     tied = {layout.stored.get(p) for p in layout.ends} if layout.skeleton.ties_head else set()
     for name in tensors:
-        if name in promised or name in tied or any(p.search(name) for p in unread):
+        known = name in promised or name in tied or name in layout.converted
+        if known or any(p.search(name) for p in unread):
             continue
         yield f"{name} is not expected{_why_unexpected(layout, name, promised)}"
 

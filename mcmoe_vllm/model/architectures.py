@@ -63,6 +63,7 @@ REFUSED = {
     "HYV4ForCausalLM": "its layers hand on several streams of states",
     "Llama4ForCausalLM": "routing weights multiply what its experts are given",
     "Llama4ForConditionalGeneration": "routing weights multiply what its experts are given",
+    "LongcatFlashForCausalLM": "some of its experts hand on what they are given",
     "NemotronHForCausalLM": "its experts have no gate",
 }
 

@@ -49,7 +49,8 @@ class Layout:
     transformers -> tensor, for all but routed experts; place, matrices: of an expert's own tensors
     within a layer, "mlp.experts" and the names of its gate, up and down, or of two as `PAIRED`.
     dense_linears: those that may be int4, by their names in transformers' layer, grouped by the
-    input that they share; dense: the names of their parents, by which vLLM tells them.
+    input that they share; dense: the names of their parents, by which vLLM tells them. converted:
+    tensors that transformers puts together or takes apart -> what becomes of them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Layout:
     dense_linears: tuple[tuple[str, ...], ...]
     dense: tuple[str, ...]
     skeleton: Skeleton = field(repr=False)
+    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def layer_prefix(self, layer: int) -> str:
         """`model.layers.3.`, of every tensor of a decoder layer."""
@@ -194,7 +196,7 @@ def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
     pattern = re.compile(EXPERT.format(matrices))
     experts = [m for m in map(pattern.match, names) if m]
     separate = {m.string for m in experts}
-    stored = _stored_names((n for n in names if n not in separate), skeleton)
+    stored, converted = _stored_names((n for n in names if n not in separate), skeleton)
     layers = _layers_on_disk(stored, skeleton)
     ours = [m for m in experts if m["layer"] == f"{layers}.{m['index']}."]
     place = next(iter(skeleton.experts.values()))
@@ -211,11 +213,15 @@ def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
     ]
     parents = {name.split(".")[-3]: None for name in names16 if name}
     name = skeleton.architecture.name
-    return Layout(name, layers, stored, place, fashion, linears, tuple(parents), skeleton)
+    dense = tuple(parents)
+    return Layout(name, layers, stored, place, fashion, linears, dense, skeleton, converted)
 
 
-def _stored_names(names: Iterable[str], skeleton: Skeleton) -> dict[str, str]:
-    """Parameter of transformers -> tensor on disk, by transformers' own conversion mapping."""
+def _stored_names(
+    names: Iterable[str], skeleton: Skeleton
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Parameter of transformers -> tensor on disk, by transformers' own conversion mapping; and
+    tensors of which some are made to one parameter, or one to several, as `Layout.converted`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -228,17 +234,28 @@ def _stored_names(names: Iterable[str], skeleton: Skeleton) -> dict[str, str]:
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     known = skeleton.model.state_dict()
     prefix = skeleton.model.base_model_prefix
+    several = {
+        source: converter.target_patterns
+        for converter in converters
+        if len(converter.source_patterns) + len(converter.target_patterns) > 2
+        for source in converter.source_patterns
+    }
     found: dict[str, str] = {}
+    converted: dict[str, tuple[str, ...]] = {}
     for name in names:
         plain = name
         for on_disk, module in skeleton.architecture.renames:
             plain = plain.replace(on_disk, module)
-        parameter, _ = rename_source_key(plain, renamings, converters, prefix, known)
+        parameter, source = rename_source_key(plain, renamings, converters, prefix, known)
         # As transformers' loader does where a renaming was not meant for this name.
         parameter = parameter if parameter in known or name not in known else name
-        if parameter in known:
+        if source in several:
+            first, *_ = targets = several[source]
+            before, _, after = parameter.rpartition(first)
+            converted[name] = tuple(f"{before}{target}{after}" for target in targets)
+        elif parameter in known:
             found.setdefault(parameter, name)
-    return found
+    return found, converted
 
 
 def _layers_on_disk(stored: Mapping[str, str], skeleton: Skeleton) -> str:

@@ -202,7 +202,8 @@ class MoeModel:
     def _load_outside(self, wanted: Callable[[str], bool]) -> None:
         """Parameters outside the decoder layers that are wanted and not there yet."""
         skeleton = self.skeleton
-        outside = [p for p in skeleton.shapes if skeleton.split(p)[0] is None and wanted(p)]
+        wider = (p for p in skeleton.shapes if skeleton.split(p)[0] is None)
+        outside = [p for p in wider if skeleton.is_text(p) and wanted(p)]
         missing = [p for p in outside if p not in self._loaded]
         if not missing:
             return

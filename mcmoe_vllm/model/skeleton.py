@@ -122,6 +122,16 @@ class Skeleton:
         layer, _, inside = parameter.removeprefix(f"{self.layers}.").partition(".")
         return int(layer), inside
 
+    @cached_property
+    def text(self) -> str:
+        """What the names of the language model's parameters begin with, but for its head's: other
+        parts, such as a tower for pictures, are copied and never run."""
+        return f"{self.layers.rpartition('.')[0]}."
+
+    def is_text(self, parameter: str) -> bool:
+        ends = (*self.head_parameters, *self.embedding_parameters)
+        return parameter.startswith(self.text) or parameter in ends
+
     def is_experts(self, parameter: str) -> bool:
         """Whether a parameter holds routed experts, or biases of theirs."""
         layer, inside = self.split(parameter)

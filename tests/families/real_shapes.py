@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,8 @@ DTYPES = {
 class Real:
     """A published model. cls, model_type: of transformers; billions: parameters as its makers count
     them, without draft layers; dense: how many layers before the first with experts; settings: of
-    its config, where the class has other defaults; engine: what its config.json has besides."""
+    its config, where the class has other defaults; engine: what its config.json has besides;
+    names: patterns of names that transformers saves wrongly, and what they are on disk."""
 
     name: str
     cls: str
@@ -42,6 +44,7 @@ class Real:
     dense: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[tuple[str, str], ...] = ()
 
 
 LITE = {
@@ -53,6 +56,10 @@ OSS_20B = {"num_hidden_layers": 24, "num_local_experts": 32}
 LFM2_LAYERS = [
     "full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)
 ]  # fmt: skip
+KIMI_K2 = {
+    "n_routed_experts": 384, "first_k_dense_replace": 1, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "vocab_size": 163840,
+}  # fmt: skip
 SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 REAL = {
@@ -76,6 +83,13 @@ REAL = {
     "hy_v3": Real("Hy3", "HYV3ForCausalLM", "hy_v3", 295, 1, engine={"first_k_dense_replace": 1}),
     "minimax_m2": Real("MiniMax-M2", "MiniMaxM2ForCausalLM", "minimax_m2", 229,
                        engine={"scoring_func": "sigmoid"}),
+    "mimo_v2_flash": Real("MiMo-V2-Flash", "MiMoV2FlashForCausalLM", "mimo_v2_flash", 309, 1),
+    "deepseek_v32": Real("DeepSeek-V3.2", "DeepseekV32ForCausalLM", "deepseek_v32", 671, 3,
+                         engine=SIGMOID),
+    "mistral4": Real("Mistral-Small-4", "Mistral4ForCausalLM", "mistral4", 119),
+    "solar_open": Real("Solar-Open-100B", "SolarOpenForCausalLM", "solar_open", 102.6),
+    "kimi_k25": Real("Kimi-K2.5", "Kimi_K25ForConditionalGeneration", "kimi_k25", 1027, 1, KIMI_K2,
+                     names=((r"^(language_model\.model)\.blocks\.", r"\1.layers."),)),
 }  # fmt: skip
 
 
@@ -93,13 +107,16 @@ def write_real(
         model = getattr(transformers, row.cls)._from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True)
     config.architectures, config.dtype = [row.cls], torch.bfloat16
-    settings = {**config.to_dict(), **row.engine}
-    (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str))
+    settings = {**json.loads(config.to_json_string(use_diff=False)), **row.engine}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE_MODEL / name, folder / name)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if ties_head(config) else set()
     state = {n: t for n, t in model.state_dict().items() if n not in tied}
-    write_tensors(folder / FILE, revert_weight_conversion(model, state), fill)
+    stored = revert_weight_conversion(model, state)
+    for pattern, name in row.names:
+        stored = {re.sub(pattern, name, n): t for n, t in stored.items()}
+    write_tensors(folder / FILE, stored, fill)
     return folder
 
 
@@ -112,7 +129,7 @@ def make_config(row: Real, moe_layers: int | None) -> Any:
         settings["num_hidden_layers"] = row.dense + moe_layers
         if "layer_types" in settings:
             settings["layer_types"] = settings["layer_types"][: row.dense + moe_layers]
-    text = {"qwen3_5_moe": "text_config"}.get(row.model_type)
+    text = "text_config" if row.model_type in ("qwen3_5_moe", "kimi_k25") else None
     return transformers.AutoConfig.for_model(
         row.model_type, **({text: settings} if text else settings)
     )
