@@ -18,7 +18,8 @@ class Architecture:
     config.json says; alias: the class in transformers, where config.json names another;
     projections: what checkpoints call gate, up and down of an expert, where that is none of the
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
-    where its own mapping does not say.
+    where its own mapping does not say; tied: whether vLLM's class takes the embedding for the head
+    whatever config.json says.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Architecture:
     projections: tuple[str, str, str] | None = None
     renames: tuple[tuple[str, str], ...] = ()
     alias: str | None = None
+    tied: bool = False
 
 
 ARCHITECTURES = {
@@ -36,6 +38,8 @@ ARCHITECTURES = {
         Architecture("Qwen3MoeForCausalLM"),
         Architecture("OlmoeForCausalLM"),
         Architecture("PhiMoEForCausalLM", alias="PhimoeForCausalLM"),
+        Architecture("Lfm2MoeForCausalLM", tied=True),
+        Architecture("Cohere2MoeForCausalLM", tied=True),
         Architecture("Gemma4ForCausalLM", ("gelu_pytorch_tanh",)),
         Architecture("Gemma4ForConditionalGeneration", ("gelu_pytorch_tanh",)),
     )
