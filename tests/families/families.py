@@ -240,6 +240,7 @@ FAMILIES = {
         "cohere2_moe",
         "Cohere2MoeForCausalLM",
         {**HEADS, **PLAIN, **TIED, "intermediate_size": WIDTH, "num_shared_experts": 1,
+         "logit_scale": 1.0,  # or errors would not show in the logits
          "mlp_layer_types": ["sparse"] * 3,
          "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
         serves=True,

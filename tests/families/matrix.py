@@ -31,7 +31,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ READ_ERROR = 1e-5
 PROMPTS, LENGTH = 4, 200  # longer than the sliding windows
 LIMITS = {"read": 120, "compress": 300, "inspect": 60, "eval": 120, "prune": 180}
 ENGINE_LIMITS = {"plain": 400, "serve": 600}
+TURN = 300  # seconds for which the lock is kept
 FORK = multiprocessing.get_context("fork")
 Result = dict[str, Any]
 
@@ -322,14 +322,16 @@ def run_family(family: str, results: Result, steps: list[str], work: Path) -> No
         print(f"{family} {step}: {results[step]}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def waiting(lock: Path | None) -> Iterator[None]:
-    if lock is None:
-        yield
-        return
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def in_turns(families: list[str], lock: Path | None) -> Iterator[str]:
+    """The families, while this process has the lock, which it lets others have after TURN."""
+    left = list(families)
+    while left:
+        with open(lock or os.devnull, "w") as file:
+            if lock is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            until = time.monotonic() + TURN
+            while left and time.monotonic() < until:
+                yield left.pop(0)
 
 
 def preload(engine: bool) -> None:
@@ -387,6 +389,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--json", type=Path, help="results, kept and completed")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "families")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS, metavar="STEP")
     parser.add_argument("--no-serve", action="store_true", help="start no engine")
     parser.add_argument("--lock", type=Path, help="lock this file while an engine runs")
     arguments = parser.parse_args()
@@ -394,15 +397,13 @@ def main() -> None:
         parser.error(f"no families: {', '.join(sorted(unknown))}; known are {', '.join(FAMILIES)}")
     file = arguments.json
     found = json.loads(file.read_text()) if file and file.exists() else {}
-    preload(engine=not arguments.no_serve)
-    without = [s for s in STEPS if s not in ENGINE_LIMITS]
-    for steps in (without,) if arguments.no_serve else (without, list(ENGINE_LIMITS)):
-        for family in arguments.families:
-            results = found.setdefault(family, {})
-            if all(step in results for step in steps):
-                continue
-            with waiting(arguments.lock if steps != without else None):
-                run_family(family, results, steps, arguments.work / family)
+    steps = [s for s in arguments.steps if not arguments.no_serve or s not in ENGINE_LIMITS]
+    with_engine = [s for s in steps if s in ENGINE_LIMITS]
+    preload(engine=bool(with_engine))
+    for part in ([s for s in steps if s not in ENGINE_LIMITS], with_engine):
+        lock = arguments.lock if part is with_engine else None
+        for family in in_turns(arguments.families, lock):
+            run_family(family, found.setdefault(family, {}), part, arguments.work / family)
             if file:
                 file.write_text(json.dumps(found, indent=2))
     print(table({name: found[name] for name in arguments.families}))
