@@ -22,7 +22,7 @@ from mcmoe_vllm.checkpoint.sizes import size
 from mcmoe_vllm.doctor import Finding, Status, in_one_line, run_doctor
 from mcmoe_vllm.errors import UserError, count
 from mcmoe_vllm.inspection import inspect_checkpoint
-from mcmoe_vllm.model.architectures import find_architecture
+from mcmoe_vllm.model.architectures import find_architecture, why_unsure
 from mcmoe_vllm.model.layout import Layout, find_layout
 from mcmoe_vllm.model.packed import with_original_names
 from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
@@ -126,6 +126,8 @@ def _ask_architecture(folder: Folder) -> Answer:
             f"{' or '.join(names.activations)}: do not serve it; compress the original model, "
             "whose config.json says what its experts compute"
         )
+    if unsure := why_unsure(names.name):
+        return "warning", unsure
     return "ok", f"{names.name}, {activation}: vLLM computes the same"
 
 

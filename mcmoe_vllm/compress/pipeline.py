@@ -46,6 +46,7 @@ from mcmoe_vllm.compress.significance import LayerSignificance
 from mcmoe_vllm.compress.workdirectory import WorkDirectory, moved_into, require_startable
 from mcmoe_vllm.disk import explain_os_errors, read_json, write_json
 from mcmoe_vllm.errors import UserError, count
+from mcmoe_vllm.model.architectures import why_unsure
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.places import output_folder, require_apart, require_result, work_folder
 from mcmoe_vllm.plan import Plan
@@ -138,7 +139,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         require_undecided(options, given)
         options = _with_plan(options, given)
     with Progress() as progress:
-        model = _open_model(options)
+        model = _open_model(options, progress)
         require_apart(output, folder, model.checkpoint.path)
         _announce_left_out(model.checkpoint.path, options, progress)
         if given is not None:
@@ -204,12 +205,14 @@ def _open(
     options: QuantizeOptions, progress: Progress, allocates: bool = True
 ) -> tuple[MoeModel, torch.Tensor]:
     """The model and its calibration windows. allocates: whether the budget has to be possible."""
-    model = _open_model(options, allocates)
+    model = _open_model(options, progress, allocates)
     return model, _read_text(options, model.checkpoint, model.config, progress)
 
 
-def _open_model(options: QuantizeOptions, allocates: bool = True) -> MoeModel:
+def _open_model(options: QuantizeOptions, progress: Progress, allocates: bool = True) -> MoeModel:
     model = open_source(options)
+    if unsure := why_unsure(model.name):
+        progress.say(unsure)
     candidates = sorted(options.traits.candidate_bits)
     parse_pins(options.pins, model.moe_layers, model.num_experts, candidates)
     if options.target_drop is not None:

@@ -1,7 +1,7 @@
 """What transformers does not say of a family: what vLLM computes of it.
 
 A family needs no row to be read: `model.skeleton` and `model.layout` find everything in
-transformers' modules. A row corrects what cannot be found there.
+transformers' modules. A row corrects what cannot be found there. TESTED says what is known to hold.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Architecture:
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
     where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
     not read from config.json; paired: whether that class takes gate and up of an expert as one
-    tensor; dense: whether it asks for the linears of attention by the names on disk.
+    tensor; dense: whether it asks for the linears of attention by the names on disk; tied: whether
+    it takes the embedding for the head whatever config.json says.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Architecture:
     gating: Gating | None = None
     paired: bool = False
     dense: bool = True
+    tied: bool = False
 
 
 ARCHITECTURES = {
@@ -43,6 +45,8 @@ ARCHITECTURES = {
         Architecture("Qwen3MoeForCausalLM"),
         Architecture("OlmoeForCausalLM"),
         Architecture("PhiMoEForCausalLM", alias="PhimoeForCausalLM"),
+        Architecture("Lfm2MoeForCausalLM", tied=True),
+        Architecture("Cohere2MoeForCausalLM", tied=True),
         Architecture("Gemma4ForCausalLM", ("gelu_pytorch_tanh",)),
         Architecture("Gemma4ForConditionalGeneration", ("gelu_pytorch_tanh",)),
         Architecture(
@@ -68,6 +72,65 @@ REFUSED = {
 }
 
 
+END_TO_END = "end to end"  # vLLM served the compressed model, and computed what our own run does
+BY_LAYER = "by layer"  # read, compressed, evaluated and pruned
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was tested of a class, with a small random model: `python -m tests.families.matrix`.
+    family: as people call it."""
+
+    family: str
+    level: str = END_TO_END
+
+
+TESTED = {
+    "MixtralForCausalLM": Trial("Mixtral"),
+    "Qwen2MoeForCausalLM": Trial("Qwen2-MoE"),
+    "Qwen3MoeForCausalLM": Trial("Qwen3-MoE"),
+    "OlmoeForCausalLM": Trial("OLMoE"),
+    "DeepseekV2ForCausalLM": Trial("DeepSeek-V2", BY_LAYER),
+    "DeepseekV3ForCausalLM": Trial("DeepSeek-V3, R1, V3.1, Kimi-K2", BY_LAYER),
+    "DeepseekV32ForCausalLM": Trial("DeepSeek-V3.2", BY_LAYER),
+    "Glm4MoeForCausalLM": Trial("GLM-4.5 to 4.7"),
+    "Glm4MoeLiteForCausalLM": Trial("GLM-4.7-Flash", BY_LAYER),
+    "Qwen3NextForCausalLM": Trial("Qwen3-Next", BY_LAYER),
+    "Qwen3_5MoeForCausalLM": Trial("Qwen3.5-MoE, its text model", BY_LAYER),
+    "PhiMoEForCausalLM": Trial("Phi-3.5-MoE", BY_LAYER),
+    "Ernie4_5_MoeForCausalLM": Trial("ERNIE-4.5"),
+    "Lfm2MoeForCausalLM": Trial("LFM2-MoE", BY_LAYER),
+    "HYV3ForCausalLM": Trial("Hy3", BY_LAYER),
+    "MiniMaxM2ForCausalLM": Trial("MiniMax-M2", BY_LAYER),
+    "Gemma4ForCausalLM": Trial("Gemma 4, its text model", BY_LAYER),
+    "GraniteMoeForCausalLM": Trial("Granite 3", BY_LAYER),
+    "GraniteMoeHybridForCausalLM": Trial("Granite 4-H", BY_LAYER),
+    "HunYuanMoEV1ForCausalLM": Trial("Hunyuan-A13B", BY_LAYER),
+    "Dots1ForCausalLM": Trial("dots.llm1", BY_LAYER),
+    "LagunaForCausalLM": Trial("Laguna", BY_LAYER),
+    "MiMoV2FlashForCausalLM": Trial("MiMo-V2-Flash", BY_LAYER),
+    "ExaoneMoeForCausalLM": Trial("EXAONE-MoE", BY_LAYER),
+    "AfmoeForCausalLM": Trial("AFMoE", BY_LAYER),
+    "SolarOpenForCausalLM": Trial("Solar-Open", BY_LAYER),
+    "Cohere2MoeForCausalLM": Trial("Cohere2-MoE", BY_LAYER),
+    "FlexOlmoForCausalLM": Trial("FlexOlmo", BY_LAYER),
+    "JambaForCausalLM": Trial("Jamba", BY_LAYER),
+}
+
+
+def why_unsure(name: str) -> str | None:
+    """What a user should know before trusting a class, or None."""
+    tested = TESTED.get(name)
+    if tested is None:
+        return (
+            f"{name} was never tested: it is read by what transformers says of it. Compare `mcmoe "
+            "eval` and the served model with the 16-bit one before you rely on it"
+        )
+    if tested.level == BY_LAYER:
+        return f"{name} was tested up to serving, which is not known to be right"
+    return None
+
+
 def find_architecture(config: dict[str, Any]) -> Architecture:
     """The row for a config.json, or an empty one for a family that has none.
 
@@ -85,5 +148,5 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
         return Architecture(names[0])
     raise UserError(
         f"{what} is not a Mixture-of-Experts model: its config.json names no experts. "
-        f"Tried are {', '.join(sorted(ARCHITECTURES))}."
+        f"Tested are {', '.join(sorted(TESTED))}."
     )

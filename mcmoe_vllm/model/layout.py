@@ -249,7 +249,7 @@ def _stored_names(
         parameter, source = rename_source_key(plain, renamings, converters, prefix, known)
         # As transformers' loader does where a renaming was not meant for this name.
         parameter = parameter if parameter in known or name not in known else name
-        if source in several:
+        if source in several and parameter in known:
             first, *_ = targets = several[source]
             before, _, after = parameter.rpartition(first)
             converted[name] = tuple(f"{before}{target}{after}" for target in targets)

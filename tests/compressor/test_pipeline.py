@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from mcmoe_vllm.compress.pipeline import measure, plan, quantize, sweep
 from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.inspection import inspect_checkpoint
+from mcmoe_vllm.model import architectures
 from mcmoe_vllm.model.agreement import open_layout
+from mcmoe_vllm.model.architectures import BY_LAYER, TESTED, Trial
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, sample_windows
@@ -37,6 +40,22 @@ def options(model, output, text, **changes):
 
 def shard_bytes(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("tested", "said"),
+    [
+        ({}, "MixtralForCausalLM was never tested"),
+        ({"MixtralForCausalLM": Trial("Mixtral", BY_LAYER)}, "was tested up to serving"),
+        (TESTED, None),
+    ],
+)
+def test_a_family_that_nobody_tested_is_announced_once(tiny_models, monkeypatch, tested, said):
+    monkeypatch.setattr(architectures, "TESTED", tested)
+    notes = []
+    asked = options(tiny_models("mixtral"), "out", "text.jsonl")
+    pipeline._open_model(asked, SimpleNamespace(say=notes.append))
+    assert len(notes) == (said is not None) and all(said in note for note in notes)
 
 
 @pytest.mark.sampled(2)

@@ -4,11 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from mcmoe_vllm.model.architectures import TESTED
 from tests import lint_pages
 from tests.lint_pages import MAX_README_WORDS, ROOT
 
 README = (ROOT / "README.md").read_text()
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+
+
+def test_pages_say_which_families_were_tested() -> None:
+    """As TESTED does, no more and no less; the README counts those beside the four it names."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = [f"| {row.family} | {name} | {row.level} |" for name, row in TESTED.items()]
+    table = page.partition("| family | class | tested |\n|---|---|---|\n")[2]
+    assert table.partition("\n\n")[0].splitlines() == rows
+    assert f"OLMoE; {len(TESTED) - 4} families more as small random models" in README
 
 
 def test_readme_is_short() -> None:
