@@ -24,7 +24,7 @@ from tests.helpers.checkpoints import make_checkpoint
 Damage = Callable[[Path], object]
 Tensors = dict[str, tuple[dict[str, Any], bytes]]
 
-SOUND, PRUNED = "sound", "a sound pruning table"
+SOUND, PRUNED, FLIPPED = "sound", "a sound pruning table", "a bit of a shard"
 WIDTHS = "3210"  # of the experts, the last of them dropped
 NORM = "layers.1.input_layernorm.weight"
 ROUTER = "layers.1.block_sparse_moe.gate.weight"
@@ -231,7 +231,7 @@ DAMAGES: dict[str, Damage] = {
     SOUND: lambda folder: None,
     PRUNED: put_pruning(),
     "norm as F16": change_tensor(NORM, as_dtype("F16")),
-    "norm as F16, signed": signed_tensor(NORM, as_dtype("F16")),
+    "codes as F32, signed": signed_tensor(CODES, as_dtype("F32")),
     "router as F16": change_tensor(ROUTER, as_dtype("F16")),
     "codes as F32": change_tensor(CODES, as_dtype("F32")),
     "scales as BF16": change_tensor(SCALES, as_dtype("BF16")),
@@ -253,7 +253,7 @@ DAMAGES: dict[str, Damage] = {
     "scales NaN, signed": signed_tensor(SCALES, fill(0x7E00, 1)),
     "scales negative, signed": signed_tensor(SCALES, fill(0xBC00, 1)),
     "expert zeros out of range, signed": signed_tensor(EXPERT_SCALES, fill(0xFA00, 4)),
-    "a bit of a shard": flip_bit,
+    FLIPPED: flip_bit,
     "a shard cut": cut_shard,
     "a shard absent": drop_shard,
     "index names ../x": put_index(lambda _: "../x.safetensors"),
