@@ -178,7 +178,7 @@ def damage_bytes(folder: Path, rng: Random) -> str:
 def drop_tensor(folder: Path, rng: Random) -> str:
     """A tensor less, or one more, with headers and index that agree."""
     shard = _shard(folder, rng)
-    tensors = _split(shard)
+    tensors = split_shard(shard)
     name = rng.choice(sorted(tensors))
     how = rng.choice(("drop", "drop", "add", "rename", "other dtype", "other shape"))
     entry, data = tensors[name]
@@ -261,7 +261,7 @@ def make_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _split(shard: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
+def split_shard(shard: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
     header, data = read_shard(shard)
     return {n: (e, data[slice(*e["data_offsets"])]) for n, e in header.items()}
 
