@@ -196,7 +196,7 @@ class MoeModel:
 
     def head(self, window: torch.Tensor) -> torch.Tensor:
         """Final hidden states [L, H] to float32 logits [L, vocabulary]; gradients may flow."""
-        self._load_outside(lambda parameter: parameter not in self.skeleton.embedding_parameters)
+        self._load_outside(lambda parameter: parameter not in self.skeleton.only_for_tokens)
         return self._finish(window.unsqueeze(0)).squeeze(0).float()
 
     def _load_outside(self, wanted: Callable[[str], bool]) -> None:
@@ -253,7 +253,7 @@ class MoeModel:
         """What transformers hands to a layer with a block of so many windows."""
         windows = block.shape[0]
         if windows not in self._arguments:
-            ends = (*self.skeleton.head_parameters, *self.skeleton.embedding_parameters)
+            ends = (*self.skeleton.head_parameters, *self.skeleton.only_for_tokens)
             self._load_outside(lambda parameter: parameter not in ends)
             given = self._pass_through(inputs_embeds=block)
             self._arguments[windows] = [arguments for arguments, _ in given]

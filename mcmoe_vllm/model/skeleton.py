@@ -128,6 +128,12 @@ class Skeleton:
         parts, such as a tower for pictures, are copied and never run."""
         return f"{self.layers.rpartition('.')[0]}."
 
+    @property
+    def only_for_tokens(self) -> list[str]:
+        """Parameters that a run on states does without: the embedding's, but not in a wrapper,
+        which looks among the states for the embedding of a picture's place."""
+        return self.embedding_parameters if self.config is self.text_config else []
+
     def is_text(self, parameter: str) -> bool:
         ends = (*self.head_parameters, *self.embedding_parameters)
         return parameter.startswith(self.text) or parameter in ends

@@ -43,6 +43,14 @@ MAMBA = {
 }  # fmt: skip
 
 
+# Tokens that stand for a picture or a sound.
+PLACES = {"image_token_id": 8000, "video_token_id": 8001, "audio_token_id": 8002}
+TOWER = {
+    "depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+    "out_hidden_size": HIDDEN, "num_position_embeddings": 64,
+}  # fmt: skip
+
+
 def count(name: str, top_k: str = "num_experts_per_tok") -> dict[str, int]:
     return {name: EXPERTS, top_k: TOP_K}
 
@@ -52,7 +60,8 @@ class Family:
     """model_type, cls: of transformers; settings: of its config; engine: what config.json needs
     besides; serves: whether vLLM 0.32 runs the plain model on a CPU; spread: how wide the experts'
     random gates and ups are, or a limit to them would not show; launch: arguments for vLLM's LLM
-    without which it computes something else there."""
+    without which it computes something else there; vision: settings of its tower for pictures,
+    where the class has one."""
 
     model_type: str
     cls: str
@@ -61,6 +70,7 @@ class Family:
     serves: bool = False
     spread: float = 0.05
     launch: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] | None = None
 
 
 ROUTED, LOCAL, PLAIN = count("n_routed_experts"), count("num_local_experts"), count("num_experts")
@@ -68,6 +78,13 @@ SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GROUPS = {"n_group": 1, "topk_group": 1}
 FIRST_DENSE = {"first_k_dense_replace": 1}
 SHARED = {"n_shared_experts": 1}
+
+GEMMA4 = {
+    **HEADS, **count("num_experts", "top_k_experts"), **DENSE, "enable_moe_block": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": 8192, "hidden_size_per_layer_input": 0, "global_head_dim": 64,
+    "num_global_key_value_heads": 2, "sliding_window": 128, "num_kv_shared_layers": 0,
+}  # fmt: skip
 
 FAMILIES = {
     "qwen2_moe": Family(
@@ -134,6 +151,19 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", {**HEADS, **LINEAR, **PLAIN, **DENSE}
     ),
+    "qwen3_5_moe_vision": Family(
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        {**HEADS, **LINEAR, **PLAIN, **DENSE},
+        vision=TOWER,
+    ),
+    "qwen3_vl_moe": Family(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        {**HEADS, **PLAIN, **DENSE, "rope_parameters": {"rope_type": "default",
+         "rope_theta": 10000.0, "mrope_section": [12, 10, 10]}},
+        vision={**TOWER, "deepstack_visual_indexes": [0]},
+    ),
     "phimoe": Family(
         "phimoe",
         "PhimoeForCausalLM",
@@ -167,15 +197,16 @@ FAMILIES = {
         {**HEADS, **LOCAL, "intermediate_size": WIDTH, "rotary_dim": 32},
         {"scoring_func": "sigmoid", "use_routing_bias": True},
     ),
-    "gemma4": Family(
-        "gemma4_text",
-        "Gemma4ForCausalLM",
-        {**HEADS, **count("num_experts", "top_k_experts"), **DENSE, "enable_moe_block": True,
-         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-         "vocab_size_per_layer_input": 8192, "hidden_size_per_layer_input": 0,
-         "global_head_dim": 64, "num_global_key_value_heads": 2, "sliding_window": 128,
-         "num_kv_shared_layers": 0},
-        serves=True,
+    "gemma4": Family("gemma4_text", "Gemma4ForCausalLM", GEMMA4, serves=True),
+    "gemma4_vision": Family(
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        GEMMA4,
+        vision={
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+            "global_head_dim": 32,
+        },
     ),
     "granitemoe": Family(
         "granitemoe",
@@ -280,6 +311,8 @@ def make_config(name: str, **settings: Any) -> Any:
 
     family = FAMILIES[name]
     values = {**BASE, **family.settings, **settings}
+    if family.vision is not None:
+        values = {"text_config": values, "vision_config": family.vision, **PLACES}
     return transformers.CONFIG_MAPPING[family.model_type](**values, architectures=[family.cls])
 
 
