@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
 
 from layers import (  # noqa: E402
+    OTHERS,
+    PLAIN_SHAPES,
     SHAPES,
     MixedMatrices,
     Route,
@@ -37,6 +39,7 @@ from layers import (  # noqa: E402
     random_routes,
     touched_bits,
     touched_bytes,
+    traits_of,
 )
 from peers import PEERS, use_tuned_files  # noqa: E402
 from timing import copy_bandwidth, matrix_peak, time_call  # noqa: E402
@@ -69,7 +72,9 @@ def main() -> None:
         rows = sweep(arguments, head)
     else:
         if set(PEERS) & set(arguments.kernels):
-            head["tuned_files"] = use_tuned_files([(SHAPES[s][0], SHAPES[s][3]) for s in SHAPES])
+            head["tuned_files"] = use_tuned_files(
+                [(SHAPES[s][0], SHAPES[s][3]) for s in PLAIN_SHAPES]
+            )
         rows = compare(arguments, head)
     for row in rows:  # each is written as soon as it is measured
         show(row)
@@ -193,10 +198,12 @@ def compile_one(job: tuple[str, int, int | None, type], config: Config | None = 
     table = torch.zeros(len(widths), dtype=torch.int32, device="cuda")
     # No pair has a slot, so nothing is read and nothing but the number of slots must be right.
     padded = widths + widths[-1:] * (experts - len(widths))
-    matrices = [kind(n, k, 128, padded, empty, table)
-                for n, k in ((2 * intermediate, hidden), (hidden, intermediate))]  # fmt: skip
+    traits = traits_of(shape)
+    bias = torch.zeros(64, dtype=torch.bfloat16, device="cuda") if traits.biases else None
+    sizes = (traits.activation.rows * intermediate, hidden), (hidden, intermediate)
+    matrices = [kind(n, k, traits.group_size, padded, empty, table, bias=bias) for n, k in sizes]
     lookup = torch.full((experts, 4), -1, dtype=torch.int32, device="cuda")
-    layer = TiledLayer(hidden, intermediate, *matrices, lookup)
+    layer = TiledLayer(hidden, intermediate, *matrices, lookup, traits.activation)
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
     ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device="cuda")
     fused_experts(x, layer, torch.zeros(ids.shape, device="cuda"), ids, config)
@@ -241,7 +248,7 @@ def read(*command: str) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=PLAIN_SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--kernels", nargs="+", default=[*PEERS, OURS], choices=[*PEERS, OURS])
     parser.add_argument("--routes", type=int)
@@ -253,6 +260,9 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.jsonl"
     )
     arguments = parser.parse_args()
+    alone = sorted(OTHERS.keys() & set(arguments.shapes))
+    if alone and not arguments.sweep and set(PEERS) & set(arguments.kernels):
+        parser.error(f"no peer here computes the experts of {', '.join(alone)}: --kernels {OURS}")
     arguments.tokens = arguments.tokens or list(SWEEP_TOKENS if arguments.sweep else TOKENS)
     arguments.routes = arguments.routes or (4 if arguments.sweep else 64)
     return arguments

@@ -1,4 +1,4 @@
-"""Compare what ptxas says of kernels before and after a change, GPU or not.
+"""Compare kernels before and after a change, GPU or not: their code, and what ptxas says of them.
 
     python tests/kernels/compile_variants.py DEVICE CAPABILITY --all > before.jsonl
     (the same on the change)                                         > after.jsonl
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 KEPT = ("kernel", "capability")
-COMPARED = ("registers", "spilled_bytes", "shared_bytes")
+COMPARED = ("registers", "spilled_bytes", "shared_bytes", "ptx")
 
 
 def main() -> int:

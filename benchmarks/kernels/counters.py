@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from bench import ROOT, about
-from layers import SHAPES, random_layer, random_routes
+from layers import PLAIN_SHAPES, SHAPES, random_layer, random_routes
 from timing import flush
 
 from mcmoe_kernels.gpu.choice import LayerShape, choose_config, dump_config
@@ -95,7 +95,7 @@ def run_layer(shape: str, tokens: int) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=PLAIN_SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 4096])
     parser.add_argument("--commit", help="recorded if the checkout has no git folder")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mcmoe_kernels.activations import Activation
 from mcmoe_kernels.formats.format import find
 from mcmoe_kernels.formats.packing import pack_scale
 from mcmoe_kernels.formats.records import TILE_ROWS, meta_bytes
@@ -23,10 +24,30 @@ SHAPES = {
     "mixtral-8x7b": (8, 2, 4096, 14336),
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "deepseek-v2-lite": (64, 6, 2048, 1408),
+    "gpt-oss-20b": (32, 4, 2880, 2880),
 }
-GROUP_SIZE = 128
 MIXED = (1, 2, 2, 3, 3, 3, 3, 3)  # 2.5 bits on average
 MEAN_BITS, TOLERANCE = 2.5, 0.05
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What experts have beside a shape."""
+
+    group_size: int = 128
+    activation: Activation = Activation("silu")
+    biases: bool = False
+
+
+# Of the shapes whose experts peers do not compute.
+OTHERS = {
+    "gpt-oss-20b": Traits(64, Activation("silu", limit=7.0, alpha=1.702, up_offset=1.0), True),
+}
+PLAIN_SHAPES = [shape for shape in SHAPES if shape not in OTHERS]
+
+
+def traits_of(shape: str) -> Traits:
+    return OTHERS.get(shape, Traits())
 
 
 class MixedMatrices(TiledMatrices):
@@ -50,26 +71,33 @@ def random_layer(
     experts, _, hidden, intermediate = SHAPES[shape]
     widths = tuple(sorted((bits or MIXED[e % len(MIXED)] for e in range(experts)), reverse=True))
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
-    w13 = random_matrices(2 * intermediate, hidden, widths, kind)
-    w2 = random_matrices(hidden, intermediate, widths, kind)
-    return TiledLayer(hidden, intermediate, w13, w2, look_up(order.cuda(), w13, w2))
+    traits = traits_of(shape)
+    w13 = random_matrices(traits.activation.rows * intermediate, hidden, widths, kind, traits)
+    w2 = random_matrices(hidden, intermediate, widths, kind, traits)
+    lookup = look_up(order.cuda(), w13, w2)
+    return TiledLayer(hidden, intermediate, w13, w2, lookup, traits.activation)
 
 
-def random_matrices(rows: int, columns: int, widths: tuple[int, ...], kind: type) -> TiledMatrices:
+def random_matrices(
+    rows: int, columns: int, widths: tuple[int, ...], kind: type, traits: Traits
+) -> TiledMatrices:
+    group_size = traits.group_size
     starts = [0]
     for b in widths:
-        starts.append(starts[-1] + matrix_bytes(rows, columns, b, GROUP_SIZE))
+        starts.append(starts[-1] + matrix_bytes(rows, columns, b, group_size))
     records = torch.randint(-128, 128, (starts[-1],), dtype=torch.int8, device="cuda")
     for i, b in enumerate(widths):
-        record = records[starts[i] : starts[i + 1]].view(-1, find(b).record_bytes(GROUP_SIZE))
-        # Scales of about 0.01, zeros of 1, of two tiles a row.
-        scale = torch.rand(len(record), 2 * TILE_ROWS, device="cuda").mul(0.01).add(0.001)
+        record = records[starts[i] : starts[i + 1]].view(-1, find(b).record_bytes(group_size))
+        # Scales of about 0.01, zeros of 1, of the groups of a step.
+        words = 256 // group_size * TILE_ROWS
+        scale = torch.rand(len(record), words, device="cuda").mul(0.01).add(0.001)
         zero = torch.full_like(scale, 0.5 if b == 1 else 1)
-        words = pack_scale(scale.bfloat16(), zero, b)
-        record[:, : meta_bytes(GROUP_SIZE)] = words.view(torch.int8)
+        meta = pack_scale(scale.bfloat16(), zero, b)
+        record[:, : meta_bytes(group_size)] = meta.view(torch.int8)
     table = [start // 256 * 8 + b for start, b in zip(starts, widths, strict=False)]
     table = torch.tensor(table, dtype=torch.int32, device="cuda")
-    return kind(rows, columns, GROUP_SIZE, widths, records, table)
+    bias = torch.randn(len(widths), rows, device="cuda").bfloat16() if traits.biases else None
+    return kind(rows, columns, group_size, widths, records, table, bias=bias)
 
 
 def active_slots(layer: TiledLayer, route: Route) -> list[int]:

@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
 
 from bench import SWEEP_TOKENS, compile_one  # noqa: E402
-from layers import SHAPES, Route, random_layer, random_routes  # noqa: E402
+from layers import PLAIN_SHAPES, SHAPES, Route, random_layer, random_routes  # noqa: E402
 from timing import time_call  # noqa: E402
 
 from mcmoe_kernels.gpu.choice import (  # noqa: E402
+    SIZES,
     Config,
     DecodeConfig,
     LayerShape,
@@ -162,7 +163,8 @@ def tune(shapes: list[str], tokens: list[int], routes: int) -> list[dict]:
             best[m] = timed[0][2]
             line = "  ".join(f"{t:.1f} {tuple(c.__dict__.values())}" for t, _, c in timed[:3])
             print(f"{shape} {m}: {line}", file=sys.stderr, flush=True)
-        entry = shape_of(layer, SHAPES[shape][1]).__dict__
+        measured = shape_of(layer, SHAPES[shape][1])
+        entry = {name: getattr(measured, name) for name in (*SIZES, "group_size")}
         out.append({**entry, "tokens": {str(m): dump_config(c) for m, c in best.items()}})
         del layer
         torch.cuda.empty_cache()
@@ -178,7 +180,7 @@ def measure(layer, routes: list[Route], tokens: int, config: Config) -> float:
 def main() -> None:
     name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=PLAIN_SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(SWEEP_TOKENS))
     parser.add_argument("--routes", type=int, default=8)
     parser.add_argument(

@@ -34,15 +34,13 @@ def prepare_on_gpu(
     from mcmoe_kernels.gpu.tiled import tile_layer
 
     tiled = tile_layer(layer)
-    tensors = tuple(t for m in (tiled.w13, tiled.w2) for t in (m.records, m.table))
-    tensors += (tiled.lookup,)
     if pruning is None or pruning.renormalize:  # the kernels leave weights as they are
         warm_up(tiled, top_k, dtype)
         prepared = PreparedExperts(
             "Triton kernels",
             lambda x, weights, ids: fused_experts(x, tiled, weights, ids),
             keeps_packed=False,
-            tensors=tensors,
+            tensors=tiled.tensors,
         )
         return add_pruning(prepared, pruning)
     ratio, counts = pruning.ratio, pruning.counts
@@ -55,7 +53,7 @@ def prepare_on_gpu(
             counts.show()
         return out
 
-    return PreparedExperts("Triton kernels", compute, keeps_packed=False, tensors=tensors)
+    return PreparedExperts("Triton kernels", compute, keeps_packed=False, tensors=tiled.tensors)
 
 
 def why_not_triton(layer: ExpertLayer, dtype: torch.dtype) -> list[str]:

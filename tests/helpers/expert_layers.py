@@ -7,7 +7,7 @@ import torch
 
 from mcmoe_kernels.activations import Activation, activate
 from mcmoe_kernels.formats.packing import pack, pack_scale
-from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices
+from mcmoe_kernels.layer import ExpertLayer, ExpertMatrices, local_ids
 
 SILU = Activation("silu")
 GPT_OSS = Activation("silu", limit=7.0, alpha=1.702, up_offset=1.0)
@@ -59,7 +59,8 @@ def random_layer(
 
 
 def random_bias(matrices: ExpertMatrices, seed: int) -> torch.Tensor:
-    """bfloat16 [experts, N], about as large as what is added to; NaN for dropped experts."""
+    """bfloat16 [experts, N] that every 16-bit format holds, about as large as what it is added to;
+    NaN for dropped experts."""
     rows = matrices.packed[0].shape[0]
     generator = torch.Generator().manual_seed(seed)
     bias = torch.randn(len(matrices), rows, generator=generator).mul(4).bfloat16()
@@ -99,9 +100,7 @@ def experts_float64(
     x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
     """Expert by expert in float64, with exact weights."""
-    ids = topk_ids.long()
-    if layer.expert_map is not None:
-        ids = torch.where(ids >= 0, layer.expert_map.long()[ids.clamp(min=0)], -1)
+    ids = local_ids(topk_ids, layer.expert_map)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for expert in range(layer.num_experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -120,9 +119,10 @@ def experts_rounded(
     x: torch.Tensor, layer: ExpertLayer, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
     """What plain torch gives on weights dequantized to x.dtype: the error that is granted."""
+    ids = local_ids(topk_ids, layer.expert_map)
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in range(layer.num_experts):
-        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        token, slot = (ids == expert).nonzero(as_tuple=True)
         if not token.numel() or not layer.present(expert):
             continue
         w13, w2 = (m.dequantize(expert).to(x.dtype) for m in (layer.w13, layer.w2))

@@ -1,18 +1,24 @@
 """Compile kernels for GPUs that are not here and print what ptxas says of them, as JSON lines.
 
-`python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [KIND ...] [--all]`: of a table
+`python compile_variants.py DEVICE CAPABILITY[,CAPABILITY] [KIND | MODEL ...] [--all]`: of a table
 (`choice`) one configuration of each KIND, else of each kind and the quantizer's kernels or, with
---all, every one. A process of its own: kernels that the interpreter has taken over cannot be
-compiled.
+--all, every one; of a MODEL whose experts compute something else, what it takes of the table. A
+process of its own: kernels that the interpreter has taken over cannot be compiled.
 """
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+# Code is compared by its text, which is not to name lines of files.
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 import triton
 import triton.language as tl
@@ -31,6 +37,7 @@ from mcmoe_kernels.gpu.choice import (
     SingleConfig,
     WarpConfig,
     WarpgroupConfig,
+    configs_for,
     read_table,
 )
 from mcmoe_kernels.gpu.common import combine_kernel, launch_options
@@ -41,8 +48,8 @@ FORMATS = kernel_formats((find(1), find(2), find(3)))
 TYPES = {
     "digits": "*i8", "h_digits": "*i8", "records": "*i8", "x_meta": "*fp32", "h_meta": "*fp32",
     "block_info": "*i32", "block_pair": "*i32", "parts": "*fp32", "pairs_total": "i32",
-    "x": "*bf16", "h": "*bf16", "y": "*bf16", "blocks": "i32", "ids": "*i32", "lookup": "*i32",
-    "scratch": "*i32", "pairs": "i32", "out": "*bf16",
+    "x": "*bf16", "h": "*bf16", "y": "*bf16", "bias": "*bf16", "blocks": "i32", "ids": "*i32",
+    "lookup": "*i32", "scratch": "*i32", "pairs": "i32", "out": "*bf16",
     "topk_weights": "*fp32", "top_k": "i32", "ratio": "fp32", "kept_ids": "*i32",
     "counts": "*i64", "ended": "*i32",
     **dict.fromkeys(("w", "importance", "shrinks", "max_codes", "zero_steps", "scale", "zero",
@@ -53,12 +60,48 @@ TYPES = {
 }  # fmt: skip
 
 
-def variants(shape: LayerShape, config, capability: int):
+@dataclass(frozen=True)
+class Layer:
+    """What kernels are compiled for, but a configuration. group_sizes: of w13 and w2."""
+
+    shape: LayerShape
+    activation: Activation = Activation("silu")
+    biases: bool = False
+    group_sizes: tuple[int, int] = (128, 128)
+
+    @property
+    def sizes(self):
+        """As `TiledLayer.sizes`."""
+        shape = self.shape
+        rows13 = shape.rows * shape.intermediate_size
+        return rows13, shape.hidden_size, shape.intermediate_size, self.group_sizes
+
+
+MODELS = {
+    "gpt-oss-20b": Layer(
+        LayerShape(32, 4, 2880, 2880, group_size=64),
+        Activation("silu", limit=7.0, alpha=1.702, up_offset=1.0),
+        biases=True,
+        group_sizes=(64, 64),
+    ),
+    "step-3.5": Layer(
+        LayerShape(288, 8, 4096, 1280), Activation("silu", limit=7.0, limit_after=True)
+    ),
+    "nemotron-3-nano": Layer(
+        LayerShape(128, 6, 2688, 1856, rows=1, group_size=64),
+        Activation("relu2", gated=False),
+        group_sizes=(128, 64),
+    ),
+}
+
+
+def variants(layer: Layer, config, capability: int):
     """(name, kernel, constants, options) of each launch of a configuration."""
-    hidden, inter, pdl = shape.hidden_size, shape.intermediate_size, capability >= 90
-    sizes = (hidden, inter, (128, 128))
+    shape, sizes, pdl = layer.shape, layer.sizes, capability >= 90
+    hidden = shape.hidden_size
+    bias = {} if layer.biases else {"bias": None}
     common = {"FORMATS": FORMATS, "PDL": pdl}
-    first = {**common, "ACTIVATION": Activation("silu")}
+    first = {**common, **bias, "ACTIVATION": layer.activation}
     if isinstance(config, PrefillConfig | WarpgroupConfig):
         options = {"num_warps": config.warps}
         if config.registers:
@@ -81,9 +124,9 @@ def variants(shape: LayerShape, config, capability: int):
         first |= {"ENDED": hidden // config.block_n2, "EXPERTS": shape.num_experts, "counts": None}
         gate_up, down = single.GPU_KERNELS
         yield name_of(gate_up), gate_up, {**first, **token, "CUT": cut13}, options13
-        yield name_of(down), down, {**common, **token, "CUT": cut2}, options2
+        yield name_of(down), down, {**common, **bias, **token, "CUT": cut2}, options2
         return
-    h_block = min(128, config.block_n13 // 2)
+    h_block = min(layer.group_sizes[1], config.block_n13 // shape.rows)
     if isinstance(config, WarpConfig):
         gate_up, down = warp.GPU_KERNELS
         cut13, cut2 = warp.cuts(config, *sizes, h_block, pdl)
@@ -93,15 +136,18 @@ def variants(shape: LayerShape, config, capability: int):
     first |= {"DTYPE": tl.bfloat16, "H_BLOCK": h_block, "CUT": cut13}
     yield name_of(gate_up), gate_up, first, options13
     yield name_of(down), down, {**common, "CUT": cut2}, options2
+    x_block = layer.group_sizes[0]
     for pairs in (1, routing.FEW_PAIRS + 1):
         few = routing.few_options(pairs)
         yield "prepare", block.prepare_kernel, {
-            "COLUMNS": hidden, "X_BLOCK": 128, "X_BLOCKS": 8, "PRUNED_TOP_K": shape.top_k,
-            "SLOTS": triton.next_power_of_2(shape.num_experts), "BLOCK_M": config.block_m,
+            "COLUMNS": hidden, "X_BLOCK": x_block, "X_BLOCKS": 1024 // x_block,
+            "PRUNED_TOP_K": shape.top_k, "BLOCK_M": config.block_m,
+            "SLOTS": triton.next_power_of_2(shape.num_experts),
             "EXPERTS": shape.num_experts, "FEW": few.pop("FEW"), "INLINE": True, "PDL": pdl,
         }, few  # fmt: skip
     yield "combine", combine_kernel, {
-        "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256, "PDL": pdl,
+        **bias, "TOP_K": shape.top_k, "HIDDEN": hidden, "SPLITS": config.splits, "BLOCK": 256,
+        "PDL": pdl,
     }, {"num_warps": 2}  # fmt: skip
 
 
@@ -149,10 +195,15 @@ def build(name, kernel, constants, options, capability):
     return {
         "kernel": name,
         "capability": capability,
-        "config": {k: v for k, v in flat(constants).items() if isinstance(v, int | str)},
+        "config": {
+            k: str(v) if isinstance(v, Activation) else v
+            for k, v in flat(constants).items()
+            if isinstance(v, int | str | Activation)
+        },
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spilled_bytes": sum(spills),
         "shared_bytes": compiled.metadata.shared,
+        "ptx": hashlib.sha256(compiled.asm["ptx"].encode()).hexdigest()[:16],
     }
 
 
@@ -162,22 +213,31 @@ def flat(constants):
     return constants | (vars(cut) if cut else {})
 
 
-def build_all(capability, shape=None, config=None):
-    found = variants(shape, config, capability) if config else quantizer_variants()
+def build_all(capability, layer=None, config=None):
+    found = variants(layer, config, capability) if config else quantizer_variants()
     return [build(*v, capability) for v in found]
+
+
+def jobs_of(device: str, named: list[str], everything: bool):
+    """What `build_all` is given behind a capability."""
+    table = read_table(device)
+    if everything:
+        layers = [(Layer(shape), configs) for shape, configs in table.items()]
+        return [(layer, c) for layer, configs in layers for c in dict.fromkeys(configs.values())]
+    models = [MODELS[name] for name in named if name in MODELS]
+    if models:
+        found = [(m, configs_for(device, m.shape).values()) for m in models]
+        return [(model, config) for model, configs in found for config in dict.fromkeys(configs)]
+    shape, configs = next(iter(table.items()))
+    kinds = [KERNELS[name] for name in named] or dict.fromkeys(type(c) for c in configs.values())
+    jobs = [(Layer(shape), next(c for c in configs.values() if type(c) is k)) for k in kinds]
+    return jobs if named else [*jobs, ()]
 
 
 def main() -> None:
     device, capabilities = sys.argv[1], [int(c) for c in sys.argv[2].split(",")]
-    table = read_table(device)
-    jobs = [(s, c) for s, configs in table.items() for c in dict.fromkeys(configs.values())]
-    if "--all" not in sys.argv:
-        shape, configs = next(iter(table.items()))
-        named = [KERNELS[name] for name in sys.argv[3:]]
-        kinds = named or dict.fromkeys(type(c) for c in configs.values())
-        jobs = [(shape, next(c for c in configs.values() if type(c) is k)) for k in kinds]
-        if not named:
-            jobs.append(())
+    named = [a for a in sys.argv[3:] if a != "--all"]
+    jobs = jobs_of(device, named, "--all" in sys.argv)
     with ProcessPoolExecutor(2) as pool:
         futures = [pool.submit(build_all, cap, *job) for cap in capabilities for job in jobs]
         for future in futures:

@@ -67,5 +67,20 @@ def test_the_kind_that_is_hoppers_alone():
     ("device", "capabilities"),
     [("default", (80, 86, 89, 90)), ("NVIDIA_H100_80GB_HBM3", (90,))],
 )
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "step-3.5", "nemotron-3-nano"])
+def test_what_other_experts_compute(device, capabilities, model):
+    """Limits, biases and experts without a gate."""
+    rows = compile_variants(device, capabilities, model)
+    assert {r["capability"] for r in rows} == set(capabilities)
+    assert {"gate_up_single", "gate_up_prefill"} & {r["kernel"] for r in rows}
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("device", "capabilities"),
+    [("default", (80, 86, 89, 90)), ("NVIDIA_H100_80GB_HBM3", (90,))],
+)
 def test_everything_that_ships(device, capabilities):
     check(compile_variants(device, capabilities, "--all"))

@@ -17,7 +17,7 @@ from mcmoe_kernels.gpu.tiled import (
     tile_matrices,
 )
 from mcmoe_kernels.layer import ExpertMatrices
-from tests.helpers.expert_layers import random_layer, random_matrices
+from tests.helpers.expert_layers import GPT_OSS, RELU2, random_layer, random_matrices
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -75,6 +75,23 @@ def test_a_layer_is_the_same_in_slots(monkeypatch, at_once):
         assert torch.equal(dequantize_slot(layout.w2, slot), layer.w2.dequantize(expert))
 
 
+def test_without_a_gate_rows_keep_their_order():
+    layer = random_layer((1, 3, 0), (2, 1, 0), 192, 64, 32, activation=RELU2)
+    layout = tile_layer(layer)
+    assert layout.slot_of.tolist() == [1, 0, -1]
+    assert torch.equal(dequantize_slot(layout.w13, 0), layer.w13.dequantize(1))
+
+
+@pytest.mark.parametrize("activation", [GPT_OSS, RELU2])
+def test_biases_lie_as_the_rows_that_they_are_added_to(activation):
+    layer = random_layer((1, 3, 0), (2, 1, 0), 192, 64, 32, activation=activation, biases=True)
+    layout = tile_layer(layer)
+    rows = gate_up_rows(64, "cpu") if activation.gated else slice(None)
+    assert torch.equal(layout.w13.bias, layer.w13.bias[[1, 0]][:, rows])
+    assert torch.equal(layout.w2.bias, layer.w2.bias[[1, 0]])
+    assert all(t.is_contiguous() for t in layout.tensors) and len(layout.tensors) == 7
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_slice_of_columns_is_a_slice_of_the_matrix(bits):
     """As tensor parallelism cuts w2: whole groups, here 3 of 6."""
@@ -104,5 +121,8 @@ def test_what_does_not_fit_is_refused_all_at_once():
         tile_layer(layer)
     for part in ("hidden_size", "got 96", "intermediate_size", "got 48"):
         assert part in str(e.value)
+    layer = random_layer((2, 3), intermediate=96, group_size=32, activation=RELU2)
+    with pytest.raises(ValueError, match="intermediate_size must be a multiple of 64, got 96"):
+        tile_layer(layer)
     with pytest.raises(ValueError, match="no expert"):
         tile_layer(random_layer((0, 0)))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 from mcmoe_kernels.gpu import choice
 from mcmoe_kernels.gpu.choice import (
     CONFIGS,
+    SIZES,
     LayerShape,
     PrefillConfig,
     SingleConfig,
@@ -73,6 +75,28 @@ def test_the_nearest_number_of_tokens_by_factor():
     assert not isinstance(choose_config(CPU, MIXTRAL, 2), SingleConfig)
     listed = configs_for("default", MIXTRAL)
     assert choose_config(CPU, MIXTRAL, 7) == listed[8]
+
+
+def test_experts_without_a_gate_have_half_the_rows():
+    shape = LayerShape(128, 6, 2688, 1856, rows=1)
+    for tokens, config in configs_for("default", shape).items():
+        assert 1856 % config.block_n13 == 0 and 2688 % config.block_n2 == 0, tokens
+
+
+def test_smaller_groups_than_were_measured_take_more_registers(tmp_path, monkeypatch):
+    configs = {1: WarpConfig(stages13=8, registers13=80), 64: PrefillConfig(registers=128)}
+    tokens = {str(n): dump_config(config) for n, config in configs.items()}
+    sizes = dict(zip(SIZES, (8, 2, 4096, 14336), strict=True))
+    monkeypatch.setattr(choice, "CONFIGS", tmp_path)
+    for name, given in (("of-128", {}), ("of-64", {"group_size": 64})):
+        table = {"triton": compiler(), "shapes": [{**sizes, **given, "tokens": tokens}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    shape = replace(MIXTRAL, group_size=64)
+    assert configs_for("of-128", MIXTRAL) == configs_for("of-64", shape) == configs
+    assert configs_for("of-128", shape) == {
+        1: WarpConfig(stages13=4, stages2=1),
+        64: PrefillConfig(registers=168),
+    }
 
 
 @pytest.mark.parametrize("version", ["0.1", compiler()])

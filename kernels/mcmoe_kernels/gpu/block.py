@@ -5,7 +5,7 @@ to registers and into the MMA as they are (one shift and one mask for four of th
 zeros are applied to a group's sum, and one launch runs experts of all widths. Four launches:
 
     prepare   digits of x, and the table of blocks (`digits`, `routing`)
-    gate_up   block x rows of w13: act(gate) * up, rounded to x.dtype, as digits again
+    gate_up   block x rows of w13: the activation, rounded to x.dtype, as digits again
     down      block x rows of w2 x parts of K: partial sums, float32
     combine   parts and experts of a token, weighted, in a fixed order
 """
@@ -30,7 +30,8 @@ from mcmoe_kernels.formats.device.words import concatenate, split_meta
 from mcmoe_kernels.gpu.choice import DecodeConfig, WarpConfig
 from mcmoe_kernels.gpu.common import (
     COMBINE_WIDE,
-    activate,
+    activate_block,
+    add_bias,
     by_format,
     combine_kernel,
     digit_buffers,
@@ -90,6 +91,7 @@ class Cut:
 
 def cuts(
     config: DecodeConfig,
+    rows13: int,
     hidden_size: int,
     intermediate_size: int,
     group_sizes: tuple[int, int],
@@ -101,7 +103,7 @@ def cuts(
     stages13, stages2, splits = config.stages13, config.stages2, config.splits
     g13, g2 = group_sizes
     return (
-        Cut(2 * intermediate_size, hidden_size, g13, g13, n13, m, stages13, 1, inline),
+        Cut(rows13, hidden_size, g13, g13, n13, m, stages13, 1, inline),
         Cut(hidden_size, intermediate_size, g2, h_block, n2, m, stages2, splits, inline),
     )
 
@@ -191,10 +193,10 @@ def prepare_kernel(x, digits, x_meta, ids, lookup, topk_weights, ratio, kept_ids
 
 
 @triton.jit(do_not_specialize=["top_k"])
-def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
+def gate_up_kernel(digits, x_meta, records, bias, block_info, block_pair, h_digits, h_meta, top_k,
                    CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
                    DTYPE: tl.constexpr, H_BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    INTERMEDIATE: tl.constexpr = CUT.rows // 2
+    INTERMEDIATE: tl.constexpr = CUT.rows // ACTIVATION.rows
     BLOCK_N: tl.constexpr = CUT.block_n
     BLOCK_M: tl.constexpr = CUT.block_m
     first_row = tl.program_id(0) * BLOCK_N
@@ -212,17 +214,18 @@ def gate_up_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_
     )  # fmt: skip
     acc = by_format(nothing, entry, dot_digits, tensors, CUT, FORMATS)
     pair = tl.max(pairs.reshape(BLOCK_M, 2), 1)
-    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    h = activate(gate, up, ACTIVATION).to(DTYPE).to(tl.float32)
-    H_BLOCKS: tl.constexpr = BLOCK_N // 2 // H_BLOCK
+    if bias is not None:
+        slot = tl.load(block_info + block * 4)
+        acc = add_bias(acc, bias, slot, first_row + tl.arange(0, BLOCK_N), CUT.rows)
+    h = activate_block(acc, ACTIVATION).to(DTYPE).to(tl.float32)
+    H_BLOCKS: tl.constexpr = BLOCK_N // ACTIVATION.rows // H_BLOCK
     h = h.reshape(H_BLOCKS, H_BLOCK, BLOCK_M)
     fixed, scale = to_fixed(h, tl.max(absolute_bits(h), 1)[:, None, :])
     high = (fixed + 128) >> 8
     h_block = tl.arange(0, H_BLOCKS)
     column = tl.arange(0, H_BLOCK)
     position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
-    position = first_row // 2 + h_block[:, None] * H_BLOCK + position[None, :]
+    position = first_row // ACTIVATION.rows + h_block[:, None] * H_BLOCK + position[None, :]
     at = h_digits + pair.to(tl.int64)[None, None, :] * (2 * INTERMEDIATE) + position[:, :, None]
     mask = (pair >= 0)[None, None, :] & (position >= 0)[:, :, None]
     tl.store(at, high.to(tl.int8), mask=mask)
@@ -282,8 +285,7 @@ def fused_experts_decode(
     token's largest are skipped. counts: int64 [2], see `experts`. inline: use inline PTX. pdl:
     let each launch begin before the previous ends.
     """
-    sizes = layer.hidden_size, layer.intermediate_size, layer.group_sizes
-    cut13, cut2 = cuts(config, *sizes, hidden_block(layer, config), inline)
+    cut13, cut2 = cuts(config, *layer.sizes, hidden_block(layer, config), inline)
     return launch_decode(
         x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
         (gate_up_kernel, cut13), (down_kernel, cut2),
@@ -330,8 +332,8 @@ def launch_decode(
     )  # fmt: skip
     options13, options2 = launch_options(config)
     kernel, cut = gate_up
-    kernel[(2 * inter // config.block_n13, blocks)](
-        x_digits, x_meta, w13.records, block_info, block_pair, h_digits, h_meta, top_k,
+    kernel[(w13.rows // config.block_n13, blocks)](
+        x_digits, x_meta, w13.records, w13.bias, block_info, block_pair, h_digits, h_meta, top_k,
         CUT=cut, FORMATS=w13.formats, ACTIVATION=layer.activation, DTYPE=dtype_of(x),
         H_BLOCK=h_block, **options13, **common,
     )  # fmt: skip
@@ -342,7 +344,7 @@ def launch_decode(
     )  # fmt: skip
     width = 256 if tokens < COMBINE_WIDE else 1024
     combine_kernel[(tokens, triton.cdiv(hidden, width))](
-        parts, topk_weights, kept_ids, layer.lookup, out, pairs,
+        parts, w2.bias, topk_weights, kept_ids, layer.lookup, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=config.splits, BLOCK=width,
         num_warps=max(2, width // 256), **common,
     )  # fmt: skip

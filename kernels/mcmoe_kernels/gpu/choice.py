@@ -130,21 +130,24 @@ KERNELS: dict[str, type[Config]] = {
 }
 
 
+SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
+
+
 @dataclass(frozen=True)
 class LayerShape:
+    """rows: of w13 for each column of w2 (`Activation.rows`). group_size: the smaller one of w13's
+    and w2's."""
+
     num_experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
+    rows: int = 2
+    group_size: int = 128
 
     def distance(self, other: "LayerShape") -> float:
         """Factors of two between two shapes, summed over the sizes."""
-        pairs = zip(
-            (self.num_experts, self.top_k, self.hidden_size, self.intermediate_size),
-            (other.num_experts, other.top_k, other.hidden_size, other.intermediate_size),
-            strict=True,
-        )
-        return sum(abs(math.log2(a / b)) for a, b in pairs)
+        return sum(abs(math.log2(getattr(self, name) / getattr(other, name))) for name in SIZES)
 
 
 Table = dict[LayerShape, dict[int, Config]]
@@ -157,9 +160,9 @@ def read_table(name: str) -> Table:
     try:
         found = json.loads(path.read_text())
         table = {
-            LayerShape(*(s[key] for key in LayerShape.__dataclass_fields__)): {
-                int(tokens): parse_config(entry) for tokens, entry in s["tokens"].items()
-            }
+            LayerShape(
+                *(s[name] for name in SIZES), group_size=s.get("group_size", LayerShape.group_size)
+            ): {int(tokens): parse_config(entry) for tokens, entry in s["tokens"].items()}
             for s in found["shapes"]
         }
     except (KeyError, TypeError, ValueError) as e:
@@ -220,7 +223,21 @@ def configs_for(name: str, shape: LayerShape) -> dict[int, Config]:
         logger.info(
             "no kernel configurations for %s in %s, using those of %s", shape, name, nearest
         )
-    return {tokens: fit(config, shape) for tokens, config in table[nearest].items()}
+    configs = table[nearest]
+    if shape.group_size < nearest.group_size:
+        configs = {tokens: for_smaller_groups(config) for tokens, config in configs.items()}
+    return {tokens: fit(config, shape) for tokens, config in configs.items()}
+
+
+def for_smaller_groups(config: Config) -> Config:
+    """More scales take more registers than were measured. Nothing spills with half the steps ahead
+    and other limits: ptxas itself, without one, spills rather than give `prefill` more than 128."""
+    if isinstance(config, PrefillConfig):
+        return replace(config, registers=168)
+    if isinstance(config, WarpConfig) and not isinstance(config, SingleConfig):
+        stages13, stages2 = (max(1, s // 2) for s in (config.stages13, config.stages2))
+        config = replace(config, stages13=stages13, stages2=stages2)
+    return without_limits(config)
 
 
 def choose_config(
@@ -246,7 +263,7 @@ def is_usable(config: Config, codes8: bool) -> bool:
 
 def fit(config: Config, shape: LayerShape) -> Config:
     """Cut the row blocks down to sizes that divide the rows; the plain kernel where K asks it."""
-    rows13, rows2 = 2 * shape.intermediate_size, shape.hidden_size
+    rows13, rows2 = shape.rows * shape.intermediate_size, shape.hidden_size
     if isinstance(config, SingleConfig):
         block_n13 = largest_share(rows13, config.block_n13, config.warps13 // config.parts13)
         block_n2 = largest_share(rows2, config.block_n2, config.warps2 // config.parts2)

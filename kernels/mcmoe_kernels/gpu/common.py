@@ -36,20 +36,48 @@ def by_format(acc, entry, dot, tensors, CUT: tl.constexpr, FORMATS: tl.constexpr
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr):
-    """As `mcmoe_kernels.activations.activate`."""
+def activate_block(acc, ACTIVATION: tl.constexpr):
+    """As `mcmoe_kernels.activations.activate`, of sums [N, M], rows as tiled -> [N / rows, M]."""
+    N: tl.constexpr = acc.shape[0]
+    M: tl.constexpr = acc.shape[1]
+    if ACTIVATION.gated:
+        alternating = acc.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1)
+        gate, up = alternating.reshape(N // 2, M, 2).split()
+        return of_gate(gate, ACTIVATION) * of_up(up, ACTIVATION)
+    else:
+        return of_gate(acc, ACTIVATION)
+
+
+@triton.jit
+def activate_pair(first, second, ACTIVATION: tl.constexpr):
+    """The same of two sums of one shape: one result of a gate and an up, else two."""
+    if ACTIVATION.gated:
+        return (of_gate(first, ACTIVATION) * of_up(second, ACTIVATION),)
+    else:
+        return of_gate(first, ACTIVATION), of_gate(second, ACTIVATION)
+
+
+@triton.jit
+def of_gate(gate, ACTIVATION: tl.constexpr):
+    """The activation's first factor, all of it where there is no gate."""
+    LIMIT: tl.constexpr = ACTIVATION.limit
+    if LIMIT is None:
+        return function_of(gate, ACTIVATION)
+    elif ACTIVATION.limit_after:
+        return at_most(function_of(gate, ACTIVATION), LIMIT)
+    else:
+        return function_of(at_most(gate, LIMIT), ACTIVATION)
+
+
+@triton.jit
+def of_up(up, ACTIVATION: tl.constexpr):
+    """Its second factor."""
     LIMIT: tl.constexpr = ACTIVATION.limit
     if LIMIT is not None:
-        up = at_most(-at_most(-up, LIMIT), LIMIT)
-        if ACTIVATION.limit_after:
-            value = at_most(function_of(gate, ACTIVATION), LIMIT)
-        else:
-            value = function_of(at_most(gate, LIMIT), ACTIVATION)
-    else:
-        value = function_of(gate, ACTIVATION)
+        up = -at_most(-at_most(up, LIMIT), LIMIT)
     if ACTIVATION.up_offset != 0:
-        up = up + ACTIVATION.up_offset
-    return value * up
+        up += ACTIVATION.up_offset
+    return up
 
 
 @triton.jit
@@ -75,6 +103,26 @@ def function_of(x, ACTIVATION: tl.constexpr):
 def at_most(x, LIMIT: tl.constexpr):
     """x, cut off at LIMIT; NaN stays NaN, which a minimum would hide."""
     return tl.where(x > LIMIT, LIMIT, x)
+
+
+@triton.jit
+def add_bias(acc, bias, slot, row, ROWS: tl.constexpr):
+    """acc [N, M] + bias [slots, ROWS] of rows `row`, int [N], if there is one."""
+    if bias is not None:
+        acc += tl.load(bias + slot * ROWS + row).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def add_weighted_bias(total, bias, routed, column, inside, COLUMNS: tl.constexpr):
+    """total + weight * bias [slots, COLUMNS] of columns `column`, if there is one. routed: whether
+    a pair is computed, its weight and its slot."""
+    if bias is not None:
+        computed, weight, slot = routed
+        here = inside & (column * 0 + computed.to(tl.int32) > 0)
+        value = tl.load(bias + slot * COLUMNS + column, mask=here, other=0.0).to(tl.float32)
+        total += tl.where(computed, weight, 0.0) * value
+    return total
 
 
 @triton.constexpr_function
@@ -110,10 +158,11 @@ def load_if(at, inside, MASKED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs_total"])
-def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
+def combine_kernel(parts, bias, topk_weights, ids, lookup, out, pairs_total,
                    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, SPLITS: tl.constexpr,
                    BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j]."""
+    """out[t] = sum over j of topk_weights[t, j] * sum over splits of parts[split, t * k + j], plus
+    the experts' biases."""
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -124,8 +173,11 @@ def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
         slot = tl.load(lookup + tl.maximum(expert, 0) * 4)
         weight = tl.load(topk_weights + pair).to(tl.float32)
         routed += ((tl.where(expert >= 0, slot, -1), weight),)
-    wait_for_previous(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        slot, weight = routed[j]
+        total = add_weighted_bias(total, bias, (slot >= 0, weight, slot), column, inside, HIDDEN)
+    wait_for_previous(PDL)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
         slot, weight = routed[j]
@@ -144,8 +196,8 @@ def combine_kernel(parts, topk_weights, ids, lookup, out, pairs_total,
 
 
 def hidden_block(layer: TiledLayer, config: DecodeConfig | WarpConfig) -> int:
-    """How many columns of act(gate) * up share a scale: no more than a program of gate_up has."""
-    return min(layer.w2.group_size, config.block_n13 // 2)
+    """How many columns of h, what w2 multiplies, share a scale: no more than a program makes."""
+    return min(layer.w2.group_size, config.block_n13 // layer.activation.rows)
 
 
 def launch_options(config: DecodeConfig | WarpConfig) -> tuple[dict[str, int], dict[str, int]]:

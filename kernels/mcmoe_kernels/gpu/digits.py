@@ -187,3 +187,40 @@ def store_token(thread, loaded, digits, meta, COLUMNS: tl.constexpr, BLOCK: tl.c
         leads = inside & (thread % TOGETHER == 0)
         tl.store(meta + first // BLOCK * 2, scale, mask=leads)
         tl.store(meta + first // BLOCK * 2 + 1, total.to(tl.float32), mask=leads)
+
+
+@triton.jit
+def store_columns(thread, values, largest, pairs, warp, row, first_row, digits, meta,
+                  ROWS: tl.constexpr, AT: tl.constexpr, OF_WARP: tl.constexpr,
+                  COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr,
+                  INLINE: tl.constexpr):  # fmt: skip
+    """Digits and meta of what the threads of a program hold, float32: the columns of a warp begin
+    at first_row // ROWS + warp * OF_WARP, and values are those from AT + row on, every eighth, of
+    the rows `pairs`, -1 for none. largest: of a thread's values, the bits. A block of columns is of
+    one warp or more."""
+    OF_VALUES: tl.constexpr = 8 * len(values)
+    TOGETHER: tl.constexpr = BLOCK // OF_VALUES  # warps that share a scale
+    SHAPE: tl.constexpr = (WARPS // TOGETHER, 8 * TOGETHER, 4)
+    together = largest.reshape(SHAPE)
+    together = together * 0 + tl.max(together, 1)[:, None, :]
+    largest = each_thread(together, WARPS, INLINE)
+    total = thread * 0
+    scale = total.to(tl.float32)
+    for i in tl.static_range(len(values)):
+        fixed, scale = to_fixed(values[i], largest)
+        total += fixed
+        high = (fixed + 128) >> 8
+        column = warp * OF_WARP + (AT + i * 8) + row
+        position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
+        at = pairs.to(tl.int64) * (2 * COLUMNS) + first_row // ROWS + position
+        tl.store(digits + at, high.to(tl.int8), mask=pairs >= 0)
+        tl.store(digits + at + COLUMNS, (fixed - 256 * high).to(tl.int8), mask=pairs >= 0)
+    together = total.reshape(SHAPE)
+    together = together * 0 + tl.sum(together, 1)[:, None, :]
+    total = each_thread(together, WARPS, INLINE)
+    block = (warp * (OF_WARP // OF_VALUES) + AT // OF_VALUES) // TOGETHER
+    block = first_row // ROWS // BLOCK + block
+    at = meta + (pairs.to(tl.int64) * (COLUMNS // BLOCK) + block) * 2
+    leads = (pairs >= 0) & (row == 0) & (warp % TOGETHER == 0)
+    tl.store(at, scale, mask=leads)
+    tl.store(at + 1, total.to(tl.float32), mask=leads)

@@ -77,7 +77,9 @@ def fused_experts(
 
 
 def shape_of(layer: TiledLayer, top_k: int) -> LayerShape:
-    return LayerShape(len(layer.lookup), top_k, layer.hidden_size, layer.intermediate_size)
+    sizes = layer.hidden_size, layer.intermediate_size
+    group_size = min(layer.w13.group_size, layer.w2.group_size)
+    return LayerShape(len(layer.lookup), top_k, *sizes, layer.activation.rows, group_size)
 
 
 def warm_up(
@@ -157,7 +159,7 @@ def _check(
         )
     if config is not None:
         for name, rows in (
-            ("block_n13", 2 * layer.intermediate_size),
+            ("block_n13", layer.w13.rows),
             ("block_n2", layer.hidden_size),
         ):
             if rows % getattr(config, name):

@@ -4,7 +4,7 @@ Bound by the matrix units, so the work on weights is kept small beside the produ
 dequantizes a tile once for `block_m` pairs. Weights are operands in registers (the left side of
 the product), activations stream through shared memory. Behind the routing, three launches:
 
-    gate_up   block x rows of w13 -> act(gate) * up, x.dtype [pairs, I]
+    gate_up   block x rows of w13 -> the activation, x.dtype [pairs, I]
     down      block x rows of w2 -> x.dtype [pairs, H]
     combine   experts of a token, weighted, in a fixed order
 """
@@ -27,7 +27,13 @@ from mcmoe_kernels.formats.device.records import (
 )
 from mcmoe_kernels.formats.device.words import concatenate, split_meta
 from mcmoe_kernels.gpu.choice import PrefillConfig, WarpgroupConfig
-from mcmoe_kernels.gpu.common import activate, by_format, combine_kernel, is_scaled
+from mcmoe_kernels.gpu.common import (
+    activate_block,
+    add_bias,
+    by_format,
+    combine_kernel,
+    is_scaled,
+)
 from mcmoe_kernels.gpu.routing import pdl_options, route_pairs, wait_for_previous
 from mcmoe_kernels.gpu.tiled import TiledLayer
 
@@ -55,6 +61,7 @@ class Cut:
 
 def cuts(
     config: PrefillConfig,
+    rows13: int,
     hidden_size: int,
     intermediate_size: int,
     group_sizes: tuple[int, int],
@@ -64,7 +71,7 @@ def cuts(
     """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
     rest = config.block_m, config.stages, config.group_n, wide, inline
     return (
-        Cut(2 * intermediate_size, hidden_size, group_sizes[0], config.block_n13, *rest),
+        Cut(rows13, hidden_size, group_sizes[0], config.block_n13, *rest),
         Cut(hidden_size, intermediate_size, group_sizes[1], config.block_n2, *rest),
     )
 
@@ -186,8 +193,18 @@ def store_rows(y, value, pairs, first_row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def gate_up_block(x, records, block_pair, entry, n_block, h, top_k, CUT: tl.constexpr,
-                  FORMATS: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+def store_halves(y, value, pairs, first_row, ROWS: tl.constexpr):
+    """`store_rows` in halves, whose addresses take fewer registers."""
+    N: tl.constexpr = value.shape[0]
+    first, second = value.reshape(2, N // 2, value.shape[1]).permute(1, 2, 0).split()
+    store_rows(y, first, pairs, first_row, ROWS)
+    store_rows(y, second, pairs, first_row + N // 2, ROWS)
+
+
+@triton.jit
+def gate_up_block(x, records, bias, block_pair, slot, entry, n_block, h, top_k,
+                  CUT: tl.constexpr, FORMATS: tl.constexpr,
+                  ACTIVATION: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w13 for the first BLOCK_M pairs of a block. block_pair: its first."""
     BLOCK_N: tl.constexpr = CUT.block_n
     BLOCK_M: tl.constexpr = CUT.block_m
@@ -196,10 +213,12 @@ def gate_up_block(x, records, block_pair, entry, n_block, h, top_k, CUT: tl.cons
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     tensors = (x, rows, records, entry, n_block * BLOCK_N)
     acc = by_format(nothing, entry, dot_weights, tensors, CUT, FORMATS)
-    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    value = activate(gate, up, ACTIVATION).to(h.dtype.element_ty)
-    store_rows(h, value, pairs, n_block * (BLOCK_N // 2), CUT.rows // 2)
+    acc = add_bias(acc, bias, slot, n_block * BLOCK_N + tl.arange(0, BLOCK_N), CUT.rows)
+    value = activate_block(acc, ACTIVATION).to(h.dtype.element_ty)
+    if ACTIVATION.gated:
+        store_rows(h, value, pairs, n_block * (BLOCK_N // 2), CUT.rows // 2)
+    else:
+        store_halves(h, value, pairs, n_block * BLOCK_N, CUT.rows)
 
 
 @triton.jit
@@ -213,15 +232,11 @@ def down_block(h, records, block_pair, entry, n_block, y, CUT: tl.constexpr,
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     tensors = (h, pairs, records, entry, n_block * BLOCK_N)
     acc = by_format(nothing, entry, dot_weights, tensors, CUT, FORMATS)
-    # In halves, whose addresses take fewer registers.
-    halves = acc.to(y.dtype.element_ty).reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0)
-    first, second = halves.split()
-    store_rows(y, first, pairs, n_block * BLOCK_N, HIDDEN)
-    store_rows(y, second, pairs, n_block * BLOCK_N + BLOCK_N // 2, HIDDEN)
+    store_halves(y, acc.to(y.dtype.element_ty), pairs, n_block * BLOCK_N, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["top_k"])
-def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
+def gate_up_prefill_kernel(x, records, bias, block_info, block_pair, h, top_k,
                            CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
                            FEW_M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     block, n_block = tl.program_id(1), tl.program_id(2) * CUT.group_n + tl.program_id(0)
@@ -238,12 +253,12 @@ def gate_up_prefill_kernel(x, records, block_info, block_pair, h, top_k,
         few = tl.load(block_pair + FEW_M) < 0
     if few:
         gate_up_block(
-            x, records, block_pair, entry, n_block, h, top_k, with_block_m(CUT, FEW_M), FORMATS,
-            ACTIVATION,
+            x, records, bias, block_pair, slot, entry, n_block, h, top_k,
+            with_block_m(CUT, FEW_M), FORMATS, ACTIVATION,
         )  # fmt: skip
     else:
         gate_up_block(
-            x, records, block_pair, entry, n_block, h, top_k, CUT, FORMATS, ACTIVATION
+            x, records, bias, block_pair, slot, entry, n_block, h, top_k, CUT, FORMATS, ACTIVATION
         )  # fmt: skip
 
 
@@ -296,11 +311,10 @@ def fused_experts_prefill(
 
 def sizes_of(
     x: torch.Tensor, layer: TiledLayer, topk_ids: torch.Tensor
-) -> tuple[int, int, tuple[int, int], bool]:
+) -> tuple[int, int, int, tuple[int, int], bool]:
     """What `cuts` is given of a layer and a batch."""
-    hidden, inter = layer.hidden_size, layer.intermediate_size
-    wide = max(x.numel(), topk_ids.numel() * inter) >= 1 << 31
-    return hidden, inter, layer.group_sizes, wide
+    wide = max(x.numel(), topk_ids.numel() * layer.intermediate_size) >= 1 << 31
+    return *layer.sizes, wide
 
 
 def launch_prefill(
@@ -325,8 +339,8 @@ def launch_prefill(
     if config.registers:
         common["maxnreg"] = config.registers
     kernel, cut, own = gate_up
-    kernel[prefill_grid(2 * inter // config.block_n13, blocks, config.group_n)](
-        x, w13.records, block_info, block_pair, h, top_k,
+    kernel[prefill_grid(w13.rows // config.block_n13, blocks, config.group_n)](
+        x, w13.records, w13.bias, block_info, block_pair, h, top_k,
         CUT=cut, FORMATS=w13.formats, ACTIVATION=layer.activation, **own, **common,
     )  # fmt: skip
     kernel, cut, own = down
@@ -334,7 +348,7 @@ def launch_prefill(
         h, w2.records, block_info, block_pair, y, CUT=cut, FORMATS=w2.formats, **own, **common
     )
     combine_kernel[(tokens, triton.cdiv(hidden, 2048))](
-        y, topk_weights, topk_ids, layer.lookup, out, pairs,
+        y, w2.bias, topk_weights, topk_ids, layer.lookup, out, pairs,
         TOP_K=top_k, HIDDEN=hidden, SPLITS=1, BLOCK=2048, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return out

@@ -20,12 +20,14 @@ from triton.experimental import gluon
 from mcmoe_kernels.gpu import warp
 from mcmoe_kernels.gpu.choice import SingleConfig
 from mcmoe_kernels.gpu.common import (
-    activate,
+    add_weighted_bias,
     by_format,
     digit_buffers,
     dtype_of,
     is_ragged,
     launch_options,
+    of_gate,
+    of_up,
     steps_of,
 )
 from mcmoe_kernels.gpu.digits import load_token
@@ -34,6 +36,7 @@ from mcmoe_kernels.gpu.threads import threads
 from mcmoe_kernels.gpu.tiled import TiledLayer
 from mcmoe_kernels.gpu.warp import (
     Cut,
+    add_bias_once,
     add_parts,
     dot_planes,
     place_of_warp,
@@ -65,7 +68,7 @@ def entry_of_expert(thread, entries, expert, WARPS: tl.constexpr):
 @triton.jit
 def weights_of_token(ids, lookup, topk_weights, ratio, TOP_K: tl.constexpr,
                      PRUNED_TOP_K: tl.constexpr):  # fmt: skip
-    """For each of the token's experts whether it is computed, and its weight."""
+    """For each of the token's experts whether it is computed, its weight and its slot."""
     routed = ()
     largest = 0.0
     for pair in tl.static_range(TOP_K):
@@ -75,10 +78,11 @@ def weights_of_token(ids, lookup, topk_weights, ratio, TOP_K: tl.constexpr,
     found = ()
     for pair in tl.static_range(TOP_K):
         expert, weight = routed[pair]
-        computed = (expert >= 0) & (tl.load(lookup + tl.maximum(expert, 0) * 4) >= 0)
+        slot = tl.load(lookup + tl.maximum(expert, 0) * 4)
+        computed = (expert >= 0) & (slot >= 0)
         if PRUNED_TOP_K:
             computed = computed & (is_pruned(weight, largest, ratio) == 0)
-        found += ((computed, weight),)
+        found += ((computed, weight, slot),)
     return found
 
 
@@ -90,11 +94,13 @@ def ended_last(ended, index, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def combine(parts, weights, out, row, inside, HIDDEN: tl.constexpr, SPLITS: tl.constexpr):
+def combine(parts, bias, weights, out, row, inside, HIDDEN: tl.constexpr, SPLITS: tl.constexpr):
     """out[row] = sum of one token's experts. weights: from `weights_of_token`."""
     total = (row * 0).to(tl.float32)
     for pair in tl.static_range(len(weights)):
-        computed, weight = weights[pair]
+        total = add_weighted_bias(total, bias, weights[pair], row, inside, HIDDEN)
+    for pair in tl.static_range(len(weights)):
+        computed, weight, _ = weights[pair]
         value = (row * 0).to(tl.float32)
         for split in tl.static_range(SPLITS):
             # From the L2 cache: what another multiprocessor wrote is not in this one's own.
@@ -126,6 +132,7 @@ def begin_token(thread, ids, topk_weights, ratio, counts, ended, TOP_K: tl.const
 
 def cuts(
     config: SingleConfig,
+    rows13: int,
     hidden_size: int,
     intermediate_size: int,
     group_sizes: tuple[int, int],
@@ -135,7 +142,7 @@ def cuts(
 ) -> tuple[Cut, Cut]:
     """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
     cut13, cut2 = warp.cuts(
-        config, hidden_size, intermediate_size, group_sizes, group_sizes[1], pdl, inline
+        config, rows13, hidden_size, intermediate_size, group_sizes, group_sizes[1], pdl, inline
     )
     share = cut2.per_split * 256  # columns that are not there have digits of zero
     ragged = is_ragged(share, 1, config.parts2, cut2.ahead)
@@ -146,15 +153,15 @@ def cuts(
 
 
 @gluon.jit(do_not_specialize=["ratio"])
-def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights, ratio, counts,
-                          ended, h, CUT: tl.constexpr, FORMATS: tl.constexpr,
+def gate_up_single_kernel(x, digits, x_meta, records, bias, ids, lookup, topk_weights, ratio,
+                          counts, ended, h, CUT: tl.constexpr, FORMATS: tl.constexpr,
                           ACTIVATION: tl.constexpr, TOP_K: tl.constexpr,
                           PRUNED_TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
                           ENDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], act(gate) * up. digits,
-    x_meta: for each program its own."""
+    """BLOCK_N rows of w13, TILES * 16 a warp -> h [TOP_K, INTERMEDIATE], what w2 multiplies.
+    digits, x_meta: for each program its own."""
     HIDDEN: tl.constexpr = CUT.columns
-    INTERMEDIATE: tl.constexpr = CUT.rows // 2
+    INTERMEDIATE: tl.constexpr = CUT.rows // ACTIVATION.rows
     TILES: tl.constexpr = CUT.tiles
     WARPS: tl.constexpr = CUT.warps
     own_steps = steps_of_warp(CUT.per_part, CUT)
@@ -180,20 +187,29 @@ def gate_up_single_kernel(x, digits, x_meta, records, ids, lookup, topk_weights,
         first_row, entry * 0, own_steps, HIDDEN,
     )  # fmt: skip
     acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
-    # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own.
+    # A tile of 16 rows is 8 of gate, then 8 of up, both a thread's own, or 16 columns of h.
     first, begin, end = place
     row = first_row // 64 * 64 + first
     gives = (thread % 4 == 0) & (begin == 0) & (end > 0)
-    at = h + pair * INTERMEDIATE + row // 2 + thread % 32 // 4
+    if bias is not None:
+        at = bias + tl.load(lookup + expert * 4) * CUT.rows + row + thread % 32 // 4
+        acc = add_bias_once(acc, at, (begin == 0) & (end > 0), CUT)
+    at = h + pair * INTERMEDIATE + row // ACTIVATION.rows + thread % 32 // 4
     for tile in tl.static_range(TILES):
-        gate, up = acc[tile]
-        value = activate(add_parts(gate, CUT), add_parts(up, CUT), ACTIVATION)
-        tl.store(at + tile * 8, value.to(h.dtype.element_ty), mask=gives)
+        sum0, sum1 = acc[tile]
+        value = of_gate(add_parts(sum0, CUT), ACTIVATION)
+        if ACTIVATION.gated:
+            value = value * of_up(add_parts(sum1, CUT), ACTIVATION)
+            tl.store(at + tile * 8, value.to(h.dtype.element_ty), mask=gives)
+        else:
+            tl.store(at + tile * 16, value.to(h.dtype.element_ty), mask=gives)
+            value = of_gate(add_parts(sum1, CUT), ACTIVATION)
+            tl.store(at + tile * 16 + 8, value.to(h.dtype.element_ty), mask=gives)
 
 
 @gluon.jit(do_not_specialize=["ratio"])
-def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ratio, parts, ended,
-                       out, CUT: tl.constexpr, FORMATS: tl.constexpr, TOP_K: tl.constexpr,
+def down_single_kernel(h, digits, h_meta, records, bias, ids, lookup, topk_weights, ratio, parts,
+                       ended, out, CUT: tl.constexpr, FORMATS: tl.constexpr, TOP_K: tl.constexpr,
                        PRUNED_TOP_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of w2 over one of SPLITS parts of the columns. digits, h_meta: as above."""
     HIDDEN: tl.constexpr = CUT.rows
@@ -238,7 +254,7 @@ def down_single_kernel(h, digits, h_meta, records, ids, lookup, topk_weights, ra
     if ended_last(ended, first_row // BLOCK_N, SPLITS * TOP_K):
         for first_of in tl.static_range(0, BLOCK_N, 32 * WARPS):
             here = first_of + thread
-            combine(parts, weights, out, first_row + here, here < BLOCK_N, HIDDEN, SPLITS)
+            combine(parts, bias, weights, out, first_row + here, here < BLOCK_N, HIDDEN, SPLITS)
 
 
 GPU_KERNELS = (gate_up_single_kernel, down_single_kernel)
@@ -260,9 +276,9 @@ def fused_experts_single(
     hidden, inter, top_k = layer.hidden_size, layer.intermediate_size, topk_ids.shape[1]
     w13, w2 = layer.w13, layer.w2
     row_blocks = hidden // config.block_n2
-    grid13 = (2 * inter // config.block_n13, top_k)
+    grid13 = (w13.rows // config.block_n13, top_k)
     grid2 = (row_blocks * config.splits, top_k)
-    cut13, cut2 = cuts(config, hidden, inter, layer.group_sizes, dtype_of(x), pdl, inline)
+    cut13, cut2 = cuts(config, *layer.sizes, dtype_of(x), pdl, inline)
     x_digits, x_meta = digit_buffers(x, math.prod(grid13), hidden, cut13.x_block)
     h_digits, h_meta = digit_buffers(x, math.prod(grid2), cut2.digit_columns, cut2.x_block)
     h = x.new_empty((top_k, inter))
@@ -275,12 +291,12 @@ def fused_experts_single(
     options13, options2 = launch_options(config)
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
     gate_up[grid13](
-        x, x_digits, x_meta, w13.records, *routes, counts, ended, h,
+        x, x_digits, x_meta, w13.records, w13.bias, *routes, counts, ended, h,
         CUT=cut13, FORMATS=w13.formats, ACTIVATION=layer.activation, ENDED=row_blocks,
         EXPERTS=len(layer.lookup), **options13, **common,
     )  # fmt: skip
     down[grid2](
-        h, h_digits, h_meta, w2.records, *routes, parts, ended, out,
+        h, h_digits, h_meta, w2.records, w2.bias, *routes, parts, ended, out,
         CUT=cut2, FORMATS=w2.formats, **options2, **common,
     )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 """A layer as the GPU kernels read it: records (`formats.records`), and tables that find them.
 
 Rows of w13 alternate in blocks of 8: eight of gate, eight of up. They land in one thread of the
-accumulator, which makes the gated activation a matter of registers.
+accumulator, which makes the gated activation a matter of registers. Without a gate they stay as
+they are.
 """
 
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ class TiledMatrices:
     """One matrix [rows, columns] per slot, a slot being a local expert that has weights.
 
     records: int8, flat. table: int32 [slots], 8 * (first byte of the slot / 256) + the number of
-    its format. bits: those numbers, on the host. model_bits: as in `ExpertMatrices`.
+    its format. bits: those numbers, on the host. model_bits: as in `ExpertMatrices`. bias: None, or
+    [slots, rows], rows as tiled.
     """
 
     rows: int
@@ -82,6 +84,7 @@ class TiledMatrices:
     records: torch.Tensor
     table: torch.Tensor
     model_bits: tuple[int, ...] = ()
+    bias: torch.Tensor | None = None
 
     @cached_property
     def formats(self) -> KernelFormats:
@@ -119,9 +122,17 @@ class TiledLayer:
         return all(f.codes8 is not None for m in (self.w13, self.w2) for f in m.formats.formats)
 
     @property
-    def group_sizes(self) -> tuple[int, int]:
-        """Of w13 and of w2."""
-        return self.w13.group_size, self.w2.group_size
+    def sizes(self) -> tuple[int, int, int, tuple[int, int]]:
+        """What cuts go by: rows of w13, hidden size, intermediate size, and group sizes of w13 and
+        of w2."""
+        group_sizes = (self.w13.group_size, self.w2.group_size)
+        return self.w13.rows, self.hidden_size, self.intermediate_size, group_sizes
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that there are."""
+        found = [t for m in (self.w13, self.w2) for t in (m.records, m.table, m.bias)]
+        return (*(t for t in found if t is not None), self.lookup)
 
 
 def tile_layer(layer: ExpertLayer) -> TiledLayer:
@@ -142,7 +153,9 @@ def tile_layer(layer: ExpertLayer) -> TiledLayer:
     if layer.expert_map is not None:
         held = layer.expert_map >= 0
         slot_of = torch.where(held, local[layer.expert_map.clamp(min=0).long()], -1)
-    w13 = tile_matrices(layer.w13, order, gate_up_rows(layer.intermediate_size, device))
+    gated = layer.activation.gated
+    row_order = gate_up_rows(layer.intermediate_size, device) if gated else None
+    w13 = tile_matrices(layer.w13, order, row_order)
     w2 = tile_matrices(layer.w2, order)
     return TiledLayer(
         layer.hidden_size,
@@ -168,15 +181,11 @@ def why_not_tiled(layer: ExpertLayer) -> list[str]:
     problems = []
     if layer.hidden_size % TILE_ROWS:
         problems.append(f"hidden_size must be a multiple of {TILE_ROWS}, got {layer.hidden_size}")
-    if layer.intermediate_size % BLOCK_COLUMNS:
+    multiple = max(BLOCK_COLUMNS, TILE_ROWS // layer.activation.rows)
+    if layer.intermediate_size % multiple:
         problems.append(
-            f"intermediate_size must be a multiple of {BLOCK_COLUMNS}, got "
-            f"{layer.intermediate_size}"
+            f"intermediate_size must be a multiple of {multiple}, got {layer.intermediate_size}"
         )
-    if not layer.activation.gated:
-        problems.append("activations without a gate are for the CPU and plain torch")
-    if layer.w13.bias is not None or layer.w2.bias is not None:
-        problems.append("biases are for the CPU and plain torch")
     if not any(layer.present(e) for e in range(layer.num_experts)):
         problems.append("no expert is held here")
     return problems
@@ -217,6 +226,9 @@ def tile_matrices(
             packed, scale = matrices.packed[expert][chosen], matrices.scale[expert][chosen]
             record = find(bits[slot]).tile(packed, scale)
             target[:, tiles] = record.transpose(0, 1)
+    bias = None if matrices.bias is None else matrices.bias[order]
+    if bias is not None and row_order is not None:
+        bias = bias[:, row_order]
     table = [start // ALIGNMENT * NUMBERS + b for start, b in zip(starts, bits, strict=False)]
     return TiledMatrices(
         rows,
@@ -226,6 +238,7 @@ def tile_matrices(
         records.view(torch.int8),
         torch.tensor(table, dtype=torch.int32, device=device),
         matrices.model_bits,
+        bias,
     )
 
 

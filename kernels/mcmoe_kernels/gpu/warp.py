@@ -29,14 +29,14 @@ from mcmoe_kernels.formats.device.words import split_meta
 from mcmoe_kernels.gpu.block import launch_decode
 from mcmoe_kernels.gpu.choice import WarpConfig
 from mcmoe_kernels.gpu.common import (
-    activate,
+    activate_pair,
     by_format,
     hidden_block,
     is_ragged,
     load_if,
     steps_of,
 )
-from mcmoe_kernels.gpu.digits import absolute_bits, load_token, store_token, to_fixed
+from mcmoe_kernels.gpu.digits import absolute_bits, load_token, store_columns, store_token
 from mcmoe_kernels.gpu.routing import load_entry, wait_for_previous
 from mcmoe_kernels.gpu.threads import each_thread, threads
 from mcmoe_kernels.gpu.tiled import TiledLayer
@@ -86,6 +86,7 @@ class Cut:
 
 def cuts(
     config: WarpConfig,
+    rows13: int,
     hidden_size: int,
     intermediate_size: int,
     group_sizes: tuple[int, int],
@@ -97,7 +98,7 @@ def cuts(
 
     c, g13, g2 = config, *group_sizes
     cut13 = Cut(
-        2 * intermediate_size, hidden_size, hidden_size, g13, g13, c.block_n13, c.tiles13,
+        rows13, hidden_size, hidden_size, g13, g13, c.block_n13, c.tiles13,
         c.parts13, c.warps13, 1, c.stages13, False, False, None, inline,
     )  # fmt: skip
     cut2 = Cut(
@@ -377,13 +378,25 @@ def add_parts(value, CUT: tl.constexpr):
     return value
 
 
+@triton.jit
+def add_bias_once(acc, at, gives, CUT: tl.constexpr):
+    """acc, plus the bias of its rows in the threads that give it. at: that of a thread's first."""
+    TILES: tl.constexpr = CUT.tiles
+    sums = ()
+    for tile in tl.static_range(TILES):
+        sum0, sum1 = acc[tile]
+        sum0 += tl.load(at + tile * 16, mask=gives, other=0.0).to(tl.float32)
+        sum1 += tl.load(at + tile * 16 + 8, mask=gives, other=0.0).to(tl.float32)
+        sums += ((sum0, sum1),)
+    return sums
+
+
 @gluon.jit(do_not_specialize=["top_k"])
-def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digits, h_meta, top_k,
-                        CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
+def gate_up_warp_kernel(digits, x_meta, records, bias, block_info, block_pair, h_digits, h_meta,
+                        top_k, CUT: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
                         DTYPE: tl.constexpr, H_BLOCK: tl.constexpr,
                         PDL: tl.constexpr):  # fmt: skip
     """As `block.gate_up_kernel`."""
-    INTERMEDIATE: tl.constexpr = CUT.rows // 2
     TILES: tl.constexpr = CUT.tiles
     WARPS: tl.constexpr = CUT.warps
     INLINE: tl.constexpr = CUT.inline
@@ -402,42 +415,29 @@ def gate_up_warp_kernel(digits, x_meta, records, block_info, block_pair, h_digit
         records, entry, first_row, entry * 0, CUT.per_part, CUT.columns,
     )  # fmt: skip
     acc = by_format(zeros_of(thread, TILES), entry, dot_planes, tensors, CUT, FORMATS)
-    # A tile of 16 rows is 8 of gate, then 8 of up: both are a thread's own. H_BLOCK columns of h
-    # are those of WARPS_TOGETHER warps.
-    WARPS_TOGETHER: tl.constexpr = H_BLOCK // (8 * TILES)
-    SHAPE: tl.constexpr = (WARPS // WARPS_TOGETHER, 8 * WARPS_TOGETHER, 4)
+    # A tile of 16 rows is 8 of gate, then 8 of up, both a thread's own, or 16 columns of h.
+    OF_TILE: tl.constexpr = 16 // ACTIVATION.rows
+    TOGETHER: tl.constexpr = min(TILES, H_BLOCK // OF_TILE)  # tiles of a warp that share a scale
     row, warp = thread % 32 // 4, thread // 32 % (WARPS // CUT.parts)
+    if bias is not None:
+        at = bias + tl.load(block_info + block * 4) * CUT.rows + first_row
+        acc = add_bias_once(acc, at + warp * (16 * TILES) + row, thread // 32 == warp, CUT)
     gives = tl.where(thread // 32 == warp, gives, -1)
-    largest = thread * 0
-    values = ()
-    for rows in tl.static_range(TILES):
-        gate, up = acc[rows]
-        gate, up = add_parts(gate, CUT), add_parts(up, CUT)
-        h = activate(gate, up, ACTIVATION).to(DTYPE).to(tl.float32)
-        largest = tl.maximum(largest, absolute_bits(h))
-        values += (h,)
-    together = largest.reshape(SHAPE)
-    together = together * 0 + tl.max(together, 1)[:, None, :]
-    largest = each_thread(together, WARPS, INLINE)
-    total = thread * 0
-    scale = total.to(tl.float32)
-    for rows in tl.static_range(TILES):
-        fixed, scale = to_fixed(values[rows], largest)
-        total += fixed
-        high = (fixed + 128) >> 8
-        column = warp * (8 * TILES) + rows * 8 + row
-        position = column // 32 * 32 + 2 * (column % 16) + column % 32 // 16
-        at = gives.to(tl.int64) * (2 * INTERMEDIATE) + first_row // 2 + position
-        tl.store(h_digits + at, high.to(tl.int8), mask=gives >= 0)
-        tl.store(h_digits + at + INTERMEDIATE, (fixed - 256 * high).to(tl.int8), mask=gives >= 0)
-    together = total.reshape(SHAPE)
-    together = together * 0 + tl.sum(together, 1)[:, None, :]
-    total = each_thread(together, WARPS, INLINE)
-    h_block = first_row // 2 // H_BLOCK + warp // WARPS_TOGETHER
-    at = h_meta + (gives.to(tl.int64) * (INTERMEDIATE // H_BLOCK) + h_block) * 2
-    leads = (gives >= 0) & (row == 0) & (warp % WARPS_TOGETHER == 0)
-    tl.store(at, scale, mask=leads)
-    tl.store(at + 1, total.to(tl.float32), mask=leads)
+    for begin in tl.static_range(0, TILES, TOGETHER):
+        largest = thread * 0
+        values = ()
+        for tile in tl.static_range(begin, begin + TOGETHER):
+            sum0, sum1 = acc[tile]
+            found = activate_pair(add_parts(sum0, CUT), add_parts(sum1, CUT), ACTIVATION)
+            for i in tl.static_range(len(found)):
+                h = found[i].to(DTYPE).to(tl.float32)
+                largest = tl.maximum(largest, absolute_bits(h))
+                values += (h,)
+        store_columns(
+            thread, values, largest, gives, warp, row, first_row, h_digits, h_meta,
+            ACTIVATION.rows, begin * OF_TILE, TILES * OF_TILE, CUT.rows // ACTIVATION.rows,
+            H_BLOCK, WARPS, INLINE,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["pairs_total"])
@@ -491,8 +491,7 @@ def fused_experts_warp(
 ) -> torch.Tensor:
     """As `fused_experts_decode`."""
     gate_up, down = GPU_KERNELS if inline else INTERPRETED_KERNELS
-    sizes = layer.hidden_size, layer.intermediate_size, layer.group_sizes
-    cut13, cut2 = cuts(config, *sizes, hidden_block(layer, config), pdl, inline)
+    cut13, cut2 = cuts(config, *layer.sizes, hidden_block(layer, config), pdl, inline)
     return launch_decode(
         x, layer, topk_weights, topk_ids, config, prune_ratio, counts, inline, pdl,
         (gate_up, cut13), (down, cut2),

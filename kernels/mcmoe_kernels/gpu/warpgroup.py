@@ -30,7 +30,7 @@ from mcmoe_kernels.formats.device.records import (
 )
 from mcmoe_kernels.formats.device.words import concatenate, split_meta
 from mcmoe_kernels.gpu.choice import WarpgroupConfig
-from mcmoe_kernels.gpu.common import activate, by_format, is_scaled
+from mcmoe_kernels.gpu.common import activate_block, add_bias, by_format, is_scaled
 from mcmoe_kernels.gpu.prefill import launch_prefill, sizes_of
 from mcmoe_kernels.gpu.routing import wait_for_previous
 from mcmoe_kernels.gpu.tiled import TiledLayer
@@ -56,6 +56,7 @@ class Cut:
 
 def cuts(
     config: WarpgroupConfig,
+    rows13: int,
     hidden_size: int,
     intermediate_size: int,
     group_sizes: tuple[int, int],
@@ -64,8 +65,7 @@ def cuts(
     """What the products of a configuration are compiled for: w13, w2. group_sizes: theirs."""
     c, rest = config, (config.stages, config.group_n, wide)
     return (
-        Cut(2 * intermediate_size, hidden_size, group_sizes[0], c.block_n13, c.block_m, c.part13,
-            *rest),
+        Cut(rows13, hidden_size, group_sizes[0], c.block_n13, c.block_m, c.part13, *rest),
         Cut(hidden_size, intermediate_size, group_sizes[1], c.block_n2, c.block_m, c.part2, *rest),
     )  # fmt: skip
 
@@ -287,15 +287,26 @@ def store_rows(y, value, places, first_row, ROWS: gl.constexpr, OUT: gl.constexp
     gl.store(y + at, value, mask=(pairs >= 0)[None, :] & (row >= 0)[:, None])
 
 
+@gluon.jit
+def store_block(y, value, places, first_row, ROWS: gl.constexpr):
+    """`store_rows` of BLOCK_N rows."""
+    N: gl.constexpr = value.shape[0]
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    if 32 * gl.num_warps() > N:
+        store_rows(y, value, places, first_row, ROWS, OUT)
+    else:  # in halves, whose addresses take fewer registers
+        first, second = value.reshape(2, N // 2, value.shape[1]).permute(1, 2, 0).split()
+        store_rows(y, first, places, first_row, ROWS, OUT)
+        store_rows(y, second, places, first_row + N // 2, ROWS, OUT)
+
+
 @gluon.jit(do_not_specialize=["top_k"])
-def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
+def gate_up_warpgroup_kernel(x, records, bias, block_info, block_pair, h, top_k,
                              CUT: gl.constexpr, FORMATS: gl.constexpr,
                              ACTIVATION: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    INTERMEDIATE: gl.constexpr = CUT.rows // 2
     BLOCK_N: gl.constexpr = CUT.block_n
     BLOCK_M: gl.constexpr = CUT.block_m
     X_TILE: gl.constexpr = tokens_layout(CUT.part, gl.num_warps())
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
     block, n_block = gl.program_id(1), gl.program_id(2) * CUT.group_n + gl.program_id(0)
     if n_block >= CUT.rows // BLOCK_N:
         return
@@ -308,10 +319,15 @@ def gate_up_warpgroup_kernel(x, records, block_info, block_pair, h, top_k,
     rows = gl.load(places + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X_TILE)))
     rows = gl.where(rows >= 0, rows // top_k, -1)
     acc = weights_by_format(x, rows, records, entry, n_block * BLOCK_N, CUT, FORMATS)
-    alternating = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-    gate, up = alternating.reshape(BLOCK_N // 2, BLOCK_M, 2).split()
-    value = activate(gate, up, ACTIVATION)
-    store_rows(h, value, places, n_block * (BLOCK_N // 2), INTERMEDIATE, OUT)
+    if bias is not None:
+        row = n_block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, acc.type.layout))
+        acc = add_bias(acc, bias, slot, row, CUT.rows)
+    value = activate_block(acc, ACTIVATION)
+    if ACTIVATION.gated:
+        OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+        store_rows(h, value, places, n_block * (BLOCK_N // 2), CUT.rows // 2, OUT)
+    else:
+        store_block(h, value, places, n_block * BLOCK_N, CUT.rows)
 
 
 @gluon.jit
@@ -322,7 +338,6 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
     BLOCK_N: gl.constexpr = CUT.block_n
     BLOCK_M: gl.constexpr = CUT.block_m
     X_TILE: gl.constexpr = tokens_layout(CUT.part, gl.num_warps())
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, gl.num_warps()], [0, 1])
     block, n_block = gl.program_id(1), gl.program_id(2) * CUT.group_n + gl.program_id(0)
     if n_block >= HIDDEN // BLOCK_N:
         return
@@ -334,12 +349,7 @@ def down_warpgroup_kernel(h, records, block_info, block_pair, y,
     if slot < 0:
         return
     acc = weights_by_format(h, rows, records, entry, n_block * BLOCK_N, CUT, FORMATS)
-    if 32 * gl.num_warps() > BLOCK_N:
-        store_rows(y, acc, places, n_block * BLOCK_N, HIDDEN, OUT)
-    else:  # in halves, whose addresses take fewer registers
-        first, second = acc.reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0).split()
-        store_rows(y, first, places, n_block * BLOCK_N, HIDDEN, OUT)
-        store_rows(y, second, places, n_block * BLOCK_N + BLOCK_N // 2, HIDDEN, OUT)
+    store_block(y, acc, places, n_block * BLOCK_N, HIDDEN)
 
 
 def fused_experts_warpgroup(
