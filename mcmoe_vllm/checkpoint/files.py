@@ -57,6 +57,11 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(torch.Size(t.shape).numel() for t in self.tensors.values())
 
+    @property
+    def on_disk(self) -> Checkpoint:
+        """The checkpoint as it is stored; another one only for a view of it."""
+        return self
+
     def names(self, prefix: str = "") -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]
 
@@ -82,7 +87,10 @@ class Checkpoint:
 
     def read_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """`read`, refusing weights that hold NaN or infinity (UserError lists them all)."""
-        tensors = self.read(names)
+        return self.require_finite(self.read(names))
+
+    def require_finite(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors, if none holds NaN or infinity. Raises UserError listing those that do."""
         broken = [n for n, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
         if broken:
             raise UserError(
@@ -96,12 +104,7 @@ class Checkpoint:
         file = self.path / self.tensors[name].shard
         with explain_os_errors(f"reading {file}"), safe_open(file, framework="pt") as f:
             found = f.get_slice(name)[index].clone()
-        if not _is_finite(found):
-            raise UserError(
-                f"{self.path} has NaN or infinite weights in {name}[{index}]; "
-                "the checkpoint is damaged, download it again"
-            )
-        return found
+        return self.require_finite({f"{name}[{index}]": found}).popitem()[1]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -266,8 +269,8 @@ def read_config(checkpoint: Checkpoint) -> QuantizationConfig:
     method = raw.get("quant_method") if isinstance(raw, dict) else None
     if isinstance(method, str) and method != QUANT_METHOD:
         raise UserError(
-            f"{checkpoint.path} was compressed by another tool (quant_method {method!r}, an mcmoe "
-            f"checkpoint has {QUANT_METHOD!r}). Compress the original 16-bit model with: "
+            f"{checkpoint.path} was quantized by another tool (quant_method {method!r}, an mcmoe "
+            f"checkpoint has {QUANT_METHOD!r}). Compress the original model with: "
             "mcmoe quantize MODEL -o FOLDER"
         )
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mcmoe_vllm import __version__
-from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, resolve_model
+from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, own_config, resolve_model
 from mcmoe_vllm.checkpoint.fingerprint import weights_fingerprint
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
@@ -43,17 +43,13 @@ NOT_RESTORED = ("work_dir", "resume", "trust_remote_code")
 
 
 def open_source(options: QuantizeOptions) -> MoeModel:
-    """The 16-bit model to compress.
+    """The original model to compress.
 
     Raises UserError for models that cannot be compressed with these options.
     """
     checkpoint = open_checkpoint(resolve_model(options.model, options.revision))
-    settings = checkpoint.config.get("quantization_config")
-    if settings is not None:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-        raise UserError(
-            f"{options.model} is already quantized ({method}); give the original 16-bit model"
-        )
+    if own_config(checkpoint) is not None:
+        raise UserError(f"{options.model} is compressed already; give the original model")
     model = open_model(checkpoint, options.device, None, as_stored=True)
     _require_whole_groups(model.outline, options.group_size, options.dense_bits)
     return model
@@ -106,13 +102,14 @@ def open_work(
 
     asked: the options before a given plan decided on some.
     """
+    source = checkpoint.on_disk
     description = {
         "command": command,
         "mcmoe_version": __version__,
         "format_version": FORMAT_VERSION,
         "torch_version": torch.__version__,
         "device": device.type,
-        "model_fingerprint": _fingerprint([checkpoint.config, weights_fingerprint(checkpoint)]),
+        "model_fingerprint": _fingerprint([source.config, weights_fingerprint(source)]),
         "calibration_fingerprint": _fingerprint(windows.tolist()),
         "plan": read_json(options.plan) if options.plan else None,
         "target_drop": options.target_drop,

@@ -125,7 +125,7 @@ def _report(folder: Path, summary: Summary) -> dict[str, Any]:
         "average_bits": summary.average_bits,
         "matrices": {str(w): n for w, n in count_matrices(pairs).items()},
         "bytes": {
-            "original": model.checkpoint.nbytes,
+            "original": model.checkpoint.on_disk.nbytes,
             "compressed": sum((folder / s).stat().st_size for s in _shards(folder)),
             "experts": summary.sizes.expert_bytes,
         },
@@ -158,7 +158,7 @@ def count_sizes(model: Outline, plan: Plan) -> Sizes:
         for w13, w2 in row
     )
     return Sizes(
-        original_bytes=model.checkpoint.nbytes,
+        original_bytes=model.checkpoint.on_disk.nbytes,
         expert_bytes=expert_bytes,
         other_bytes=_other_bytes(model, plan.dense_bits, group),
         expert_parameters=len(plan.layers) * model.num_experts * 3 * hidden * width,

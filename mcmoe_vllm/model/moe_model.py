@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig
+from mcmoe_vllm.checkpoint.sources import with_16_bit_tensors
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.agreement import open_layout
 from mcmoe_vllm.model.decoder_layer import (
@@ -37,12 +38,10 @@ from mcmoe_vllm.model.expert_reader import (
 )
 from mcmoe_vllm.model.layout import Layout
 from mcmoe_vllm.model.memory import return_freed_memory
-from mcmoe_vllm.model.packed import DequantizedLinears, PackedExperts, with_original_names
+from mcmoe_vllm.model.packed import PackedExperts, with_original_names
 from mcmoe_vllm.model.skeleton import Skeleton
 
 BLOCK_TOKENS = 8192  # tokens that go through a layer at once
-
-ReadTensors = Callable[[list[str]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ class MoeModel:
     device: torch.device
     dtype: torch.dtype
     experts: ExpertReader
-    read: ReadTensors
     quantization: QuantizationConfig | None = None
     _loaded: set[str] = field(default_factory=set)
     _arguments: dict[int, list[Arguments]] = field(default_factory=dict)
@@ -209,7 +207,7 @@ class MoeModel:
         if not missing:
             return
         sources = {p: self._source(p) for p in missing}
-        tensors = self.read(sorted(set(sources.values())))
+        tensors = self.checkpoint.read_weights(sorted(set(sources.values())))
         state = {p: self._placed(p, tensors[name]) for p, name in sources.items()}
         skeleton.model.load_state_dict(state, strict=False, assign=True)
         skeleton.model.requires_grad_(False)
@@ -233,7 +231,7 @@ class MoeModel:
         """A decoder layer's parameters and buffers."""
         skeleton = self.skeleton
         wanted = [p for p in skeleton.shapes if p.startswith(prefix) and not skeleton.is_experts(p)]
-        tensors = self.read([self._source(p) for p in wanted])
+        tensors = self.checkpoint.read_weights([self._source(p) for p in wanted])
         state = {p.removeprefix(prefix): self._placed(p, tensors[self._source(p)]) for p in wanted}
         module.load_state_dict(state, strict=False, assign=True)
         skeleton.make_tables(module, self.device)
@@ -295,7 +293,8 @@ def open_model(
     *,
     as_stored: bool = False,
 ) -> MoeModel:
-    """A 16-bit or mcmoe checkpoint ready to run layer by layer.
+    """A 16-bit or mcmoe checkpoint ready to run layer by layer, or one in a format of
+    `checkpoint.sources`, which runs as the 16-bit model that it dequantizes to.
 
     dtype: float32 on every device unless asked otherwise, so that figures do not depend on it;
     None: float32 on a CPU, bfloat16 on a GPU. as_stored: leave experts in main memory as they are
@@ -303,6 +302,7 @@ def open_model(
     Raises UserError for unsupported architectures, other quantization methods, unusable configs,
     and for any tensor that is not as config.json says.
     """
+    checkpoint = with_16_bit_tensors(checkpoint)
     settings = checkpoint.config.get("quantization_config")
     quantization = None if settings is None else QuantizationConfig.from_dict(settings)
     place = choose_device(device)
@@ -319,7 +319,6 @@ def open_model(
         place,
         dtype,
         reader if as_stored else ExpertsOnDevice(reader, place, dtype),
-        checkpoint.read_weights if quantization is None else DequantizedLinears(checkpoint),
         quantization,
     )
 

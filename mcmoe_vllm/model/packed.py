@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.files import Checkpoint
 from mcmoe_vllm.checkpoint.format import QuantizationConfig, stored_scale
+from mcmoe_vllm.checkpoint.view import Computed, View
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.model.expert_reader import read_biases
 from mcmoe_vllm.model.experts import Expert, stack_parts
@@ -54,27 +53,11 @@ def read_expert_matrix(checkpoint: Checkpoint, name: str, bits: int) -> torch.Te
     return packing.dequantize(packed, scale, bits)
 
 
-class DequantizedLinears:
-    """Reads tensors by their original names, dequantizing int4 linears on the way."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __call__(self, names: list[str]) -> Mapping[str, torch.Tensor]:
-        plain = [name for name in names if name in self._checkpoint]
-        found = self._checkpoint.read_weights(plain)
-        for name in names:
-            if name not in found:
-                prefix = name.removesuffix("weight")
-                pair = self._checkpoint.read_weights([prefix + "qweight", prefix + "scales"])
-                found[name] = packing.dequantize_int4_linear(*pair.values())
-        return found
-
-
-def with_original_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint's table of tensors with quantized ones under their original names; what it
-    says of those is of their codes."""
-    tensors = dict(checkpoint.tensors)
+def with_original_names(checkpoint: Checkpoint) -> View:
+    """The checkpoint with quantized tensors under their original names; what its table says of
+    those is of their codes. int4 linears are dequantized to float32 when they are read; experts,
+    whose widths only config.json tells, are not read here."""
+    tensors, computed = dict(checkpoint.tensors), {}
     for name in checkpoint.tensors:
         for codes, scales, weight in (
             (".qweight", ".scales", ".weight"),
@@ -82,6 +65,9 @@ def with_original_names(checkpoint: Checkpoint) -> Checkpoint:
         ):
             if name.endswith(codes):
                 prefix = name.removesuffix(codes)
-                tensors[prefix + weight] = tensors.pop(name)
+                original, pair = prefix + weight, (name, prefix + scales)
+                tensors[original] = tensors.pop(name)
                 tensors.pop(prefix + scales, None)
-    return Checkpoint(checkpoint.path, checkpoint.config, tensors)
+                if codes == ".qweight":
+                    computed[original] = Computed(pair, packing.dequantize_int4_linear)
+    return View(checkpoint.path, checkpoint.config, tensors, checkpoint, computed)

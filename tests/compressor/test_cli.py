@@ -64,9 +64,9 @@ DAMAGES = {
     "unsupported": (
         lambda m: edit_config(m, architectures=["Llama4ForCausalLM"]), [], "not supported yet",
     ),
-    "already quantized": (
+    "quantized in another way": (
         lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), [],
-        "already quantized (gptq)",
+        "quantized in a way that cannot be read (quant_method 'gptq')",
     ),
     "indivisible": (
         lambda m: edit_config(m, intermediate_size=96) or _narrow(m, 96), [],

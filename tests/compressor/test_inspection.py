@@ -265,7 +265,7 @@ def test_plain_checkpoint(folder):
 
 def test_checkpoint_of_another_tool(folder):
     edit_config(folder, lambda c: c["quantization_config"].update(quant_method="gptq"))
-    assert "another tool (quant_method 'gptq'" in refusal(folder)
+    assert "quantized by another tool (quant_method 'gptq'" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [3, [], {}, {"quant_method": "mcmoe", "format_version": 3}])
