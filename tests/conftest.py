@@ -1,10 +1,8 @@
 """Fixtures that every folder of tests shares: paths, texts, models; and the order of tests."""
 
 import fcntl
-import json
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -12,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.text import CALIBRATION, EVALUATION, write_text
 
 if not torch.cuda.is_available():
     # The kernels run in Triton's interpreter. Read when Triton and a kernel are first imported,
@@ -248,24 +248,13 @@ def compressed_example(
 @pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text as .jsonl, about 60,000 tokens, which no change of this project changes."""
-    names = ("argparse", "calendar", "heapq", "shlex", "statistics", "textwrap")
-    return _write_text(tmp_path_factory, "calibration", names)
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.jsonl", CALIBRATION)
 
 
 @pytest.fixture(scope="session")
 def evaluation_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other files than those of `calibration_text`, about 55,000 tokens."""
-    names = ("difflib", "fractions", "optparse", "tempfile")
-    return _write_text(tmp_path_factory, "evaluation", names)
-
-
-def _write_text(factory: pytest.TempPathFactory, name: str, modules: tuple[str, ...]) -> Path:
-    """Modules of Python's standard library."""
-    file = factory.mktemp("text") / f"{name}.jsonl"
-    folder = Path(sysconfig.get_path("stdlib"))
-    documents = [(folder / f"{m}.py").read_text(encoding="utf-8") for m in modules]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return file
+    return write_text(tmp_path_factory.mktemp("text") / "evaluation.jsonl", EVALUATION)
 
 
 @pytest.fixture(scope="session")

@@ -231,6 +231,8 @@ def _wrong_settings(layout: Layout, quantization: QuantizationConfig | None) -> 
     (key, activation), allowed = skeleton.activation_setting, skeleton.architecture.activations
     if activation not in allowed:
         yield f"{key} is {activation!r}, vLLM's {layout.name} computes {' or '.join(allowed)}"
+    if skeleton.architecture.tied and not skeleton.ties_head:
+        yield f"tie_word_embeddings is false, vLLM's {layout.name} has no head but the embedding"
     if not 1 <= skeleton.top_k <= skeleton.num_experts:
         yield (
             f"{skeleton.setting(TOP_K)} is {skeleton.top_k}, the model has "

@@ -22,7 +22,7 @@ class Architecture:
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
     where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
     not read from config.json; paired: whether that class takes gate and up of an expert as one
-    tensor; dense: whether it asks for the linears of attention by the names on disk.
+    tensor; tied: whether it takes the embedding for the head whatever config.json says.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Architecture:
     alias: str | None = None
     gating: Gating | None = None
     paired: bool = False
-    dense: bool = True
+    tied: bool = False
 
 
 ARCHITECTURES = {
@@ -43,13 +43,14 @@ ARCHITECTURES = {
         Architecture("Qwen3MoeForCausalLM"),
         Architecture("OlmoeForCausalLM"),
         Architecture("PhiMoEForCausalLM", alias="PhimoeForCausalLM"),
+        Architecture("Lfm2MoeForCausalLM", tied=True),
+        Architecture("Cohere2MoeForCausalLM", tied=True),
         Architecture("Gemma4ForCausalLM", ("gelu_pytorch_tanh",)),
         Architecture("Gemma4ForConditionalGeneration", ("gelu_pytorch_tanh",)),
         Architecture(
             "GptOssForCausalLM",
             gating=Gating(True, Formula(limit=7.0, alpha=1.702, up_offset=1.0)),
             paired=True,
-            dense=False,
         ),
     )
 }

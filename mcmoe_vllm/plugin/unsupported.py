@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 
 from mcmoe_vllm.errors import UserError
 
@@ -78,7 +79,40 @@ def _weight_transfer(config: Any) -> str | None:
     )
 
 
-FLAGS: tuple[Callable[[Any], str | None], ...] = (_load_format, _lora, _offload, _weight_transfer)
+def _rotary_kernel(config: Any) -> str | None:
+    """Of models that hand queries on head by head: those with latent attention, and LFM2."""
+    ops, model = config.compilation_config.custom_ops, config.model_config
+    on = {"all", "+rotary_embedding"}.intersection(ops) and "-rotary_embedding" not in ops
+    if model is None or not on or not current_platform.is_cpu():
+        return None
+    by_head = model.use_mla or any(name.startswith("Lfm2") for name in model.architectures)
+    if not by_head or _rotates_every_head():
+        return None
+    return (
+        "vLLM's rotary kernel for CPUs (--enforce-eager), which misreads this model's queries: add "
+        """--compilation-config '{"custom_ops": ["-rotary_embedding"]}' or drop the flag"""
+    )
+
+
+def _rotates_every_head() -> bool:
+    """Whether vLLM's kernel rotates queries [T, heads, width] as it does [T, heads * width]."""
+    from vllm import _custom_ops as ops
+
+    results = []
+    for shape in ((2, 2, 16), (2, 32)):
+        query, key = torch.ones(shape), torch.ones(2, 16)
+        ops.rotary_embedding(torch.arange(2), query, key, 16, torch.eye(2, 16), False)
+        results.append(query.flatten())
+    return torch.equal(*results)
+
+
+FLAGS: tuple[Callable[[Any], str | None], ...] = (
+    _load_format,
+    _lora,
+    _offload,
+    _weight_transfer,
+    _rotary_kernel,
+)
 
 
 def _has_zero_experts(layer: Any, moe: Any) -> bool:

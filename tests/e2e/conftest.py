@@ -2,7 +2,6 @@
 servers and another the engines, one at a time each."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,24 +17,14 @@ import pytest
 import torch
 
 from benchmarks.serving import server
+from tests.helpers.engine_environment import ENGINE, engine_environment
 
 pytest.importorskip("vllm")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE_MODEL = ROOT / "examples" / "mixtral-6m"
-ENGINE = Path(__file__).parent / "engine.py"
 START_SECONDS = 300
 ENGINE_SECONDS = 600
-
-
-def engine_environment(**settings: str) -> dict[str, str]:
-    values = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None:  # a core for each: threads that spin would starve the other's engine
-        cores = os.cpu_count() or 1
-        values["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % cores)
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return {**inherited, **values, **settings}
 
 
 @dataclass

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,9 @@ def metrics() -> dict[str, float]:
     """Of all engines of this process that count: `disable_log_stats` is False for those."""
     from prometheus_client import REGISTRY
 
+    from mcmoe_vllm.plugin.metrics import PUBLISH_SECONDS
+
+    time.sleep(2 * PUBLISH_SECONDS)  # a worker's counts are shown at most so long after
     return {
         f"{sample.name} {sample.labels.get('layer', '')}".strip(): sample.value
         for metric in REGISTRY.collect()

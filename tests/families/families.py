@@ -26,6 +26,8 @@ LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 128, "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
+# vLLM's rotary kernel for CPUs misreads queries [T, heads, width]; plain torch does not.
+PLAIN_ROPE = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SLIDING = {
     "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 128,
@@ -48,14 +50,16 @@ def count(name: str, top_k: str = "num_experts_per_tok") -> dict[str, int]:
 @dataclass(frozen=True)
 class Family:
     """model_type, cls: of transformers; settings: of its config; engine: what config.json needs
-    besides; serves: whether vLLM 0.32 runs the plain model on a CPU; spread: how wide the experts'
-    random gates and ups are, or a limit to them would not show."""
+    besides; serves: whether vLLM 0.32 runs the plain model on a CPU; launch: arguments for vLLM's
+    LLM without which it computes something else there; spread: how wide the experts' random gates
+    and ups are, or a limit to them would not show."""
 
     model_type: str
     cls: str
     settings: dict[str, Any]
     engine: dict[str, Any] = field(default_factory=dict)
     serves: bool = False
+    launch: dict[str, Any] = field(default_factory=dict)
     spread: float = 0.05
 
 
@@ -88,6 +92,7 @@ FAMILIES = {
          "topk_method": "greedy"},
         GROUPS,
         serves=True,
+        launch=PLAIN_ROPE,
     ),
     "deepseek_v3": Family(
         "deepseek_v3",
@@ -96,6 +101,7 @@ FAMILIES = {
          "num_nextn_predict_layers": 0},
         SIGMOID,
         serves=True,
+        launch=PLAIN_ROPE,
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
@@ -117,6 +123,7 @@ FAMILIES = {
         {**LATENT, **ROUTED, **DENSE, **SHARED, **SPARSE},
         {**SIGMOID, **FIRST_DENSE},
         serves=True,
+        launch=PLAIN_ROPE,
     ),
     "qwen3_next": Family(
         "qwen3_next",
@@ -145,6 +152,7 @@ FAMILIES = {
         "Lfm2MoeForCausalLM",
         {**PLAIN, **DENSE, **TIED, "num_dense_layers": 1,
          "layer_types": ["conv", "full_attention", "conv"]},
+        launch=PLAIN_ROPE,
     ),
     "hy_v3": Family(
         "hy_v3",

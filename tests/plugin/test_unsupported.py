@@ -46,6 +46,29 @@ def load_format(name):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "latent", "ops", "refused"),
+    [
+        ("DeepseekV3ForCausalLM", True, ["all"], True),
+        ("Lfm2MoeForCausalLM", False, ["all"], True),
+        ("Lfm2MoeForCausalLM", False, ["none"], False),  # compiled: in plain torch
+        ("Lfm2MoeForCausalLM", False, ["all", "-rotary_embedding"], False),
+        ("MixtralForCausalLM", False, ["all"], False),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's kernel for CPUs")
+def test_a_kernel_that_misreads_queries_is_refused(architecture, latent, ops, refused):
+    from mcmoe_vllm.plugin.unsupported import _rotates_every_head
+
+    made = config(model_config=SimpleNamespace(use_mla=latent, architectures=[architecture]))
+    made.compilation_config.custom_ops = ops
+    if not refused or _rotates_every_head():
+        refuse_flags(made)
+        return
+    with pytest.raises(UserError, match='"-rotary_embedding"'):
+        refuse_flags(made)
+
+
+@pytest.mark.parametrize(
     ("layer", "moe", "what"),
     [
         ({"apply_router_weight_on_input": True}, {}, "apply_router_weight_on_input"),  # Llama 4
