@@ -22,8 +22,8 @@ class Architecture:
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
     where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
     not read from config.json; paired: whether that class takes gate and up of an expert as one
-    tensor; dense: whether it asks for the linears of attention by the names on disk; tied: whether
-    it takes the embedding for the head whatever config.json says.
+    tensor; tied: whether it takes the embedding for the head whatever config.json says; dense:
+    whether linears may be int4.
     """
 
     name: str

@@ -65,9 +65,9 @@ def with_original_names(checkpoint: Checkpoint) -> View:
         ):
             if name.endswith(codes):
                 prefix = name.removesuffix(codes)
-                tensors[prefix + weight] = tensors.pop(name)
+                original, pair = prefix + weight, (name, prefix + scales)
+                tensors[original] = tensors.pop(name)
                 tensors.pop(prefix + scales, None)
                 if codes == ".qweight":
-                    pair = (name, prefix + scales)
-                    computed[prefix + weight] = Computed(pair, packing.dequantize_int4_linear)
+                    computed[original] = Computed(pair, packing.dequantize_int4_linear)
     return View(checkpoint.path, checkpoint.config, tensors, checkpoint, computed)

@@ -14,6 +14,8 @@ from mcmoe_vllm.compress.pipeline import quantize
 from mcmoe_vllm.errors import UserError
 from mcmoe_vllm.inspection import inspect_checkpoint
 from mcmoe_vllm.model.expert_reader import StoredExperts
+from mcmoe_vllm.model.experts import interleave
+from mcmoe_vllm.model.gating import Gating
 from mcmoe_vllm.model.moe_model import open_model
 from mcmoe_vllm.model.runner import final_hidden
 from tests.conftest import EXAMPLE_MODEL, make_tiny_model
@@ -179,9 +181,7 @@ def test_an_expert_of_a_fused_source_is_read_alone(fused, monkeypatch):
     for name in names:
         wanted = meaning[name.removeprefix("x.")].transpose(1, 2)
         assert torch.equal(together[name], wanted.to(torch.bfloat16))
-    skeleton = SimpleNamespace(
-        are_transposed=lambda layer: True, gatings={0: SimpleNamespace(interleaved=False)}
-    )
+    skeleton = SimpleNamespace(are_transposed=lambda layer: True, gatings={0: Gating(True)})
     layout = SimpleNamespace(
         has_fused_experts=lambda layer: True,
         fused_experts=lambda layer: names,
@@ -190,7 +190,7 @@ def test_an_expert_of_a_fused_source_is_read_alone(fused, monkeypatch):
     )
     monkeypatch.setattr(files.Checkpoint, "read", None)  # whole tensors
     expert = StoredExperts(view, layout).read(0, 1)
-    for weight, name in ((expert.w13, "gate_up_proj"), (expert.w2, "down_proj")):
+    for weight, name in ((interleave(expert.w13), "gate_up_proj"), (expert.w2, "down_proj")):
         assert torch.equal(weight, meaning[name][1].to(torch.bfloat16))
 
 

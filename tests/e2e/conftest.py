@@ -305,17 +305,19 @@ def write_dequantized(folder: Path, target: Path) -> Path:
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
         stem, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
-            scale = stored[f"{stem}.weight_scale"]
+        if kind.endswith("weight_packed"):
+            weight = name.removesuffix("_packed")
+            scale = stored[f"{weight}_scale"]
             columns = scale.shape[1] * quantization.group_size["w13"]
             bits = tensor.shape[1] * 8 // columns
-            plain[f"{stem}.weight"] = dequantize(tensor, scale, bits)
+            plain[weight] = dequantize(tensor, scale, bits)
         elif kind == "qweight":
             plain[f"{stem}.weight"] = dequantize_int4_linear(tensor, stored[f"{stem}.scales"])
-        elif kind not in ("weight_scale", "scales"):
+        elif not kind.endswith(("weight_scale", "scales")):
             plain[name] = tensor.float()
     layout = open_layout(checkpoint, quantization)
     for layer in quantization.expert_bits:  # an expert that was dropped adds nothing
+        biases = [plain[name] for name in layout.expert_biases(layer)]
         for expert, bits in enumerate(quantization.bits(layer, "w13")):
             if not bits:
                 kept = quantization.bits(layer, "w13").index(max(quantization.bits(layer, "w13")))
@@ -325,6 +327,13 @@ def write_dequantized(folder: Path, target: Path) -> Path:
                     strict=True,
                 ):
                     plain[name] = torch.zeros_like(plain[like])
+                for bias in biases:
+                    bias[expert] = 0
+        if layout.projections is None:  # gate and up in one, of all experts in one, transposed
+            names = [layout.expert_weights(layer, e) for e in range(quantization.num_experts)]
+            place = f"{layout.layer_prefix(layer)}{layout.place}"
+            for fused, parts in zip(("gate_up_proj", "down_proj"), zip(*names), strict=True):  # noqa: B905
+                plain[f"{place}.{fused}"] = torch.stack([plain.pop(n).t() for n in parts])
     save_file(
         {n: t.contiguous() for n, t in plain.items()},
         target / "model.safetensors",

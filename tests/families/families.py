@@ -284,7 +284,8 @@ FAMILIES = {
     "gpt_oss": Family(
         "gpt_oss",
         "GptOssForCausalLM",
-        {**HEADS, **LOCAL, **SLIDING, "hidden_size": 192, "intermediate_size": 192},
+        {**HEADS, **LOCAL, "hidden_size": 192, "intermediate_size": 192, "sliding_window": 128,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
         serves=True,
         spread=0.3,
     ),

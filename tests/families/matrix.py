@@ -211,12 +211,16 @@ def exchange_gate_and_up(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     checkpoint = open_checkpoint(source)
     layout = open_layout(checkpoint, read_config(checkpoint))
-    gate, up, _ = layout.expert_weights(layout.skeleton.moe_layers[0], 0)
+    *halves, _ = layout.expert_weights(layout.skeleton.moe_layers[0], 0)
     for kind in ("_packed", "_scale"):
         for shard in target.glob("*.safetensors"):
             tensors = load_file(shard)
-            if gate + kind in tensors:
-                tensors[gate + kind], tensors[up + kind] = tensors[up + kind], tensors[gate + kind]
+            names = [half + kind for half in halves]
+            if names[0] in tensors:
+                rows = [tensors[name] for name in names]
+                if len(names) == 1:  # both in one, in pairs of rows
+                    rows = [rows[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)]
+                tensors |= dict(zip(names, reversed(rows), strict=True))
                 save_file(tensors, shard, metadata={"format": "pt"})
     return target
 
