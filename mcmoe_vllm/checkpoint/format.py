@@ -13,14 +13,13 @@ from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.pruning_table import PruningTable
 from mcmoe_vllm.disk import check_version, is_integer, is_number
 from mcmoe_vllm.errors import UserError, some
-from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
+from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES, PROJECTION_GROUPS
 from mcmoe_vllm.widths import candidate_bits
 
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 2
 # format_version -> dtype of an expert's weight_scale, and its numbers for each group of columns
 EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1)}
-PROJECTION_GROUPS = ("w13", "w2", "dense")
 
 
 @dataclass(frozen=True)

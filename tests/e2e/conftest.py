@@ -312,20 +312,23 @@ def write_dequantized(folder: Path, target: Path) -> Path:
     checkpoint = open_checkpoint(folder)
     config = dict(checkpoint.config)
     quantization = QuantizationConfig.from_dict(config.pop("quantization_config"))
+    layout = open_layout(checkpoint, quantization)
+    experts = range(quantization.num_experts)
+    downs = {layout.expert_weights(i, e)[2] for i in quantization.expert_bits for e in experts}
     stored = checkpoint.read(checkpoint.names())
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
         stem, _, kind = name.rpartition(".")
         if kind == "weight_packed":
             scale = stored[f"{stem}.weight_scale"]
-            columns = scale.shape[1] * quantization.group_size["w13"]
+            group = "w2" if f"{stem}.weight" in downs else "w13"
+            columns = scale.shape[1] * quantization.group_size[group]
             bits = tensor.shape[1] * 8 // columns
             plain[f"{stem}.weight"] = dequantize(tensor, scale, bits)
         elif kind == "qweight":
             plain[f"{stem}.weight"] = dequantize_int4_linear(tensor, stored[f"{stem}.scales"])
         elif kind not in ("weight_scale", "scales"):
             plain[name] = tensor.float()
-    layout = open_layout(checkpoint, quantization)
     for layer in quantization.expert_bits:  # an expert that was dropped adds nothing
         for expert, bits in enumerate(quantization.bits(layer, "w13")):
             if not bits:
