@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mcmoe_vllm.checkpoint.format import DENSE_WIDTH
-from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.errors import UserError, some
 from mcmoe_vllm.limits import GROUP_SIZES, PROJECTION_GROUPS
 from mcmoe_vllm.model.layout import SPLIT_INPUTS
 from mcmoe_vllm.model.moe_model import Outline
@@ -62,11 +62,11 @@ def choose_group_sizes(asked: Mapping[str, int], columns: Sequence[Columns]) -> 
     chosen = {**largest, **asked}
     wrong = [c for c in columns if not c.fit(chosen[c.kind])]
     if wrong:
-        lines = "".join(f"\n  - {c}, group size {chosen[c.kind]}" for c in wrong)
-        kinds = dict.fromkeys(c.kind for c in wrong)
+        lines = some([f"{c}, group size {chosen[c.kind]}" for c in wrong])
+        remedy = _remedy(wrong, {c.kind: fitting[c.kind] for c in wrong})
         raise UserError(
-            f"{len(wrong)} kind{'s' * (len(wrong) != 1)} of columns are no multiple of their group "
-            f"size:{lines}\nRemedy: {_remedy(wrong, {kind: fitting[kind] for kind in kinds})}"
+            f"columns are no multiple of their group size in {len(wrong)} "
+            f"place{'s' * (len(wrong) != 1)}:{lines}\nRemedy: {remedy}"
         )
     return {kind: chosen[kind] for kind in PROJECTION_GROUPS}
 

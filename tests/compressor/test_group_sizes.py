@@ -50,13 +50,13 @@ def test_the_largest_that_fits_every_rank_is_taken(given, asked, sizes):
     ("given", "asked", "message"),
     [
         ({"width": 704, "dense": (96, 160)}, {"w2": 128, "dense": 64},
-            "3 kinds of columns are no multiple of their group size:\n"
+            "columns are no multiple of their group size in 3 places:\n"
             "  - expert width: 704 columns, group size 128\n"
             "  - layers.0.o_proj 96: 96 columns, group size 64\n"
             "  - layers.0.o_proj 160: 160 columns, group size 64\n"
             "Remedy: use --group-size w2=64,dense=32, or leave it out"),
         ({"width": 1408, "ranks": 8}, {},  # 176
-            "1 kind of columns are no multiple of their group size:\n"
+            "columns are no multiple of their group size in 1 place:\n"
             "  - expert width: 1408 columns over 8 ranks, group size 32\n"
             "Remedy: use a smaller --tensor-parallel"),
         ({"width": 1408, "ranks": 3}, {}, "1408 columns over 3 ranks"),
