@@ -24,7 +24,7 @@ class Flag:
     """What a field is called, said to be, and allowed to be on the command line.
 
     allowed: all values, or all members of a list; a range stands for its ends. least, most: a
-    number's.
+    number's. names: of which each may have a value of its own.
     """
 
     help: str
@@ -34,6 +34,7 @@ class Flag:
     allowed: Sequence[Any] | None
     least: int | None
     most: int | None
+    names: Sequence[str] | None
 
 
 def flag(
@@ -46,9 +47,10 @@ def flag(
     allowed: Sequence[Any] | None = None,
     least: int | None = None,
     most: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> Any:
     """A dataclass's field with a flag; `name` where the flag is not the field's name."""
-    described = Flag(help, group, name, metavar, allowed, least, most)
+    described = Flag(help, group, name, metavar, allowed, least, most, names)
     return field(default=default, metadata={"flag": described})
 
 
@@ -69,6 +71,8 @@ def add_flags(
             how["metavar"] = described.metavar
             of_words = get_args(kind)[0] is str
             how |= {"action": "append"} if of_words else {"type": integers}
+        elif get_origin(kind) is dict:
+            how |= {"metavar": described.metavar, "type": named_integers}
         else:
             how |= {"metavar": described.metavar, "type": kind}
             if kind is str:
@@ -108,7 +112,7 @@ def changed_flags(options: Any) -> dict[str, Any]:
     """The fields with a flag whose value is not the default, for JSON; a value that no command line
     can give, such as an object, is left out."""
     changed = differing(options, [name for name, _, _, _ in _flags(type(options))])
-    kinds = bool | int | float | str | tuple
+    kinds = bool | int | float | str | tuple | dict
     return {name: value for name, value in changed.items() if isinstance(value, kinds)}
 
 
@@ -122,6 +126,25 @@ def not_allowed(options: Any, names: Sequence[str]) -> list[str]:
         for name, (value, allowed) in values.items()
         if value not in (allowed or ())
     ]
+
+
+def wrong_members(options: Any, field: str) -> list[str]:
+    """A sentence for each part that is not allowed of a field with a number for each of several
+    names, or one for all; None leaves it open."""
+    value, described = getattr(options, field), _flag_of(type(options), field)
+    names, allowed = described.names or (), list(described.allowed or ())
+    if value is None:
+        return []
+    members = {field: value}
+    if isinstance(value, dict):
+        members = {f"{field} of {name}": v for name, v in value.items() if name in names}
+    wrong = [
+        f"{name} is {v!r:.60}, allowed are {allowed}"
+        for name, v in members.items()
+        if not is_integer(v) or v not in allowed
+    ]
+    unknown = [name for name in value if name not in names] if isinstance(value, dict) else []
+    return wrong + [f"{field} has {name!r:.60}, allowed are {', '.join(names)}" for name in unknown]
 
 
 def wrong_values(options: Any) -> list[str]:
@@ -183,6 +206,10 @@ def json_schema(options: type) -> dict[str, Any]:
 def _value_schema(kind: Any, described: Flag) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         return {"type": "array", "items": _value_schema(get_args(kind)[0], described)}
+    if get_origin(kind) is dict:
+        one = _value_schema(int, described)
+        each = {"type": "object", "properties": dict.fromkeys(described.names or (), one)}
+        return {"anyOf": [one, {**each, "additionalProperties": False}]}
     names = {float: "number", int: "integer", str: "string", bool: "boolean"}
     found: dict[str, Any] = {"type": names[kind]}
     if isinstance(described.allowed, range):
@@ -208,10 +235,13 @@ def _flag_of(options: type, name: str) -> Flag:
 
 
 def _kind(annotation: Any) -> Any:
-    """The type that the command line gives: of `Recipe | str | None`, str."""
+    """The type that the command line gives: of `Recipe | str | None`, str; of
+    `dict[str, int] | int | None`, dict[str, int], for which a number stands too."""
     if get_origin(annotation) is tuple:
         return annotation
     members = get_args(annotation) or (annotation,)
+    if named := [m for m in members if get_origin(m) is dict]:
+        return named[0]
     known = [m for m in members if m in (float, int, str, bool) or get_origin(m) is tuple]
     assert len(known) == 1, annotation
     return known[0]
@@ -246,6 +276,21 @@ def json_object(text: str) -> dict[str, Any]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def named_integers(text: str) -> int | dict[str, int]:
+    """A number, or one for each of several names: `64` or `a=1,b=2`."""
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    wrong = [f"{n}={v}" if v else n for n, v in pairs if not (n and v.isdecimal() and v.isascii())]
+    if text.isdecimal() and text.isascii():
+        return int(text)
+    names = [name for name, _ in pairs]
+    wrong += [f"{name} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has {', '.join(wrong)}; give a number such as 64, or NAME=64,NAME=32"
+        )
+    return {name: int(value) for name, value in pairs}
 
 
 def _numbers(kind: Callable[[str], Any], example: str, text: str) -> tuple[Any, ...]:

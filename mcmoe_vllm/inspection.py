@@ -30,7 +30,7 @@ from mcmoe_vllm.model.agreement import (
     promised_tensors,
 )
 from mcmoe_vllm.model.skeleton import Skeleton
-from mcmoe_vllm.widths import average_width, bits_per_weight, count_matrices
+from mcmoe_vllm.widths import average_width, bits_per_weight, count_matrices, describe_group_sizes
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _totals(i: Inspection) -> list[str]:
         f"size: {size(i.total_bytes)} in {_counted(i.num_shards, 'shard')}: experts "
         f"{size(i.expert_bytes)}, dense linears in int4 {size(i.dense_bytes)}, "
         f"the rest in 16 bits {size(i.other_bytes)}",
-        f"group size: {', '.join(f'{k} {v}' for k, v in i.config.group_size.items())}; "
+        f"group size: {describe_group_sizes(i.config.group_size)}; "
         f"attention and shared experts: {attention}",
     ]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from mcmoe_vllm.disk import check_version, is_integer, is_number
 from mcmoe_vllm.errors import UserError, some
-from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
+from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES, PROJECTION_GROUPS
 from mcmoe_vllm.widths import average_width, candidate_bits
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Plan:
 
     layers: decoder layers with experts; bits[row][expert]: widths, a row per entry of `layers`;
     w2_bits: those of the down projections, empty where `bits` holds for all three.
-    options: the settings of the measurement and the allocation (report only).
+    group_size: columns that share a scale, by kind of matrix. options: the settings of the
+    measurement and the allocation (report only).
     """
 
     model: str
@@ -29,7 +30,7 @@ class Plan:
     layers: tuple[int, ...]
     bits: tuple[tuple[int, ...], ...]
     candidate_bits: tuple[int, ...]
-    group_size: int
+    group_size: Mapping[str, int]
     dense_bits: int
     nominal_bits: float
     w2_bits: tuple[tuple[int, ...], ...] = ()
@@ -57,8 +58,13 @@ class Plan:
         elif any((a == 0) != (b == 0) for row in self.pairs() for a, b in row):
             wrong.append("an expert is dropped in bits or in w2_bits alone")
         wrong += check_candidate_bits(self.candidate_bits)
-        if self.group_size not in GROUP_SIZES:
-            wrong.append(f"group_size is {self.group_size}, allowed are {GROUP_SIZES}")
+        if set(self.group_size) != set(PROJECTION_GROUPS):
+            wrong.append(f"group_size has {sorted(self.group_size)}, needs {PROJECTION_GROUPS}")
+        wrong += [
+            f"group_size of {kind} is {size}, allowed are {GROUP_SIZES}"
+            for kind, size in self.group_size.items()
+            if size not in GROUP_SIZES
+        ]
         if self.dense_bits not in DENSE_BITS:
             wrong.append(f"dense_bits is {self.dense_bits}, allowed are {DENSE_BITS}")
         if not is_number(self.nominal_bits):
@@ -85,7 +91,7 @@ class Plan:
         return [list(zip(w13, w2, strict=True)) for w13, w2 in rows]
 
     def to_dict(self) -> dict[str, Any]:
-        value = asdict(self)
+        value = {**asdict(self), "group_size": dict(self.group_size)}
         for name in ("bits", "w2_bits"):
             value[name] = ["".join(map(str, row)) for row in value[name]]
         if not self.w2_bits:
@@ -110,12 +116,23 @@ class Plan:
         check_version(value.get("format_version", 1), source, PLAN_VERSION)
         if mistyped := _mistyped(value):
             raise UserError(f"{source} is no valid plan:{some(mistyped)}")
+        sizes = value["group_size"]  # version 1 had one for all
+        value = {
+            **value,
+            "group_size": same_group_size(sizes) if is_integer(sizes) else sizes,
+            "format_version": PLAN_VERSION,
+        }
         rows = {name: tuple(map(_widths, value.get(name, ()))) for name in ("bits", "w2_bits")}
         lists = {name: tuple(value[name]) for name in ("layers", "candidate_bits")}
         try:
             return cls(**{**value, **rows, **lists})
         except UserError as e:
             raise UserError(f"{source}: {e}") from None
+
+
+def same_group_size(size: int) -> dict[str, int]:
+    """One for all kinds of matrices."""
+    return dict.fromkeys(PROJECTION_GROUPS, size)
 
 
 def check_candidate_bits(bits: Any) -> list[str]:
@@ -146,7 +163,7 @@ def _mistyped(value: Mapping[str, Any]) -> list[str]:
         "bits": (is_rows, "a list of rows of digits"),
         "w2_bits": (is_rows, "a list of rows of digits"),
         "candidate_bits": (_is_integers, "a list of whole numbers"),
-        "group_size": (is_integer, "a whole number"),
+        "group_size": (_is_sizes, f"a whole number for each of {', '.join(PROJECTION_GROUPS)}"),
         "dense_bits": (is_integer, "a whole number"),
         "nominal_bits": (is_number, "a number"),
         "options": (lambda v: isinstance(v, Mapping), "an object"),
@@ -156,6 +173,11 @@ def _mistyped(value: Mapping[str, Any]) -> list[str]:
         for name, (good, what) in needs.items()
         if name in value and not good(value[name])
     ]
+
+
+def _is_sizes(value: Any) -> bool:
+    members = value.values() if isinstance(value, Mapping) else [value]
+    return all(map(is_integer, members))
 
 
 def _is_integers(value: Any) -> bool:

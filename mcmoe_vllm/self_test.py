@@ -23,15 +23,15 @@ from mcmoe_vllm.doctor import Finding, Status, in_one_line, run_doctor
 from mcmoe_vllm.errors import UserError, count
 from mcmoe_vllm.inspection import inspect_checkpoint
 from mcmoe_vllm.model.architectures import find_architecture, why_unsure
-from mcmoe_vllm.model.layout import Layout, find_layout
+from mcmoe_vllm.model.layout import SPLIT_INPUTS, Layout, find_layout
 from mcmoe_vllm.model.packed import with_original_names
 from mcmoe_vllm.model.skeleton import Skeleton, make_skeleton
 from mcmoe_vllm.model.text import load_tokenizer
 from mcmoe_vllm.pruning.table import read_table
+from mcmoe_vllm.widths import describe_group_sizes
 
 OF_THE_MACHINE = ("vllm", "vLLM plugin", "GPU")  # checks of the doctor's that serving depends on
 RANKS = (1, 2, 4, 8)
-SPLIT_INPUTS = (".o_proj.weight", ".down_proj.weight")  # of which each rank holds some columns
 USABLE = 0.9  # of a GPU's memory, which vLLM takes by default
 MEMORY_FILE = Path("/proc/meminfo")
 
@@ -113,7 +113,7 @@ def _ask_files(folder: Folder) -> Answer:
 
 def _ask_settings(folder: Folder) -> Answer:
     config = folder.config
-    sizes = ", ".join(f"{name} {columns}" for name, columns in config.group_size.items())
+    sizes = describe_group_sizes(config.group_size)
     return "ok", f"format version {config.format_version}; group sizes: {sizes}"
 
 

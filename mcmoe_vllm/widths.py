@@ -7,7 +7,7 @@ A pair is (width of gate and up, width of down), as the groups w13 and w2 of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 Pair = tuple[int, int]
 
@@ -46,11 +46,18 @@ def count_matrices(pairs: Iterable[Pair]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def group_words(pair: Pair, group_size: int) -> int:
-    """Words of 16 bits that a group of columns takes in a row of all three matrices."""
+def group_words(pair: Pair, group_size: int, group_size_w2: int | None = None) -> int:
+    """Words of 16 bits that a group of columns takes in a row of all three matrices; as many
+    columns as the larger group has where their sizes differ.
+
+    group_size: of gate and up, and of down unless `group_size_w2` says otherwise.
+    """
+    sizes = matrix_widths((group_size, group_size_w2 or group_size))
+    columns = max(sizes)
     return sum(
-        code_bits(width) * group_size // SCALE_BITS + 1  # codes, and the word of scale and zero
-        for width in matrix_widths(pair)
+        # Codes, and the words of scale and zero.
+        code_bits(width) * columns // SCALE_BITS + columns // size
+        for width, size in zip(matrix_widths(pair), sizes, strict=True)
         if width
     )
 
@@ -72,6 +79,11 @@ def true_bits(pairs: Iterable[Pair], group_size: int, group_size_w2: int | None 
 def bits_per_weight(nbytes: int, weights: int) -> float:
     """True bits of something stored: everything that its bytes hold is counted."""
     return 8 * nbytes / weights
+
+
+def describe_group_sizes(sizes: Mapping[str, int]) -> str:
+    """'w13 128, w2 64, dense 128'."""
+    return ", ".join(f"{kind} {size}" for kind, size in sizes.items())
 
 
 def in_words(width: int) -> str:

@@ -59,13 +59,14 @@ from mcmoe_vllm.model.experts import Expert
 from mcmoe_vllm.model.moe_model import MoeModel, open_model
 from mcmoe_vllm.model.runner import final_hidden
 from mcmoe_vllm.model.text import load_tokenizer, strided_windows, window_length
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 from mcmoe_vllm.recipes import RECIPES, Recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 CANDIDATES = (1, 2, 3)
 METHODS = ("recipe", "pmq", "uniform", "random", "frequency", "weight", "hessian")
 DRAWS = 5
+GROUP_SIZE = same_group_size(128)
 KEYS = ("model", "method", "recipe", "changes", "nominal_bits", "seed", "draw", "sequential",
         "text", "windows", "calibration", "samples")  # fmt: skip
 
@@ -120,7 +121,7 @@ class Bench:
             bits=bits[0],
             w2_bits=bits[1],
             candidate_bits=(1, 2, 3, 4),
-            group_size=128,
+            group_size=GROUP_SIZE,
             dense_bits=4,
             nominal_bits=nominal,
         )
@@ -180,7 +181,7 @@ def allocate(
     num_experts = len(layers[0].tokens)
     budget = round(bits * num_experts)
     if method == "recipe" and recipe.allocation == "sensitivity":
-        w13, w2, _ = allocate_sensitivity(layers, recipe.candidate_bits, bits, 128, recipe)
+        w13, w2, _ = allocate_sensitivity(layers, recipe.candidate_bits, bits, GROUP_SIZE, recipe)
         return w13, w2
     if method == "uniform":
         width, rest = divmod(budget, num_experts)

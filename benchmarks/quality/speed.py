@@ -32,7 +32,7 @@ from mcmoe_vllm.compress.options import QuantizeOptions
 from mcmoe_vllm.compress.pipeline import measure, quantize
 from mcmoe_vllm.disk import write_json
 from mcmoe_vllm.model.memory import peak_rss_bytes
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 from mcmoe_vllm.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +97,8 @@ def compress(folder: Path, name: str, bits: float, samples: int, length: int) ->
     assert widths is not None
     plan = Plan(
         model=options.model, architecture="MixtralForCausalLM", layers=(0,),
-        bits=widths[0], w2_bits=widths[1], candidate_bits=recipe.candidate_bits, group_size=128,
-        dense_bits=4, nominal_bits=bits,
+        bits=widths[0], w2_bits=widths[1], candidate_bits=recipe.candidate_bits,
+        group_size=same_group_size(128), dense_bits=4, nominal_bits=bits,
     )  # fmt: skip
     write_json(folder / "plan.json", plan.to_dict())
     options = replace(options, plan=str(folder / "plan.json"))

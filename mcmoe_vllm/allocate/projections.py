@@ -8,7 +8,7 @@ import numpy as np
 from mcmoe_vllm.allocate.budget import BUDGET_SLACK, Scope
 from mcmoe_vllm.allocate.knapsack import choose
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.widths import group_words
+from mcmoe_vllm.widths import group_words, matrix_widths
 
 
 def projection_costs(
@@ -35,7 +35,7 @@ def allocate_projections(
     costs: np.ndarray,
     widths: Sequence[tuple[int, int]],
     bits: float,
-    group_size: int,
+    group_size: Mapping[str, int],
     *,
     scope: Scope,
     pins: Mapping[tuple[int, int], int] | None = None,
@@ -44,17 +44,20 @@ def allocate_projections(
 
     costs [L, E, C] as from `projection_costs`, for the C pairs `widths`; bits: average of the
     codes that a uniform width would have, whose scales and zeros are in the budget too: a dropped
-    expert saves both. scope: one budget per layer or for all; pins: as in `allocate_bits`.
+    expert saves both. group_size: of w13 and of w2. scope: one budget per layer or for all; pins:
+    as in `allocate_bits`.
     Raises UserError if pins leave too little.
     """
     costs = np.array(costs, dtype=np.float64)
     for (row, expert), width in (pins or {}).items():
         costs[row, expert, [pair != (width, width) for pair in widths]] = np.inf
-    # In units of 16 bits a group: scale and zero take one.
-    unit = group_size // 16
-    sizes = [group_words(pair, group_size) for pair in widths]
+    # In words of 16 bits a group: scale and zero take one.
+    groups = (group_size["w13"], group_size["w2"])
+    columns = max(groups)
+    overhead = sum(columns // size for size in matrix_widths(groups)) / 3
+    sizes = [group_words(pair, *groups) for pair in widths]
     problems = costs.reshape(1, -1, len(widths)) if scope == "global" else costs
-    budget = math.floor(3 * (bits * unit + 1) * problems.shape[1] + BUDGET_SLACK)
+    budget = math.floor(3 * (bits * (columns // 16) + overhead) * problems.shape[1] + BUDGET_SLACK)
     try:
         choice = np.concatenate([choose(problem, sizes, budget) for problem in problems])
     except ValueError:

@@ -13,7 +13,7 @@ from mcmoe_kernels.formats import packing
 from mcmoe_vllm.checkpoint.pruning_table import PruningTable
 from mcmoe_vllm.disk import check_version, is_integer, is_number
 from mcmoe_vllm.errors import UserError, some
-from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES
+from mcmoe_vllm.limits import DENSE_BITS, GROUP_SIZES, PROJECTION_GROUPS
 from mcmoe_vllm.widths import candidate_bits
 
 QUANT_METHOD = "mcmoe"
@@ -21,7 +21,6 @@ FORMAT_VERSION = 2  # of a checkpoint that needs no other
 NEWEST_VERSION = 3  # that is read; written where experts have biases or clamp what they multiply
 # format_version -> dtype of an expert's weight_scale, and its numbers for each group of columns
 EXPERT_SCALES = {1: ("F16", 2), 2: ("I16", 1), 3: ("I16", 1)}
-PROJECTION_GROUPS = ("w13", "w2", "dense")
 
 
 @dataclass(frozen=True)

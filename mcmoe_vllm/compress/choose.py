@@ -39,7 +39,7 @@ def require_budget(options: QuantizeOptions, layers: Sequence[int], num_experts:
         costs, widths = projection_costs(np.zeros((*shape, 2)), np.zeros(shape[0]), candidates)
         scope = _scope(options.traits)
         allocate_projections(
-            costs, widths, options.bits, options.group_size, scope=scope, pins=pins
+            costs, widths, options.bits, options.group_sizes, scope=scope, pins=pins
         )
 
 
@@ -59,7 +59,7 @@ def measure_and_choose(
         model,
         windows,
         [] if options.is_uniform else candidates,
-        options.group_size,
+        options.group_sizes,
         options.traits,
         work,
         progress,
@@ -72,7 +72,7 @@ def measure_and_choose(
         bits=bits,
         w2_bits=w2_bits,
         candidate_bits=tuple(candidates),
-        group_size=options.group_size,
+        group_size=options.group_sizes,
         dense_bits=options.dense_bits,
         nominal_bits=options.bits,
         options={
@@ -105,7 +105,7 @@ def _choose(
         chosen = uniform_allocation(costs, candidates, options.bits)
     elif traits.allocation == "sensitivity":
         w13, w2, objective = allocate_sensitivity(
-            measured, candidates, options.bits, options.group_size, traits, pins
+            measured, candidates, options.bits, options.group_sizes, traits, pins
         )
         return w13, w2, "knapsack", objective
     else:
@@ -125,7 +125,7 @@ def allocate_sensitivity(
     measured: Sequence[LayerSignificance],
     candidates: Sequence[int],
     bits: float,
-    group_size: int,
+    group_size: Mapping[str, int],
     recipe: Recipe,
     pins: Mapping[tuple[int, int], int] | None = None,
 ) -> tuple[Rows, Rows, float]:

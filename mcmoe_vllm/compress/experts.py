@@ -75,7 +75,7 @@ def quantize_experts(
     layer: DecoderLayer,
     routing: Routing,
     widths: Sequence[tuple[int, int]],
-    group_size: int,
+    group_size: Mapping[str, int],
     recipe: Recipe,
     exact: torch.Tensor | None,
 ) -> tuple[dict[str, Any], dict[int, QuantizedExpert]]:
@@ -87,9 +87,7 @@ def quantize_experts(
     """
     found: dict[int, QuantizedExpert] = {}
     losses = _Losses()
-    quantize = partial(
-        quantizer.quantize, group_size=group_size, method=recipe.method, recipe=recipe
-    )
+    quantize = partial(quantizer.quantize, method=recipe.method, recipe=recipe)
     weighting, activation = recipe.hessian_weighting, layer.activation
     kept = [e for e in range(layer.num_experts) if widths[e][0]]
     share = partial(shared_gram, routing, recipe.shared_tokens, layer.device)
@@ -107,14 +105,14 @@ def quantize_experts(
             cross13 = input_hessians(routing, experts, weighting, shared_cross, exact)
             w13 = answer_inputs(w13, hessian13, cross13)
             del cross13
-        q13 = quantize(w13, hessian13, width13, splits=2)
+        q13 = quantize(w13, hessian13, width13, group_size["w13"], splits=2)
         given = q13.dequantize() if recipe.answers else wanted13
         hessian2, cross = inner_hessians(
             routing, experts, given, wanted13, activation, weighting, exact, [b for b, _ in biases]
         )
         if recipe.answers:
             w2 = answer_inputs(w2, hessian2, cross)
-        q2 = quantize(w2, hessian2, width2, splits=1)
+        q2 = quantize(w2, hessian2, width2, group_size["w2"], splits=1)
         losses.add(w13, hessian13, q13)
         losses.add(w2, hessian2, q2)
         del hessian13, hessian2, cross, given, wanted13, w13, w2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from mcmoe_vllm import __version__
 from mcmoe_vllm.checkpoint.files import Checkpoint, open_checkpoint, own_config, resolve_model
 from mcmoe_vllm.checkpoint.fingerprint import weights_fingerprint
-from mcmoe_vllm.checkpoint.format import DENSE_WIDTH, FORMAT_VERSION
+from mcmoe_vllm.checkpoint.format import FORMAT_VERSION
+from mcmoe_vllm.compress.group_sizes import choose_group_sizes, quantized_columns
 from mcmoe_vllm.compress.options import RESULT_FIELDS, QuantizeOptions, named_traits
 from mcmoe_vllm.compress.workdirectory import (
     WorkDirectory,
@@ -25,7 +27,6 @@ from mcmoe_vllm.compress.workdirectory import (
 from mcmoe_vllm.disk import read_json
 from mcmoe_vllm.errors import UserError, count
 from mcmoe_vllm.flags import changed_flags
-from mcmoe_vllm.limits import GROUP_SIZES
 from mcmoe_vllm.model.documents import Say
 from mcmoe_vllm.model.moe_model import MoeModel, Outline, open_model
 from mcmoe_vllm.model.text import (
@@ -41,8 +42,8 @@ MEASURE = "measure"  # a job of which nothing is kept
 NOT_RESTORED = ("work_dir", "resume")  # options that say where a job works
 
 
-def open_source(options: QuantizeOptions) -> MoeModel:
-    """The original model to compress.
+def open_source(options: QuantizeOptions) -> tuple[MoeModel, QuantizeOptions]:
+    """The original model to compress, and the options with every group size decided.
 
     Raises UserError for models that cannot be compressed with these options.
     """
@@ -50,8 +51,9 @@ def open_source(options: QuantizeOptions) -> MoeModel:
     if own_config(checkpoint) is not None:
         raise UserError(f"{options.model} is compressed already; give the original model")
     model = open_model(checkpoint, options.device, None, as_stored=True)
-    _require_whole_groups(model.outline, options.group_size, options.dense_bits)
-    return model
+    columns = quantized_columns(model.outline, options.dense_bits, options.tensor_parallel)
+    sizes = choose_group_sizes(options.group_sizes, list(columns))
+    return model, replace(options, group_size=sizes)
 
 
 def read_windows(
@@ -95,11 +97,11 @@ def open_work(
     windows: torch.Tensor,
     path: Path,
     command: str,
-    asked: QuantizeOptions | None = None,
+    asked: QuantizeOptions,
 ) -> WorkDirectory:
     """The job's folder, new or taken up again; its description is all that decides the result.
 
-    asked: the options before a given plan decided on some.
+    asked: the options before the model or a given plan decided on some.
     """
     source = checkpoint.on_disk
     description = {
@@ -116,7 +118,7 @@ def open_work(
         **{name: getattr(options, name) for name in RESULT_FIELDS},
         **named_traits(options.traits),
     }
-    kept = {n: v for n, v in changed_flags(asked or options).items() if n not in NOT_RESTORED}
+    kept = {n: v for n, v in changed_flags(asked).items() if n not in NOT_RESTORED}
     description, flags = json.loads(json.dumps([description, kept]))
     return open_work_directory(path, description, options.resume and command != MEASURE, flags)
 
@@ -144,33 +146,6 @@ def resumed_flags(given: Mapping[str, Any]) -> dict[str, Any]:
             "add it to --resume if you trust the model's code"
         )
     return {**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()}, **given}
-
-
-def _require_whole_groups(model: Outline, group_size: int, dense_bits: int) -> None:
-    """The columns of every matrix that is quantized are a multiple of the group size."""
-    columns = {
-        "the experts' gate and up projections (hidden size)": model.hidden_size,
-        "the experts' down projections (expert width)": model.expert_width,
-    }
-    experts = list(columns)
-    if dense_bits == DENSE_WIDTH:
-        for layer in range(model.num_layers):
-            for name in model.layout.dense_weights(layer):
-                if name in model.checkpoint:
-                    shape = model.checkpoint.tensors[name].shape
-                    columns[name.removesuffix(".weight")] = shape[1]
-    indivisible = {name: count for name, count in columns.items() if count % group_size}
-    if not indivisible:
-        return
-    lines = "\n".join(f"  - {name}: {count} columns" for name, count in indivisible.items())
-    fits = [g for g in GROUP_SIZES if all(c % g == 0 for c in indivisible.values())]
-    remedy = f"use --group-size {max(fits)}" if fits else "no group size fits this model"
-    if not set(experts) & set(indivisible):
-        remedy += " or --dense-bits 16"
-    raise UserError(
-        f"{len(indivisible)} kinds of columns are no multiple of the group size "
-        f"{group_size}:\n{lines}\nRemedy: {remedy}"
-    )
 
 
 def _fingerprint(value: Mapping[str, Any] | Sequence[Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ def measure_layers(
     model: MoeModel,
     windows: torch.Tensor,
     candidates: Sequence[int],
-    group_size: int,
+    group_size: Mapping[str, int],
     recipe: Recipe,
     work: WorkDirectory,
     progress: Progress,

@@ -15,6 +15,7 @@ from mcmoe_vllm.flags import (
     flag_names,
     json_schema,
     not_allowed,
+    wrong_members,
     wrong_values,
 )
 from mcmoe_vllm.limits import (
@@ -24,10 +25,12 @@ from mcmoe_vllm.limits import (
     GROUP_SIZES,
     MAX_DROP,
     MAX_EXPONENT,
+    MAX_RANKS,
     MAX_SEED,
     MAX_WINDOWS,
+    PROJECTION_GROUPS,
 )
-from mcmoe_vllm.plan import Plan, check_candidate_bits
+from mcmoe_vllm.plan import Plan, check_candidate_bits, same_group_size
 from mcmoe_vllm.recipes import ALLOWED, RECIPES, Recipe
 
 RESULT_FIELDS = (  # what an interrupted job may not change, the recipe's traits apart
@@ -68,7 +71,8 @@ class QuantizeOptions:
 
     model: a local folder or a Hub name; output: the folder (quantize) or plan file (plan) to write;
     recipe: one or its name, None = the plan's or "best"; scope, candidate_bits, method, alpha,
-    beta, gamma, finetune_passes: None = as the recipe says.
+    beta, gamma, finetune_passes: None = as the recipe says. group_size: a number for all kinds of
+    matrices, or for some of them by name; the others are as the model's widths allow.
     Raises UserError listing every value out of range.
     """
 
@@ -91,7 +95,23 @@ class QuantizeOptions:
         TARGET,
         allowed=ALLOWED["scope"],
     )
-    group_size: int = flag(128, "32, 64 or 128 (default)", TARGET, allowed=GROUP_SIZES)
+    group_size: dict[str, int] | int | None = flag(
+        None,
+        "columns that share a scale: 32, 64 or 128, or one for each of gate and up (w13), down "
+        "(w2) and int4 linears (dense); default: the largest that fits",
+        TARGET,
+        metavar="64|w13=128,w2=64",
+        allowed=GROUP_SIZES,
+        names=PROJECTION_GROUPS,
+    )
+    tensor_parallel: int = flag(
+        1,
+        "ranks that the model is to be split over when it is served, each with whole groups "
+        "(default 1)",
+        TARGET,
+        least=1,
+        most=MAX_RANKS,
+    )
     candidate_bits: tuple[int, ...] | None = flag(
         None,
         "widths to choose from, out of 0 (dropped) to 4 (default: of the recipe)",
@@ -160,7 +180,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         _plain(self)
-        wrong = not_allowed(self, ("group_size", "dense_bits"))
+        wrong = wrong_members(self, "group_size") + not_allowed(self, ("dense_bits",))
         if not isinstance(self.recipe, Recipe | None):
             wrong += not_allowed(self, ("recipe",))
         wrong += check_candidate_bits((1,) if self.candidate_bits is None else self.candidate_bits)
@@ -179,6 +199,8 @@ class QuantizeOptions:
             wrong += self._contradictions()
         if wrong:
             raise UserError("\n".join(wrong))
+        if isinstance(self.group_size, int):
+            object.__setattr__(self, "group_size", same_group_size(self.group_size))
 
     def _contradictions(self) -> list[str]:
         """What values that are allowed one by one do not allow together, a sentence each."""
@@ -212,6 +234,11 @@ class QuantizeOptions:
         return replace(recipe, **changed)
 
     @property
+    def group_sizes(self) -> dict[str, int]:
+        """Those that were asked for, by kind."""
+        return self.group_size if isinstance(self.group_size, dict) else {}
+
+    @property
     def is_uniform(self) -> bool:
         """Whether one width for all is asked for: nothing is measured then."""
         traits = self.traits
@@ -224,9 +251,10 @@ def require_undecided(options: QuantizeOptions, plan: Plan) -> None:
 
     What is as by default was not asked for, as far as can be told.
     """
+    agrees = {**plan.group_size, **options.group_sizes} == plan.group_size
     decided = {
         "bits": plan.nominal_bits,
-        "group_size": plan.group_size,
+        "group_size": options.group_size if agrees else plan.group_size,
         "dense_bits": plan.dense_bits,
         "candidate_bits": tuple(plan.candidate_bits),
     }

@@ -70,10 +70,11 @@ def plan(options: QuantizeOptions) -> Plan:
     require_startable(folder, options.resume)
     require_apart(Path(options.output).absolute(), folder)
     with Progress() as progress:
-        model, windows = _open(options, progress)
+        asked = options
+        model, options, windows = _open(options, progress)
         _, states = needed_bytes(model.outline, model.dtype, windows, options, None)
         require_free_space(folder, states, folder, 0)
-        with _open_work(options, model, windows, folder, "plan", progress) as work:
+        with _open_work(options, model, windows, folder, "plan", progress, asked) as work:
             result = measure_and_choose(options, model, windows, work, progress)
             with explain_os_errors(f"writing {options.output}"):
                 write_json(options.output, result.to_dict())
@@ -87,16 +88,23 @@ def measure(options: QuantizeOptions) -> list[LayerSignificance]:
 
     Raises UserError for anything that the user can mend.
     """
+    return _measure(options)[0]
+
+
+def _measure(asked: QuantizeOptions) -> tuple[list[LayerSignificance], QuantizeOptions]:
+    """`measure`, and the options with group sizes that fit the model."""
     with Progress() as progress, tempfile.TemporaryDirectory() as folder:
-        model, windows = _open(options, progress, allocates=False)
+        model, options, windows = _open(asked, progress, allocates=False)
         traits = options.traits
         candidates = sorted(traits.candidate_bits)
         place = Path(folder) / "work"
-        with open_work(options, model.checkpoint, model.device, windows, place, MEASURE) as work:
+        with open_work(
+            options, model.checkpoint, model.device, windows, place, MEASURE, asked
+        ) as work:
             return measure_layers(
-                model, windows, candidates, options.group_size, traits, work, progress,
+                model, windows, candidates, options.group_sizes, traits, work, progress,
                 resumable=False,
-            )  # fmt: skip
+            ), options  # fmt: skip
 
 
 def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[float, float]]:
@@ -116,9 +124,9 @@ def sweep(options: QuantizeOptions, budgets: Sequence[float]) -> list[tuple[floa
         raise UserError(
             f"sweep holds {wrong}, the candidates allow {candidates[0]} to {candidates[-1]}"
         )
-    measured = measure(options)
+    measured, options = _measure(options)
     return [
-        (bits, allocate_sensitivity(measured, candidates, bits, options.group_size, traits)[2])
+        (bits, allocate_sensitivity(measured, candidates, bits, options.group_sizes, traits)[2])
         for bits in budgets
     ]
 
@@ -139,7 +147,7 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         require_undecided(options, given)
         options = _with_plan(options, given)
     with Progress() as progress:
-        model = _open_model(options, progress)
+        model, options = _open_model(options, progress)
         require_apart(output, folder, model.checkpoint.path)
         _announce_left_out(model.checkpoint.path, options, progress)
         if given is not None:
@@ -203,14 +211,17 @@ def _output(name: str, folder: Path) -> Path:
 
 def _open(
     options: QuantizeOptions, progress: Progress, allocates: bool = True
-) -> tuple[MoeModel, torch.Tensor]:
-    """The model and its calibration windows. allocates: whether the budget has to be possible."""
-    model = _open_model(options, progress, allocates)
-    return model, _read_text(options, model.checkpoint, model.config, progress)
+) -> tuple[MoeModel, QuantizeOptions, torch.Tensor]:
+    """The model, the options with all that it decides, and its calibration windows. allocates:
+    whether the budget has to be possible."""
+    model, options = _open_model(options, progress, allocates)
+    return model, options, _read_text(options, model.checkpoint, model.config, progress)
 
 
-def _open_model(options: QuantizeOptions, progress: Progress, allocates: bool = True) -> MoeModel:
-    model = open_source(options)
+def _open_model(
+    options: QuantizeOptions, progress: Progress, allocates: bool = True
+) -> tuple[MoeModel, QuantizeOptions]:
+    model, options = open_source(options)
     if unsure := why_unsure(model.name):
         progress.say(unsure)
     candidates = sorted(options.traits.candidate_bits)
@@ -219,7 +230,7 @@ def _open_model(options: QuantizeOptions, progress: Progress, allocates: bool = 
         require_prunable(model)
     if allocates and options.plan is None:
         require_budget(options, model.moe_layers, model.num_experts)
-    return model
+    return model, options
 
 
 def _read_text(
@@ -245,7 +256,7 @@ def _open_work(
     folder: Path,
     command: str,
     progress: Progress,
-    asked: QuantizeOptions | None = None,
+    asked: QuantizeOptions,
 ) -> WorkDirectory:
     work = open_work(options, model.checkpoint, model.device, windows, folder, command, asked)
     for note in (f"work directory {folder}", *work.notes):
@@ -264,7 +275,7 @@ def _with_plan(options: QuantizeOptions, given: Plan) -> QuantizeOptions:
         options,
         bits=given.nominal_bits,
         candidate_bits=given.candidate_bits,
-        group_size=given.group_size,
+        group_size=dict(given.group_size),
         dense_bits=given.dense_bits,
         recipe=options.recipe or recipe_of(given),
     )

@@ -97,11 +97,11 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _quantization_config(summary: Summary) -> QuantizationConfig:
-    plan, group = summary.plan, summary.plan.group_size
+    plan = summary.plan
     dense = summary.model.layout.dense if plan.dense_bits == DENSE_WIDTH else ()
     rows = zip(plan.layers, plan.bits, plan.w2_bits or plan.bits, strict=True)
     return QuantizationConfig(
-        group_size={"w13": group, "w2": group, "dense": group},
+        group_size=plan.group_size,
         expert_bits={
             layer: ("".join(map(str, w13)), "".join(map(str, w2))) for layer, w13, w2 in rows
         },
@@ -152,15 +152,15 @@ def count_sizes(model: Outline, plan: Plan) -> Sizes:
     """Bytes of the checkpoint that a plan leads to."""
     hidden, width, group = model.hidden_size, model.expert_width, plan.group_size
     expert_bytes = sum(
-        2 * packing.packed_bytes(width, hidden, w13, group)
-        + packing.packed_bytes(hidden, width, w2, group)
+        2 * packing.packed_bytes(width, hidden, w13, group["w13"])
+        + packing.packed_bytes(hidden, width, w2, group["w2"])
         for row in plan.pairs()
         for w13, w2 in row
     )
     return Sizes(
         original_bytes=model.checkpoint.on_disk.nbytes,
         expert_bytes=expert_bytes,
-        other_bytes=_other_bytes(model, plan.dense_bits, group),
+        other_bytes=_other_bytes(model, plan.dense_bits, group["dense"]),
         expert_parameters=len(plan.layers) * model.num_experts * 3 * hidden * width,
         parameters=model.checkpoint.num_parameters,
     )
@@ -198,8 +198,10 @@ def needed_bytes(
         return count_sizes(outline, plan).total_bytes, 2 * states  # of a layer and of the next
     probes = len(outline.moe_layers) * min(PROBE_TOKENS, windows.numel()) * of_token
     weights = len(outline.moe_layers) * outline.num_experts * 3 * hidden * outline.expert_width
-    expert_bytes = int(weights * (options.bits + 16 / options.group_size) / 8)
-    other_bytes = _other_bytes(outline, options.dense_bits, options.group_size)
+    group = options.group_sizes
+    overhead = 16 * (2 / group["w13"] + 1 / group["w2"]) / 3
+    expert_bytes = int(weights * (options.bits + overhead) / 8)
+    other_bytes = _other_bytes(outline, options.dense_bits, group["dense"])
     return expert_bytes + other_bytes, 2 * max(states, states // 2 + probes)
 
 

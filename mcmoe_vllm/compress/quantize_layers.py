@@ -99,8 +99,9 @@ def _quantize_layer(
     wanted = exact if fits_exact else None
     if linears:
         lost["dense"], stored = quantize_dense(
-            layer, groups, blocks, wanted.inputs if wanted else None, plan.group_size, recipe
-        )
+            layer, groups, blocks, wanted.inputs if wanted else None, plan.group_size["dense"],
+            recipe,
+        )  # fmt: skip
         for name, parts in stored.items():
             del tensors[layout.stored_name(index, f"{name}.weight")]
             for part, tensor in parts.items():
@@ -108,7 +109,7 @@ def _quantize_layer(
     if recipe.router_bits != 16 and layer.router_name is not None:
         router = layout.stored_name(index, f"{layer.router_name}.weight")
         lost["router"], tensors[router] = quantize_router(
-            layer, blocks, tensors[router].dtype, plan.group_size, recipe
+            layer, blocks, tensors[router].dtype, plan.group_size["w13"], recipe
         )
     routed = wanted.routing.hidden if wanted and wanted.routing else None
     del exact, wanted  # what the linears are given is as large as the states themselves

@@ -6,7 +6,7 @@ Frobenius norm of the change of the MoE block's output when expert i alone goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def measure_layer(
     experts: Callable[[int], Expert],
     num_experts: int,
     candidate_bits: Sequence[int],
-    group_size: int,
+    group_size: Mapping[str, int],
     activation: Activation,
     recipe: Recipe = BEST,
     probe: Probe = OF_EVERYTHING,
@@ -144,7 +144,7 @@ def _quantize_candidates(
     weights: Pair,
     hessians: Pair,
     candidate_bits: Sequence[int],
-    group_size: int,
+    group_size: Mapping[str, int],
     recipe: Recipe,
 ) -> tuple[list[Pair | None], list[torch.Tensor]]:
     """A batch of experts at every candidate, dequantized (None: dropped), and where GPTQ was kept.
@@ -164,8 +164,8 @@ def _quantize_candidates(
         if bits == 0:
             candidates.append(None)
             continue
-        q13 = quantizer.quantize(weights[0], factored13, bits, group_size, splits=2, **how)
-        q2 = quantizer.quantize(weights[1], factored2, bits, group_size, **how)
+        q13 = quantizer.quantize(weights[0], factored13, bits, group_size["w13"], splits=2, **how)
+        q2 = quantizer.quantize(weights[1], factored2, bits, group_size["w2"], **how)
         candidates.append((q13.dequantize(), q2.dequantize()))
         kept += [q13.gptq_kept, q2.gptq_kept]
     return candidates, kept

@@ -39,6 +39,7 @@ DENSE: dict[str, tuple[tuple[str, ...], ...]] = {
         (("gate_proj", "up_proj"), ("down_proj",)),
     ),
 }
+SPLIT_INPUTS = (".o_proj.weight", ".down_proj.weight")  # of which each rank holds some columns
 
 
 @dataclass(frozen=True, eq=False)

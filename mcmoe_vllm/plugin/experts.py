@@ -318,7 +318,7 @@ class McmoeExpertsMethod(FusedMoEMethodBase):
             raise UserError(
                 f"{self.prefix} cannot be split over {ranks} tensor-parallel rank(s): "
                 f"{'; '.join(wrong)}. Add --enable-expert-parallel, which gives each rank whole "
-                f"experts, or compress with a smaller --group-size."
+                f"experts, or compress with --tensor-parallel {ranks}."
             )
 
     def _check_tensor(

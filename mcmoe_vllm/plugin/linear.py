@@ -71,7 +71,8 @@ class McmoeLinearMethod(AutoGPTQLinearMethod):
                 f"{self.prefix}: in_features of {input_size} split over "
                 f"{input_size // input_size_per_partition} ranks gives "
                 f"{input_size_per_partition}, no multiple of the group size {self.group_size}. "
-                f"Use a smaller --tensor-parallel-size, or compress with a smaller --group-size."
+                f"Use a smaller --tensor-parallel-size, or compress with --tensor-parallel "
+                f"{input_size // input_size_per_partition}."
             )
         super().create_weights(
             layer,

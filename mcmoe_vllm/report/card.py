@@ -9,7 +9,7 @@ from typing import Any
 
 from mcmoe_vllm.checkpoint.sizes import Sizes
 from mcmoe_vllm.plan import Plan
-from mcmoe_vllm.widths import count_matrices, in_words
+from mcmoe_vllm.widths import count_matrices, describe_group_sizes, in_words
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -123,6 +123,7 @@ def _conditions(result: Mapping[str, Any], plan: Plan) -> str:
         listed = (f"layer {i}: {', '.join(map(str, experts))}" for i, experts in starved.items())
         reached = f"Experts that calibration hardly reached: {'; '.join(listed)}."
     return (
+        f"Columns that share a scale: {describe_group_sizes(plan.group_size)}. "
         f"Attention (and shared experts): {in_words(plan.dense_bits)}. Router gates, norms, "
         f"embeddings and the head: 16 bits. Calibration: {calibration['samples']} windows of "
         f"{calibration['sequence_length']} tokens of {Path(calibration['source']).name}, seed "

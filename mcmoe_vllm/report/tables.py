@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mcmoe_vllm.checkpoint.sizes import Sizes, size
 from mcmoe_vllm.plan import Plan
 from mcmoe_vllm.report.plots import DIGIT_COLOURS, WIDTH_COLOURS
-from mcmoe_vllm.widths import Pair, average_width, count_matrices, in_words
+from mcmoe_vllm.widths import Pair, average_width, count_matrices, describe_group_sizes, in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,13 +111,14 @@ def _digits(widths: Sequence[int]) -> Text:
 
 
 def size_lines(plan: Plan, sizes: Sizes) -> str:
-    """Nominal and true bits, and the size, in two lines."""
+    """Nominal and true bits, the size and the group sizes, a line each."""
     ratio = sizes.original_bytes / sizes.total_bytes
     return (
         f"bits per expert weight: {plan.average_bits():.3f} nominal, "
         f"{sizes.expert_bits:.3f} true (scales and zeros counted); "
         f"whole model {sizes.model_bits:.3f}\n"
-        f"size: {size(sizes.original_bytes)} -> {size(sizes.total_bytes)} ({ratio:.2f}x smaller)"
+        f"size: {size(sizes.original_bytes)} -> {size(sizes.total_bytes)} ({ratio:.2f}x smaller)\n"
+        f"group sizes: {describe_group_sizes(plan.group_size)}"
     )
 
 

@@ -16,6 +16,7 @@ from mcmoe_vllm.allocate.factors import Factors, expert_costs, read_factors
 from mcmoe_vllm.allocate.pmq import allocate_bits, allocate_file, uniform_allocation
 from mcmoe_vllm.allocate.projections import allocate_projections, projection_costs
 from mcmoe_vllm.errors import UserError
+from mcmoe_vllm.plan import same_group_size
 
 pytest.importorskip("ortools")
 
@@ -569,7 +570,7 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
     sensitivities = np.array([1.0, 4.0, 0.1])
     costs, pairs = projection_costs(errors, sensitivities, (0, 1, 2, 3))
     chosen, objective = allocate_projections(
-        costs, pairs, 2.0, group_size, scope=scope, pins={(0, 1): 3}
+        costs, pairs, 2.0, same_group_size(group_size), scope=scope, pins={(0, 1): 3}
     )
     overhead = 16 / group_size
 
@@ -592,7 +593,7 @@ def test_projections_are_allocated_within_true_bits(scope, group_size):
 def test_a_dropped_expert_saves_its_scales_too():
     # In groups of 32, scale and zero take half a bit: 2.5 for one expert are 1.25 for two.
     costs, pairs = projection_costs(np.array([[[[9.0, 9], [1, 1]], [[5, 5], [1, 1]]]]), [1], (0, 2))
-    chosen, _ = allocate_projections(costs, pairs, 0.75, 32, scope="layer")
+    chosen, _ = allocate_projections(costs, pairs, 0.75, same_group_size(32), scope="layer")
     assert chosen == (((2, 2), (0, 0)),)
 
 
@@ -600,4 +601,4 @@ def test_pins_beyond_the_budget_of_projections_are_refused():
     costs, pairs = projection_costs(np.ones((1, 2, 3, 2)), np.ones(1), (1, 2, 3))
     pins = {(0, 0): 3, (0, 1): 3}
     with pytest.raises(UserError, match="2 bits are below the smallest"):
-        allocate_projections(costs, pairs, 2, 128, scope="global", pins=pins)
+        allocate_projections(costs, pairs, 2, same_group_size(128), scope="global", pins=pins)

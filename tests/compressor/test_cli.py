@@ -69,8 +69,8 @@ DAMAGES = {
         "quantized in a way that cannot be read (quant_method 'gptq')",
     ),
     "indivisible": (
-        lambda m: edit_config(m, intermediate_size=96) or _narrow(m, 96), [],
-        "expert width): 96 columns\nRemedy: use --group-size 32",
+        lambda m: edit_config(m, intermediate_size=96) or _narrow(m, 96), ["--group-size", "64"],
+        "expert width): 96 columns, group size 64\nRemedy: use --group-size w2=32, or leave",
     ),
     "contradicting shapes": (
         lambda m: edit_config(m, intermediate_size=256), [], "config says [256, 128]",
@@ -290,7 +290,9 @@ def test_flags_are_the_options(monkeypatch):
     monkeypatch.setattr("mcmoe_vllm.compress.job.resumed_flags", lambda given: given)
     given = {
         "--bits": ("bits", 3.5), "--recipe": ("recipe", "paper"), "--scope": ("scope", "global"),
-        "--group-size": ("group_size", 64), "--candidate-bits": ("candidate_bits", (2, 3, 4)),
+        "--group-size": ("group_size", {"w2": 64, "dense": 32}),
+        "--tensor-parallel": ("tensor_parallel", 2),
+        "--candidate-bits": ("candidate_bits", (2, 3, 4)),
         "--dense-bits": ("dense_bits", 16), "--calibration": ("calibration", "x.txt"),
         "--samples": ("samples", 7), "--sequence-length": ("sequence_length", 9),
         "--method": ("method", "rtn"), "--alpha": ("alpha", 0.5), "--beta": ("beta", 2.5),
@@ -305,7 +307,8 @@ def test_flags_are_the_options(monkeypatch):
     )
     line = ["quantize", "m", "-o", "o"]
     for flag, (_, value) in given.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        several = [f"{n}={v}" for n, v in value.items()] if isinstance(value, dict) else value
+        text = ",".join(map(str, several)) if isinstance(value, tuple | dict) else str(value)
         line += [flag] if value is True else [flag, text]
     del line[line.index("--plan") : line.index("--plan") + 2]  # has decided most of the others
     assert cli.main(["quantize", "m", "-o", "o"]) == cli.main([*line, "--pin", "b=1"]) == 0
@@ -349,9 +352,9 @@ def test_contradictions_are_refused_at_once_and_all_named(capsys, line, message)
 
 def test_callers_from_python_contradict_no_plan_either(tmp_path):
     from mcmoe_vllm.compress.pipeline import quantize, sweep
-    from mcmoe_vllm.plan import Plan
+    from mcmoe_vllm.plan import Plan, same_group_size
 
-    plan = Plan("m", "MixtralForCausalLM", (0,), ((3, 2),), (2, 3), 64, 16, 2.5)
+    plan = Plan("m", "MixtralForCausalLM", (0,), ((3, 2),), (2, 3), same_group_size(64), 16, 2.5)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
     options = QuantizeOptions("m", tmp_path / "o", plan=tmp_path / "plan.json", dense_bits=16)
     for name, value in {"bits": 3.0, "pins": ["*.1=3"], "candidate_bits": [2, 4]}.items():

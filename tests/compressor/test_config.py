@@ -37,13 +37,20 @@ def make_plan(**changes):
             "layers": (1, 3),
             "bits": ((1, 2, 3), (3, 3, 2)),
             "candidate_bits": (1, 2, 3),
-            "group_size": 64,
+            "group_size": {"w13": 128, "w2": 64, "dense": 32},
             "dense_bits": 4,
             "nominal_bits": 2.5,
             "options": {"seed": 1},
             **changes,
         }
     )
+
+
+def test_a_plan_of_version_1_has_one_group_size_for_all():
+    new = make_plan().to_dict()
+    old = {**new, "group_size": 64, "format_version": 1}
+    sizes = {"w13": 64, "w2": 64, "dense": 64}
+    assert Plan.from_dict(old).to_dict() == {**new, "group_size": sizes}
 
 
 def test_config_round_trip_through_json():
@@ -151,7 +158,8 @@ def test_plan_round_trip_through_json():
         ({"candidate_bits": (0,)}, "hold no width above 0"),
         ({"candidate_bits": (1, 2, 3, 3)}, "repeat a width"),
         ({"candidate_bits": (1, 2, 3, 8)}, r"\[8\] are not among"),
-        ({"group_size": 100}, "group_size is 100"),
+        ({"group_size": {"w13": 64, "w2": 100, "dense": 64}}, "group_size of w2 is 100, allowed"),
+        ({"group_size": {"w13": 64}}, r"group_size has \[.w13.\], needs"),
         ({"dense_bits": 8}, "dense_bits is 8"),
         ({"nominal_bits": float("nan")}, "nominal_bits is nan"),
         ({"nominal_bits": "2"}, "nominal_bits is '2'"),
@@ -170,7 +178,7 @@ def test_plan_out_of_range_is_refused(changes, message):
         ([], "mine.json is no plan: it holds a list"),
         ({}, "missing .*'bits'"),
         ({**make_plan().to_dict(), "extra": 1}, r"unknown \['extra'\]"),
-        ({**make_plan().to_dict(), "format_version": 2}, "format_version 2, .* up to 1: upgrade"),
+        ({**make_plan().to_dict(), "format_version": 3}, "format_version 3, .* up to 2: upgrade"),
         ({**make_plan().to_dict(), "format_version": "new"}, "format_version is 'new', needs"),
         ({**make_plan().to_dict(), "format_version": None}, "format_version is None, needs"),
         ({**make_plan().to_dict(), "bits": ["12x", "123"]}, "mine.json is no valid plan"),
@@ -187,7 +195,7 @@ def test_plan_out_of_range_is_refused(changes, message):
         ({**make_plan().to_dict(), "layers": [True, 3]}, "layers is"),
         ({**make_plan().to_dict(), "candidate_bits": [[], 1]}, "candidate_bits is"),
         ({**make_plan().to_dict(), "group_size": [64]}, "group_size is .64., needs a whole"),
-        ({**make_plan().to_dict(), "group_size": 64.0}, "group_size is 64.0, needs a whole"),
+        ({**make_plan().to_dict(), "group_size": {"w2": 64.0}}, "group_size is .*64.0}, needs a"),
         (
             {**make_plan().to_dict(), "nominal_bits": 10**400},
             "nominal_bits is 1.*, needs a number",

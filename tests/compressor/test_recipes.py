@@ -8,7 +8,7 @@ import pytest
 
 from mcmoe_vllm.compress.options import QuantizeOptions, require_undecided
 from mcmoe_vllm.errors import UserError
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 from mcmoe_vllm.recipes import ALLOWED, BEST, PAPER, RECIPES
 
 
@@ -123,7 +123,15 @@ def test_paths_and_lists_become_what_json_holds():
 
 
 PLAN = Plan(
-    "m", "a", (0,), ((3, 2),), (2, 3), 64, 16, 2.25, options={"pins": ["*.0=3"], "scope": "global"}
+    "m",
+    "a",
+    (0,),
+    ((3, 2),),
+    (2, 3),
+    same_group_size(64),
+    16,
+    2.25,
+    options={"pins": ["*.0=3"], "scope": "global"},
 )
 
 
@@ -134,6 +142,9 @@ def test_a_plan_is_not_contradicted():
         plan="p.json", samples=3, dense_bits=16,
     )  # fmt: skip
     require_undecided(agreeing, PLAN)
+    require_undecided(replace(agreeing, group_size={"w2": 64}), PLAN)
+    with pytest.raises(UserError, match="^--group-size cannot be given with --plan"):
+        require_undecided(replace(agreeing, group_size={"w2": 32}), PLAN)
     other = replace(
         agreeing, bits=3, pins=("*.1=3",), group_size=32, scope="layer", recipe="paper", beta=2.0
     )
@@ -184,12 +195,12 @@ def test_the_schema_of_the_options_says_what_is_allowed():
     assert list(found) == [f.name for f in fields(QuantizeOptions)]
     assert schema["required"] == ["model", "output"] and not schema["additionalProperties"]
     assert found["bits"]["type"] == "number" and found["bits"]["default"] == 2.5
-    assert found["group_size"] == {
-        "description": "32, 64 or 128 (default)",
-        "default": 128,
-        "type": "integer",
-        "enum": [32, 64, 128],
-    }
+    one = {"type": "integer", "enum": [32, 64, 128]}
+    each = {"type": "object", "properties": dict.fromkeys(("w13", "w2", "dense"), one)}
+    assert found["group_size"]["anyOf"] == [
+        {"anyOf": [one, {**each, "additionalProperties": False}]},
+        {"type": "null"},
+    ]
     assert found["samples"]["minimum"] == 1
     assert found["recipe"]["anyOf"][0] == {"type": "string", "enum": ["paper", "best"]}
     assert found["finetune_passes"]["anyOf"] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mcmoe_vllm.checkpoint.sizes import Sizes, size
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 from mcmoe_vllm.report import plots
 from mcmoe_vllm.report.plots import (
     DIGIT_COLOURS,
@@ -34,8 +34,8 @@ W2_BITS = ((0, 3, 2), (4, 1, 2))
 def plan_of(bits=BITS, w2_bits=W2_BITS, model="mistralai/Mixtral-8x7B", **options) -> Plan:
     return Plan(
         model=model, architecture="MixtralForCausalLM", layers=(1, 3), bits=bits, w2_bits=w2_bits,
-        candidate_bits=(0, 1, 2, 3, 4), group_size=32, dense_bits=4, nominal_bits=2.0,
-        options=options,
+        candidate_bits=(0, 1, 2, 3, 4), group_size=same_group_size(32), dense_bits=4,
+        nominal_bits=2.0, options=options,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_many_experts_are_a_mosaic_ordered_by_use(tmp_path, layers, experts):
     widths = tuple(tuple(1 + int(4 * u) for u in row) for row in uses)
     plan = Plan(
         model="m", architecture="a", layers=tuple(range(layers)), bits=widths, w2_bits=(),
-        candidate_bits=(1, 2, 3, 4), group_size=32, dense_bits=4, nominal_bits=2.5,
+        candidate_bits=(1, 2, 3, 4), group_size=same_group_size(32), dense_bits=4, nominal_bits=2.5,
         options={"significance": [{"frequency": row} for row in uses]},
     )  # fmt: skip
     path = tmp_path / "widths.png"
@@ -228,6 +228,7 @@ def test_size_lines():
         "bits per expert weight: 2.000 nominal, 2.500 true (scales and zeros counted); "
         "whole model 2.667",
         "size: 5.9 KiB -> 1000 B (6.00x smaller)",
+        "group sizes: w13 32, w2 32, dense 32",
     ]
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mcmoe_vllm.checkpoint.sizes import Sizes
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 from mcmoe_vllm.report.card import write_model_card
 
 BITS = ((0, 1, 2), (3, 4, 2))
@@ -15,8 +15,8 @@ W2_BITS = ((0, 3, 2), (4, 1, 2))
 def plan_of(bits=BITS, w2_bits=W2_BITS, model="mistralai/Mixtral-8x7B", **options) -> Plan:
     return Plan(
         model=model, architecture="MixtralForCausalLM", layers=(1, 3), bits=bits, w2_bits=w2_bits,
-        candidate_bits=(0, 1, 2, 3, 4), group_size=32, dense_bits=4, nominal_bits=2.0,
-        options=options,
+        candidate_bits=(0, 1, 2, 3, 4), group_size=same_group_size(32), dense_bits=4,
+        nominal_bits=2.0, options=options,
     )  # fmt: skip
 
 

@@ -3,13 +3,13 @@
 import pytest
 
 from mcmoe_vllm.compress.expected_loss import describe_costs, matrix_costs, summarize_costs
-from mcmoe_vllm.plan import Plan
+from mcmoe_vllm.plan import Plan, same_group_size
 
 
 def plan_of(bits, w2_bits, significance):
     return Plan(
         model="m", architecture="MixtralForCausalLM", layers=(1, 3), bits=bits, w2_bits=w2_bits,
-        candidate_bits=(1, 2, 4), group_size=128, dense_bits=4, nominal_bits=2.0,
+        candidate_bits=(1, 2, 4), group_size=same_group_size(128), dense_bits=4, nominal_bits=2.0,
         options={"significance": significance},
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from mcmoe_vllm.compress.significance import Probe, measure_layer
 from mcmoe_vllm.model.experts import Expert, Routing, experts_output, gated
+from mcmoe_vllm.plan import same_group_size
 from mcmoe_vllm.quantize import quantizer
 from mcmoe_vllm.quantize.hessians import (
     MIN_TOKENS,
@@ -24,6 +25,7 @@ from mcmoe_vllm.quantize.refine import answer_inputs
 from mcmoe_vllm.recipes import BEST, PAPER
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 64, 32, 4, 600
+GROUPS = same_group_size(32)
 SWIGLU = gated(silu)
 
 
@@ -64,7 +66,7 @@ def reader(experts):
 def measure(layer, candidates=(1, 2, 3), recipe=PMQ, **more):
     experts, routing = layer
     return measure_layer(
-        7, routing, reader(experts), EXPERTS, candidates, 32, SWIGLU, recipe, Probe(**more)
+        7, routing, reader(experts), EXPERTS, candidates, GROUPS, SWIGLU, recipe, Probe(**more)
     )[:2]
 
 
@@ -196,7 +198,7 @@ def test_trace_error_by_hand(layer):
 def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     experts, routing = layer
     measured, exact, change = measure_layer(
-        7, routing, reader(experts), EXPERTS, (1, 2), 32, SWIGLU, ALONE, Probe(candidate=1)
+        7, routing, reader(experts), EXPERTS, (1, 2), GROUPS, SWIGLU, ALONE, Probe(candidate=1)
     )
     h13, h2 = expert_hessians(routing, [0], experts[0][0].unsqueeze(0), SWIGLU, "routing")
     q13 = quantizer.quantize(
@@ -213,7 +215,7 @@ def test_projections_are_measured_alone_and_the_probe_is_their_sum(layer):
     assert set(others.flatten().tolist()) == {0, 2}
     third = measure_layer(
         7, Routing(routing.hidden[rows], others, routing.weights[rows]), reader(experts),
-        EXPERTS, (1, 2), 32, SWIGLU, BEST,
+        EXPERTS, (1, 2), GROUPS, SWIGLU, BEST,
     )[2]  # fmt: skip
     assert not third.any() and change.any()
     total = sum(float(torch.tensor(e[1]).square().sum()) for e in measured.projection_errors)
@@ -225,7 +227,7 @@ def test_errors_can_be_of_the_first_tokens_alone(layer):
     experts, routing = layer
     first = Routing(routing.hidden[:200], routing.ids[:200], routing.weights[:200])
     recipe = replace(BEST, error_method="minmax")  # needs no Hessian, which all tokens make
-    arguments = (reader(experts), EXPERTS, (2,), 32, SWIGLU, recipe)
+    arguments = (reader(experts), EXPERTS, (2,), GROUPS, SWIGLU, recipe)
     alone = measure_layer(7, first, *arguments, Probe(candidate=0))
     among = measure_layer(7, routing, *arguments, Probe(candidate=0, tokens=200))
     for a, b in zip(alone[0].projection_errors, among[0].projection_errors, strict=True):

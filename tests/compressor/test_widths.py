@@ -41,6 +41,9 @@ def test_true_bits_are_those_of_the_bytes(group_size):
 
 
 def test_groups_of_down_may_have_another_size():
+    # In 64 columns: 8 words of codes and one of scale and zero, twice; 12 and two.
+    assert group_words((2, 3), 64, 32) == 2 * 9 + 14 and group_words((0, 0), 64, 32) == 0
+    assert group_words((2, 3), 32, 64) == 2 * 10 + 13
     assert true_bits([(2, 3)], 64, 32) == pytest.approx((2 * (2 + 16 / 64) + 3 + 16 / 32) / 3)
 
 

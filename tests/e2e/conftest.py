@@ -301,6 +301,9 @@ def write_dequantized(folder: Path, target: Path) -> Path:
     checkpoint = open_checkpoint(folder)
     config = dict(checkpoint.config)
     quantization = QuantizationConfig.from_dict(config.pop("quantization_config"))
+    layout = open_layout(checkpoint, quantization)
+    experts = range(quantization.num_experts)
+    downs = {layout.expert_weights(i, e)[-1] for i in quantization.expert_bits for e in experts}
     stored = checkpoint.read(checkpoint.names())
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
@@ -308,14 +311,14 @@ def write_dequantized(folder: Path, target: Path) -> Path:
         if kind.endswith("weight_packed"):
             weight = name.removesuffix("_packed")
             scale = stored[f"{weight}_scale"]
-            columns = scale.shape[1] * quantization.group_size["w13"]
+            group = "w2" if weight in downs else "w13"
+            columns = scale.shape[1] * quantization.group_size[group]
             bits = tensor.shape[1] * 8 // columns
             plain[weight] = dequantize(tensor, scale, bits)
         elif kind == "qweight":
             plain[f"{stem}.weight"] = dequantize_int4_linear(tensor, stored[f"{stem}.scales"])
         elif not kind.endswith(("weight_scale", "scales")):
             plain[name] = tensor.float()
-    layout = open_layout(checkpoint, quantization)
     for layer in quantization.expert_bits:  # an expert that was dropped adds nothing
         biases = [plain[name] for name in layout.expert_biases(layer)]
         for expert, bits in enumerate(quantization.bits(layer, "w13")):

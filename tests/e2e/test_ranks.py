@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def unpruned(compressed):
-    return compressed("mixtral", group_size=32, **TINY)
+    """Whole groups on both ranks: 128 columns of gate and up, 64 of down."""
+    return compressed("mixtral", tensor_parallel=2, **TINY)
 
 
 @pytest.fixture(scope="module")
