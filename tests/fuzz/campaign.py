@@ -51,13 +51,14 @@ def main() -> int:
     from tests.conftest import make_tiny_model
     from tests.fuzz.test_mutants import make_sound
 
-    started, counts, faults, done = time.monotonic(), Counter[str](), [], 0
+    counts, faults, done = Counter[str](), [], 0
     with tempfile.TemporaryDirectory() as folder:
         source = make_tiny_model(Path(folder, "source"), "mixtral")
         text = Path(folder, "all.jsonl")
         text.write_text(json.dumps({"text": Path(json.__file__).read_text() * 4}) + "\n")
         sound = make_sound(source, text, Path(folder))
         numbers = range(asked.first, asked.first + asked.count)
+        started = time.monotonic()  # making what is damaged may take longer than was asked for
         with multiprocessing.get_context("fork").Pool(asked.processes) as pool:
             for number, family, damage, words, wrong in pool.imap_unordered(
                 partial(try_number, sound), numbers, chunksize=4
