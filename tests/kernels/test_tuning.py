@@ -95,7 +95,7 @@ def test_smaller_groups_than_were_measured_take_more_registers(tmp_path, monkeyp
     assert configs_for("of-128", MIXTRAL) == configs_for("of-64", shape) == configs
     assert configs_for("of-128", shape) == {
         1: WarpConfig(stages13=4, stages2=1),
-        64: PrefillConfig(registers=168),
+        64: PrefillConfig(registers=255),
     }
 
 

@@ -231,9 +231,9 @@ def configs_for(name: str, shape: LayerShape) -> dict[int, Config]:
 
 def for_smaller_groups(config: Config) -> Config:
     """More scales take more registers than were measured. Nothing spills with half the steps ahead
-    and other limits: ptxas itself, without one, spills rather than give `prefill` more than 128."""
+    and other limits: ptxas, given none, spills rather than give `prefill` more than 128."""
     if isinstance(config, PrefillConfig):
-        return replace(config, registers=168)
+        return replace(config, registers=255)
     if isinstance(config, WarpConfig) and not isinstance(config, SingleConfig):
         stages13, stages2 = (max(1, s // 2) for s in (config.stages13, config.stages2))
         config = replace(config, stages13=stages13, stages2=stages2)
