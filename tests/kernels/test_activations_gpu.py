@@ -184,10 +184,9 @@ class TestOnAGpu:
     )
     @pytest.mark.parametrize("tokens", [1, 2, 8, 40, 300])
     def test_shapes_of_real_models(self, tokens, activation, biases, intermediate):
-        widths = [1, 2, 3, 4, 0, 2, 3, 3]
+        widths13, widths2 = (1, 2, 3, 4, 0, 2, 3, 3), (3, 3, 2, 1, 0, 2, 1, 4)
         sizes = (2880, intermediate, 64)
-        layer = random_layer(widths, widths[::-1][:4] + [0, 2, 1, 4], *sizes,
-                             activation=activation, biases=biases)  # fmt: skip
+        layer = random_layer(widths13, widths2, *sizes, activation=activation, biases=biases)
         tiled = tile_layer(to_device(layer, "cuda"))
         x, (weights, ids) = random_input(tokens, 2880), random_routing(tokens, 8, 4)
         reference = experts_float64(x, layer, weights, ids)
