@@ -46,8 +46,6 @@ def test_log_probabilities(
 ):
     ratios = {**RATIOS, 2: 0.3}
     result = run_engine(with_ratios(folder, ratios), prompts[:2])
-    error = difference(result["logprobs"], transformers_logprobs(plain, prompts[:2], ratios))
-    print("ERROR", error.mean(), error.max(), error.quantile(torch.tensor([0.5, 0.9, 0.99, 0.999])))
     assert_equal_numbers(result["logprobs"], transformers_logprobs(plain, prompts[:2], ratios))
     assert difference(result["logprobs"], transformers_logprobs(plain, prompts[:2])).mean() > 0.01
     # What the bound is worth: one expert with its gate in the place of its up, and one with its
