@@ -22,8 +22,7 @@ class Architecture:
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
     where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
     not read from config.json; paired: whether that class takes gate and up of an expert as one
-    tensor; tied: whether it takes the embedding for the head whatever config.json says; dense:
-    whether linears may be int4.
+    tensor; tied: whether it takes the embedding for the head whatever config.json says.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Architecture:
     gating: Gating | None = None
     paired: bool = False
     tied: bool = False
-    dense: bool = True
 
 
 ARCHITECTURES = {
@@ -53,7 +51,6 @@ ARCHITECTURES = {
             "GptOssForCausalLM",
             gating=Gating(True, Formula(limit=7.0, alpha=1.702, up_offset=1.0)),
             paired=True,
-            dense=False,
         ),
     )
 }
