@@ -74,6 +74,21 @@ def exchange(plain, target, name):
     return target
 
 
+def test_two_ranks_with_experts_of_their_own(
+    folder, plain, prompts, run_engine, transformers_logprobs
+):
+    """By hash, each with its own slice of the biases."""
+    result = run_engine(
+        folder,
+        prompts[:1],
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        load_format="mcmoe",
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+    )
+    assert_equal_numbers(result["logprobs"], transformers_logprobs(plain, prompts[:1]))
+
+
 @pytest.mark.parametrize("options", [{"recipe": "paper"}, {"finetune_passes": 1, "bits": 2}])
 def test_recipes_leave_a_model_that_agrees_with_the_16_bit_one(
     family, calibration_text, evaluation_text, tmp_path, options
