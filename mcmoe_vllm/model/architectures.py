@@ -22,8 +22,7 @@ class Architecture:
     fashions of `model.layout`; renames: parts of names on disk, and what transformers calls them,
     where its own mapping does not say; gating: how vLLM's class combines gate and up, where that is
     not read from config.json; paired: whether that class takes gate and up of an expert as one
-    tensor; tied: whether it takes the embedding for the head whatever config.json says; dense:
-    whether linears may be int4.
+    tensor; tied: whether it takes the embedding for the head whatever config.json says.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Architecture:
     alias: str | None = None
     gating: Gating | None = None
     paired: bool = False
-    dense: bool = True
     tied: bool = False
 
 
@@ -53,7 +51,6 @@ ARCHITECTURES = {
             "GptOssForCausalLM",
             gating=Gating(True, Formula(limit=7.0, alpha=1.702, up_offset=1.0)),
             paired=True,
-            dense=False,
         ),
     )
 }
@@ -102,6 +99,7 @@ TESTED = {
     "Lfm2MoeForCausalLM": Trial("LFM2-MoE", BY_LAYER),
     "HYV3ForCausalLM": Trial("Hy3", BY_LAYER),
     "MiniMaxM2ForCausalLM": Trial("MiniMax-M2", BY_LAYER),
+    "GptOssForCausalLM": Trial("GPT-OSS"),
     "Gemma4ForCausalLM": Trial("Gemma 4, its text model", BY_LAYER),
     "GraniteMoeForCausalLM": Trial("Granite 3", BY_LAYER),
     "GraniteMoeHybridForCausalLM": Trial("Granite 4-H", BY_LAYER),

@@ -205,7 +205,7 @@ def find_layout(names: Iterable[str], skeleton: Skeleton) -> Layout:
     if ours:
         place = ours[0]["place"]
         fashion = next(f for f in fashions if ours[0]["matrix"] in f)
-    linears = tuple(_dense_groups(skeleton)) if row.dense else ()
+    linears = tuple(_dense_groups(skeleton))
     # Engines tell linears by the names on disk.
     names16 = [
         stored.get(f"{skeleton.layers}.{layer}.{group[0]}.weight")

@@ -46,8 +46,6 @@ def test_log_probabilities(
 ):
     ratios = {**RATIOS, 2: 0.3}
     result = run_engine(with_ratios(folder, ratios), prompts[:2])
-    error = difference(result["logprobs"], transformers_logprobs(plain, prompts[:2], ratios))
-    print("ERROR", error.mean(), error.max(), error.quantile(torch.tensor([0.5, 0.9, 0.99, 0.999])))
     assert_equal_numbers(result["logprobs"], transformers_logprobs(plain, prompts[:2], ratios))
     assert difference(result["logprobs"], transformers_logprobs(plain, prompts[:2])).mean() > 0.01
     # What the bound is worth: one expert with its gate in the place of its up, and one with its
@@ -74,6 +72,21 @@ def exchange(plain, target, name):
     tensor[busiest] = pairs.flip(-1).flatten(-2)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def test_two_ranks_with_experts_of_their_own(
+    folder, plain, prompts, run_engine, transformers_logprobs
+):
+    """By hash, each with its own slice of the biases."""
+    result = run_engine(
+        folder,
+        prompts[:1],
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        load_format="mcmoe",
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+    )
+    assert_equal_numbers(result["logprobs"], transformers_logprobs(plain, prompts[:1]))
 
 
 @pytest.mark.parametrize("options", [{"recipe": "paper"}, {"finetune_passes": 1, "bits": 2}])
