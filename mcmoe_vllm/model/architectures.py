@@ -70,6 +70,7 @@ REFUSED = {
 
 
 END_TO_END = "end to end"  # vLLM served the compressed model, and computed what our own run does
+BY_BLOCK = "by block"  # vLLM loads it, and its blocks of experts compute what transformers' do
 BY_LAYER = "by layer"  # read, compressed, evaluated and pruned
 
 
@@ -87,30 +88,32 @@ TESTED = {
     "Qwen2MoeForCausalLM": Trial("Qwen2-MoE"),
     "Qwen3MoeForCausalLM": Trial("Qwen3-MoE"),
     "OlmoeForCausalLM": Trial("OLMoE"),
-    "DeepseekV2ForCausalLM": Trial("DeepSeek-V2", BY_LAYER),
-    "DeepseekV3ForCausalLM": Trial("DeepSeek-V3, R1, V3.1, Kimi-K2", BY_LAYER),
+    "DeepseekV2ForCausalLM": Trial("DeepSeek-V2"),
+    "DeepseekV3ForCausalLM": Trial("DeepSeek-V3, R1, V3.1, Kimi-K2"),
     "DeepseekV32ForCausalLM": Trial("DeepSeek-V3.2", BY_LAYER),
     "Glm4MoeForCausalLM": Trial("GLM-4.5 to 4.7"),
-    "Glm4MoeLiteForCausalLM": Trial("GLM-4.7-Flash", BY_LAYER),
-    "Qwen3NextForCausalLM": Trial("Qwen3-Next", BY_LAYER),
+    "Glm4MoeLiteForCausalLM": Trial("GLM-4.7-Flash"),
+    "Qwen3NextForCausalLM": Trial("Qwen3-Next", BY_BLOCK),
     "Qwen3_5MoeForCausalLM": Trial("Qwen3.5-MoE, its text model", BY_LAYER),
-    "PhiMoEForCausalLM": Trial("Phi-3.5-MoE", BY_LAYER),
+    "Qwen3_5MoeForConditionalGeneration": Trial("Qwen3.5-MoE", BY_LAYER),
+    "Qwen3VLMoeForConditionalGeneration": Trial("Qwen3-VL-MoE", BY_LAYER),
+    "PhiMoEForCausalLM": Trial("Phi-3.5-MoE"),
     "Ernie4_5_MoeForCausalLM": Trial("ERNIE-4.5"),
-    "Lfm2MoeForCausalLM": Trial("LFM2-MoE", BY_LAYER),
-    "HYV3ForCausalLM": Trial("Hy3", BY_LAYER),
-    "MiniMaxM2ForCausalLM": Trial("MiniMax-M2", BY_LAYER),
+    "Lfm2MoeForCausalLM": Trial("LFM2-MoE"),
+    "HYV3ForCausalLM": Trial("Hy3"),
+    "MiniMaxM2ForCausalLM": Trial("MiniMax-M2"),
     "GptOssForCausalLM": Trial("GPT-OSS"),
     "Gemma4ForCausalLM": Trial("Gemma 4, its text model", BY_LAYER),
     "GraniteMoeForCausalLM": Trial("Granite 3", BY_LAYER),
     "GraniteMoeHybridForCausalLM": Trial("Granite 4-H", BY_LAYER),
     "HunYuanMoEV1ForCausalLM": Trial("Hunyuan-A13B", BY_LAYER),
-    "Dots1ForCausalLM": Trial("dots.llm1", BY_LAYER),
+    "Dots1ForCausalLM": Trial("dots.llm1", BY_BLOCK),
     "LagunaForCausalLM": Trial("Laguna", BY_LAYER),
     "MiMoV2FlashForCausalLM": Trial("MiMo-V2-Flash", BY_LAYER),
-    "ExaoneMoeForCausalLM": Trial("EXAONE-MoE", BY_LAYER),
+    "ExaoneMoeForCausalLM": Trial("EXAONE-MoE", BY_BLOCK),
     "AfmoeForCausalLM": Trial("AFMoE", BY_LAYER),
-    "SolarOpenForCausalLM": Trial("Solar-Open", BY_LAYER),
-    "Cohere2MoeForCausalLM": Trial("Cohere2-MoE", BY_LAYER),
+    "SolarOpenForCausalLM": Trial("Solar-Open", BY_BLOCK),
+    "Cohere2MoeForCausalLM": Trial("Cohere2-MoE", BY_BLOCK),
     "FlexOlmoForCausalLM": Trial("FlexOlmo", BY_LAYER),
     "JambaForCausalLM": Trial("Jamba", BY_LAYER),
 }
@@ -126,6 +129,8 @@ def why_unsure(name: str) -> str | None:
         )
     if tested.level == BY_LAYER:
         return f"{name} was tested up to serving, which is not known to be right"
+    if tested.level == BY_BLOCK:
+        return f"{name} was tested up to its blocks of experts in vLLM, not served as a whole"
     return None
 
 

@@ -11,6 +11,8 @@ before one where others use the machine too.
     inspect   every tensor as config.json says it
     eval      KL divergence of the compressed model to its 16-bit one
     prune     calibrate-pruning for 15 % of activations: layers with a ratio
+    blocks    the compressed model's blocks of experts in vLLM to transformers' on the same weights:
+              the largest relative error of a layer
     plain     the 16-bit model in vLLM, float32: mean difference of log-probabilities to our own run
     serve     the compressed one in vLLM to our own run; "control" is that difference to our run of
               the same folder with one expert's gate and up exchanged, which must exceed the bound;
@@ -31,6 +33,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "mixtral-6m"
 READ_ERROR = 1e-5
 PROMPTS, LENGTH = 4, 200  # longer than the sliding windows
-LIMITS = {"read": 120, "compress": 300, "inspect": 60, "eval": 120, "prune": 180}
+LIMITS = {"read": 120, "compress": 300, "inspect": 60, "eval": 120, "prune": 180, "blocks": 240}
 ENGINE_LIMITS = {"plain": 400, "serve": 600}
 TURN = 300  # seconds for which the lock is kept
 FORK = multiprocessing.get_context("fork")
@@ -128,6 +131,14 @@ def prune(family: str, work: Path) -> Result:
     return {"layers": layers, "ok": layers > 0}
 
 
+def blocks(family: str, work: Path) -> Result:
+    from tests.families.blocks import block_errors
+
+    row = FAMILIES[family]
+    errors = block_errors(work / "compressed", work, row.cls, row.launch)
+    return {"error": max(errors), "ok": max(errors) < READ_ERROR}
+
+
 def plain(family: str, work: Path) -> Result:
     """Both sides of the 16-bit model; what vLLM computes says nothing of this project."""
     served = run_engine(work, [job(work, "plain", work / "model")])[0]["logprobs"]
@@ -163,8 +174,18 @@ STEPS: dict[str, Callable[[str, Path], Result]] = {
     "inspect": inspect,
     "eval": evaluate,
     "prune": prune,
+    "blocks": blocks,
     "plain": plain,
     "serve": serve,
+}
+
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "read": (),
+    "compress": ("read",),
+    **dict.fromkeys(("inspect", "eval", "prune", "blocks"), ("read", "compress")),
+    "plain": ("read",),
+    "serve": ("read", "compress", "prune"),
 }
 
 
@@ -278,7 +299,9 @@ def answer(jobs: list[Path]) -> None:
 
 def last_error(log: str) -> str:
     """What the last exception says, in a line."""
-    lines = log.splitlines()
+    lines = [line.rpartition("] ")[2] for line in log.splitlines()]
+    if lacking := [line for line in lines if line.startswith("ModuleNotFoundError: ")]:
+        return lacking[-1]  # what comes after it does not say which
     named = [i for i, line in enumerate(lines) if "Error: " in line]
     return " ".join(lines[named[-1] :])[:400] if named else log[-400:]
 
@@ -307,20 +330,20 @@ def run_child(step: str, family: str, work: Path, output: Path) -> None:
         os.dup2(log.fileno(), 2)
         try:
             result = STEPS[step](family, work)
-        except Exception as e:  # whatever a family does is what the table shows
+        except Exception:  # whatever a family does is what the table shows
             traceback.print_exc()
-            result = {"ok": False, "why": " ".join(f"{type(e).__name__}: {e}".split())[:400]}
+            sys.stderr.flush()
+            result = {"ok": False, "why": last_error(Path(log.name).read_text(errors="replace"))}
     output.write_text(json.dumps(result))
 
 
 def run_family(family: str, results: Result, steps: list[str], work: Path) -> None:
-    """Run what is missing. A step that fails leaves those out that need it, but for `plain`."""
+    """Run what is missing. A step that fails leaves out those that need it."""
     work.mkdir(parents=True, exist_ok=True)
     for step in steps:
         if step in results:
             continue
-        failed = [s for s in STEPS if s != "plain" and s in results and not results[s]["ok"]]
-        if failed and (step != "plain" or "read" in failed):
+        if any(needed in results and not results[needed]["ok"] for needed in NEEDS[step]):
             continue
         results[step] = run_step(step, family, work)
         print(f"{family} {step}: {results[step]}", file=sys.stderr, flush=True)
@@ -338,7 +361,7 @@ def in_turns(families: list[str], lock: Path | None) -> Iterator[str]:
                 yield left.pop(0)
 
 
-def preload(engine: bool) -> None:
+def preload() -> None:
     """Import once, before any fork, what every step would import for itself."""
     import transformers  # noqa: F401
 
@@ -347,7 +370,7 @@ def preload(engine: bool) -> None:
     import mcmoe_vllm.pruning.calibration  # noqa: F401
 
     os.environ.update(engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"))
-    if engine:
+    with suppress(ImportError):
         import vllm.entrypoints.llm  # noqa: F401
 
 
@@ -403,7 +426,7 @@ def main() -> None:
     found = json.loads(file.read_text()) if file and file.exists() else {}
     steps = [s for s in arguments.steps if not arguments.no_serve or s not in ENGINE_LIMITS]
     with_engine = [s for s in steps if s in ENGINE_LIMITS]
-    preload(engine=bool(with_engine))
+    preload()
     for part in ([s for s in steps if s not in ENGINE_LIMITS], with_engine):
         lock = arguments.lock if part is with_engine else None
         for family in in_turns(arguments.families, lock):
