@@ -104,6 +104,7 @@ TESTED = {
     "MiniMaxM2ForCausalLM": Trial("MiniMax-M2"),
     "GptOssForCausalLM": Trial("GPT-OSS"),
     "Gemma4ForCausalLM": Trial("Gemma 4, its text model", BY_LAYER),
+    "Gemma4ForConditionalGeneration": Trial("Gemma 4", BY_LAYER),
     "GraniteMoeForCausalLM": Trial("Granite 3", BY_LAYER),
     "GraniteMoeHybridForCausalLM": Trial("Granite 4-H", BY_LAYER),
     "HunYuanMoEV1ForCausalLM": Trial("Hunyuan-A13B", BY_LAYER),
