@@ -35,7 +35,8 @@ class Real:
     """A published model. cls, model_type: of transformers; billions: parameters as its makers count
     them, without draft layers; dense: how many layers before the first with experts; settings: of
     its config, where the class has other defaults; engine: what its config.json has besides;
-    names: patterns of names that transformers saves wrongly, and what they are on disk."""
+    names: patterns of names that transformers saves wrongly, and what they are on disk; groups:
+    the largest group sizes that fit, where that is not 128."""
 
     name: str
     cls: str
@@ -45,6 +46,7 @@ class Real:
     settings: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[tuple[str, str], ...] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 LITE = {
