@@ -158,7 +158,8 @@ def forget_packed_copies(model: torch.nn.Module) -> None:
 def agree_on_names(weights: Weights, layout: Layout, model: torch.nn.Module) -> Weights:
     """Let vLLM's layers take gate, up and down of an expert as the folder calls them, and call them
     otherwise where the model's class asks for names of its own."""
-    if layout.projections is None:  # the class's own code loads these
+    if layout.projections in (None, layout.skeleton.architecture.projections):
+        # The class's own code loads these.
         return weights
     wanted = OWN_NAMES.get(type(model).__name__, layout.projections)
     for layer in model.modules():

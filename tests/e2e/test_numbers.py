@@ -40,7 +40,7 @@ def granted(compressed_example, dequantized, prompts, transformers_logprobs, ref
     return difference(rounded, reference).mean()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("cache_gib", [0, 1])
 def test_bfloat16_errs_as_much_as_plain_bfloat16(
     compressed_example, granted, prompts, run_engine, reference, cache_gib

@@ -54,6 +54,7 @@ LITE = {
     "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
     "num_experts_per_tok": 6, "q_lora_rank": None, "first_k_dense_replace": 1,
 }  # fmt: skip
+BY_64 = {"w13": 64, "w2": 64, "dense": 64}
 OSS_20B = {"num_hidden_layers": 24, "num_local_experts": 32}
 LFM2_LAYERS = [
     "full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)
@@ -69,13 +70,14 @@ REAL = {
                         {"n_group": 1, "topk_group": 1}),
     "deepseek_v3": Real("DeepSeek-V3", "DeepseekV3ForCausalLM", "deepseek_v3", 671, 3,
                         engine=SIGMOID),
-    "glm4_moe": Real("GLM-4.5-Air", "Glm4MoeForCausalLM", "glm4_moe", 104, 1),
+    "glm4_moe": Real("GLM-4.5-Air", "Glm4MoeForCausalLM", "glm4_moe", 107, 1, {"head_dim": 128}),
     "glm4_moe_lite": Real("GLM-4.7-Flash", "Glm4MoeLiteForCausalLM", "glm4_moe_lite", 30, 1,
                           engine={**SIGMOID, "first_k_dense_replace": 1}),
     "qwen3_next": Real("Qwen3-Next-80B-A3B", "Qwen3NextForCausalLM", "qwen3_next", 80),
     "qwen3_5_moe": Real("Qwen3.5-35B-A3B", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", 35),
-    "gpt_oss": Real("gpt-oss-120b", "GptOssForCausalLM", "gpt_oss", 116.8),
-    "gpt_oss_20b": Real("gpt-oss-20b", "GptOssForCausalLM", "gpt_oss", 20.9, 0, OSS_20B),
+    "gpt_oss": Real("gpt-oss-120b", "GptOssForCausalLM", "gpt_oss", 116.8, groups=BY_64),
+    "gpt_oss_20b": Real("gpt-oss-20b", "GptOssForCausalLM", "gpt_oss", 20.9, 0, OSS_20B,
+                        groups=BY_64),
     "phimoe": Real("Phi-3.5-MoE", "PhimoeForCausalLM", "phimoe", 41.9, 0,
                    {"attention_bias": True, "lm_head_bias": True},
                    {"architectures": ["PhiMoEForCausalLM"]}),

@@ -96,7 +96,7 @@ def check(layer, tokens, top_k, config, device, ids=None, seed=0):
         assert relative_error(out, reference) <= 1.1 * granted, dtype
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("config", EACH)
 @pytest.mark.parametrize(
     ("tokens", "top_k"),
@@ -106,7 +106,7 @@ def test_no_kernel_errs_more_than_plain_torch(config, tokens, top_k, device):
     check(random_layer(MIXED13, MIXED2), tokens, top_k, config, device)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "group_size"),
@@ -143,7 +143,7 @@ def set_scale(matrices, rows, value, zero=None):
     words.copy_(pack_scale(torch.full_like(scale, value), zeros, bits))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_integers_come_out_exact(bits, config, device):
@@ -163,7 +163,7 @@ def test_integers_come_out_exact(bits, config, device):
     assert len(out.unique()) > 20
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
 @pytest.mark.parametrize(("hidden", "intermediate", "group_size"), [(384, 320, 64), (192, 96, 32)])
 def test_one_token(config, hidden, intermediate, group_size, device):
@@ -255,7 +255,7 @@ def test_nothing_to_compute_gives_zeros(config, tokens, device):
     assert torch.equal(out, torch.zeros(tokens, 256, dtype=torch.bfloat16))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("config", PLAIN)
 @pytest.mark.parametrize("routing", ["one expert", "skewed"])
 def test_uneven_routing(config, routing, device):
@@ -275,7 +275,7 @@ def test_other_activations(config, activation, device):
     assert relative_error(out, experts_float64(x, layer, weights, ids)) < 1e-3
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("config", "tokens"), [*with_tokens(PLAIN, 3), ONE_TOKEN[0]])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_hidden(value, config, tokens, device):
