@@ -212,7 +212,7 @@ FAMILIES = {
         "granitemoe",
         "GraniteMoeForCausalLM",
         {**LOCAL, "intermediate_size": WIDTH, "residual_multiplier": 0.22,
-         "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "logits_scaling": 6.0},
+         "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "logits_scaling": 0.5},
         serves=True,
     ),
     "granitemoehybrid": Family(

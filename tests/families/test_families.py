@@ -28,9 +28,15 @@ EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.nightly) fo
 
 @pytest.fixture(scope="module")
 def family(once):
-    return lambda name: once(
-        f"family-{name}", lambda folder: save_family(name, folder, EXAMPLE_MODEL)
-    )
+    """family(name): its folder."""
+    import transformers
+
+    def get(name: str) -> Path:
+        if FAMILIES[name].model_type not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} does not know it")
+        return once(f"family-{name}", lambda folder: save_family(name, folder, EXAMPLE_MODEL))
+
+    return get
 
 
 @pytest.mark.parametrize("name", EACH)
