@@ -27,6 +27,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -51,6 +52,8 @@ ENGINE_LIMITS = {"plain": 400, "serve": 600}
 TURN = 300  # seconds for which the lock is kept
 FORK = multiprocessing.get_context("fork")
 Result = dict[str, Any]
+# Of files: results are kept, and say nothing of the machine.
+FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
 
 def read(family: str, work: Path) -> Result:
@@ -298,12 +301,13 @@ def answer(jobs: list[Path]) -> None:
 
 
 def last_error(log: str) -> str:
-    """What the last exception says, in a line."""
+    """What the last exception says, in a line, files without their folders."""
     lines = [line.rpartition("] ")[2] for line in log.splitlines()]
     if lacking := [line for line in lines if line.startswith("ModuleNotFoundError: ")]:
         return lacking[-1]  # what comes after it does not say which
     named = [i for i, line in enumerate(lines) if "Error: " in line]
-    return " ".join(lines[named[-1] :])[:400] if named else log[-400:]
+    said = " ".join(lines[named[-1] :])[:400] if named else log[-400:]
+    return FOLDERS.sub("", said)
 
 
 def run_step(step: str, family: str, work: Path) -> Result:

@@ -24,6 +24,7 @@ def test_a_row_for_each_family_and_the_reasons_below():
         ("x\n(pid) ERROR [f.py:1] ValueError: 1\nTypeError: 2\n more", "TypeError: 2  more"),
         ("ModuleNotFoundError: No t\nValueError: see above", "ModuleNotFoundError: No t"),
         ("killed", "killed"),
+        ('OSError: in "/home/me/x-1/a.py" of a/b', 'OSError: in "a.py" of a/b'),
     ],
 )
 def test_the_last_error_is_told(log, said):
