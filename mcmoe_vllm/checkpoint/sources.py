@@ -55,12 +55,17 @@ def with_16_bit_tensors(checkpoint: Checkpoint) -> Checkpoint:
 def _method(config: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     """quant_method, None for a 16-bit model, and quantization_config; of the language model where
     that is a part of the whole."""
-    text = config.get("text_config")
-    holders = (config, text if isinstance(text, dict) else {})
-    settings = next((s for h in holders if (s := h.get("quantization_config")) is not None), None)
+    found = (holder.get("quantization_config") for holder in _holders(config))
+    settings = next((s for s in found if s is not None), None)
     if isinstance(settings, dict):
         return settings.get("quant_method") or "none", settings
     return settings, {}
+
+
+def _holders(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Where settings of the language model may stand: in config.json, or in a part of it."""
+    text = config.get("text_config")
+    return config, text if isinstance(text, dict) else {}
 
 
 def _describe_sources() -> str:
@@ -166,9 +171,8 @@ def _view(
 
 def _dtype(config: Mapping[str, Any]) -> tuple[str, torch.dtype]:
     """What the model computes in: safetensors' name and torch's."""
-    text = config.get("text_config")
-    holders = (config, text if isinstance(text, dict) else {})
-    named = [DTYPES.get(str(h.get(key))) for h in holders for key in ("dtype", "torch_dtype")]
+    names = ("dtype", "torch_dtype")
+    named = [DTYPES.get(str(h.get(key))) for h in _holders(config) for key in names]
     return next((found for found in named if found), DTYPES["bfloat16"])
 
 
